@@ -118,10 +118,11 @@ def export(common: Common, options: ExportOptions) -> None:
     dmoa export --format sft --traces traces.jsonl --out sft.jsonl
     dmoa export --format dpo --run out/first --out pairs.jsonl
     """
+    from dmoa.workflows.export import NEEDED
     from dmoa.workflows.export import export as run
 
     count = run(options)
-    common.say(f"{count} lines of {options.format}")
+    common.say(f"{count} lines of {options.format}" + ("" if count else f": {NEEDED[options.format, options.run is None]}"))
     typer.echo(options.out)
     common.write_json({"lines": count, "out": str(options.out)})
 

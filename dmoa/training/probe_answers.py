@@ -105,7 +105,7 @@ def probe_answers(sample: ProbeSample, *, can_entropy: bool, seed: int = 0) -> A
         assert sample.outcome_RA is not None
         before, right_RA = _found(replace(sample, outcome_RA=None), can_entropy=can_entropy, seed=seed)
         finding = _settle(finding, before, judged_agents(sample.agents, right_RA, sample.outcome_RA))
-    return finding.model_copy(update={"summary": [*_signal_words(finding), *_outcome_words(finding), *_agent_words(finding)]})
+    return finding.model_copy(update={"summary": [*signal_words(finding), *_outcome_words(finding), *_agent_words(finding)]})
 
 
 def _settle(finding: AnswerFinding, before: AnswerFinding, judged: list[Judged]) -> AnswerFinding:
@@ -312,7 +312,8 @@ def _seldom_right(sample: ProbeSample, model: LabelModel, witnesses: Witnesses, 
     return [name for name, most in zip(sample.agents, share_CA.max(axis=0), strict=True) if most < _SELDOM]
 
 
-def _signal_words(found: AnswerFinding) -> list[str]:
+def signal_words(found: AnswerFinding) -> list[str]:
+    """Return in sentences what can route the pool, and what to expect."""
     share = f"two or more agents give the right answer to probably {found.backed:.0%} of {found.rows} queries"
     more = f"{found.outcomes_to_settle} outcomes (dmoa train --outcomes) would settle it" if found.outcomes_to_settle else ""
     if found.signal == "agreement":
@@ -326,7 +327,7 @@ def _signal_words(found: AnswerFinding) -> list[str]:
         }[found.signal]
         lines.append(f"{then}; {more}" if more else then)
     one, turn, everybody = found.expected
-    gain, saved = turn.accuracy - one.accuracy, everybody.calls / turn.calls
+    gain, saved = round(turn.accuracy - one.accuracy, 2) + 0.0, everybody.calls / turn.calls
     tokens = f", {turn.tokens:.0f} tokens" if turn.tokens is not None else ""
     tokens += f", price {turn.price:.3g}" if turn.price is not None else ""
     begin = "expect" if found.is_trusted else "if it could be trusted,"

@@ -594,6 +594,8 @@ def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bo
             json_path=values.pop("json_path"),
             verbosity=int(verbose) - int(quiet),
         )
+        if common.json_path == Path("-"):
+            raise ConfigError("--json is '-'; expected a file, as stdout has the result as text; name one")
         _start_logging(common.verbosity)
         with libraries_apart(command.__name__.removesuffix("_job"), verbosity=common.verbosity):
             command(common, **values)  # type: ignore[call-arg]

@@ -24,6 +24,13 @@ from dmoa.training.options import ExportOptions
 from dmoa.validation import without_known_shapes
 
 Record = dict[str, Any]
+NEEDED = {
+    ("sft", True): "a line takes an answer that was not cut",
+    ("sft", False): "a line takes a right answer",
+    ("dpo", True): "a pair takes replies of one step that a gate of score posterior finds --margin apart",
+    ("dpo", False): "a pair takes a right and a wrong answer to one row",
+}
+"""What a line takes, by format and whether it is made of traces."""
 
 
 def export(options: ExportOptions) -> int:

@@ -86,6 +86,14 @@ def test_which_errors_are_bad_input(error: DmoaError, status: int, capsys: pytes
     assert capsys.readouterr().err == "dmoa: x\n"
 
 
+def test_a_dash_is_no_file_for_json(dmoa: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dmoa("policies", "--json", "-")
+    assert result.exit_code == 2
+    assert "--json is '-'; expected a file" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 # policies and schema
 
 

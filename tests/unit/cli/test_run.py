@@ -139,6 +139,11 @@ def traces(dmoa: Any, pool: Path, tmp_path: Path) -> Path:
     return path
 
 
+def test_an_export_without_a_line_says_what_one_takes(dmoa: Any, traces: Path, tmp_path: Path) -> None:
+    result = dmoa("export", "--format", "dpo", "--traces", traces, "--out", tmp_path / "pairs.jsonl")
+    assert "0 lines of dpo: a pair takes replies of one step that a gate of score posterior" in result.stderr
+
+
 def test_a_trace_is_appended_and_fits_its_schema(dmoa: Any, traces: Path) -> None:
     lines = [json.loads(line) for line in traces.read_text(encoding="utf-8").splitlines()]
     assert [line["query"]["text"] for line in lines] == [QUESTION, "Sort pear, fig.", "Why?"]

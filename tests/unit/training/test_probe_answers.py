@@ -18,7 +18,7 @@ from dmoa.config import loads
 from dmoa.testing import scripted_pool_yaml
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.probe import probe_pool
-from dmoa.training.probe_answers import AnswerFinding, probe_answers
+from dmoa.training.probe_answers import AnswerFinding, probe_answers, signal_words
 from dmoa.training.probe_outcomes import judged_agents
 
 ROWS = 48
@@ -79,6 +79,13 @@ def test_agents_that_never_agree_leave_it_to_outcomes() -> None:
         "agreement is not to be trusted here: two or more agents give the right answer to probably 0%"
     )
     assert f"{finding.outcomes_to_settle} outcomes" in finding.summary[1]
+
+
+def test_a_loss_of_less_than_half_a_percent_is_none() -> None:
+    finding = found({name: [f"{row:03d}" for row in range(ROWS)] for name in "abc"})
+    one, turn, everybody = finding.expected
+    worse = finding.model_copy(update={"expected": [one, turn.model_copy(update={"accuracy": one.accuracy - 0.002}), everybody]})
+    assert "by asking in turn: +0% against a alone" in signal_words(worse)[-1]
 
 
 def test_outcomes_settle_it() -> None:
