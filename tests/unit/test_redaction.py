@@ -268,9 +268,9 @@ def test_what_is_clean_stays_as_it_is(parts: list[str]) -> None:
     ],
 )
 def test_a_long_text_takes_time_in_proportion_to_its_length(part: str) -> None:
-    started = time.monotonic()
-    redact_text(part * (400_000 // len(part)))
-    assert time.monotonic() - started < 20  # of quadratic work it would be hours
+    started = time.process_time()
+    redact_text(part * (100_000 // len(part)))
+    assert time.process_time() - started < 5  # of quadratic work it would be minutes
 
 
 def test_the_value_is_replaced_and_what_is_around_it_kept() -> None:

@@ -22,6 +22,7 @@ from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm
 from dmoa.testing import Schedule, asks, decision
 from dmoa.types import AgentCall, AgentReply, Answer, Event, Limits, Query, TextDelta
+from tests.examples import is_all
 from tests.unit.serving.fake_service import FakeService, connect, make_app
 
 POISON = "99"
@@ -41,8 +42,10 @@ SHAPES = {
     "cut-harmony": f"<|channel|>analysis<|message|>{THOUGHT}",
 }
 CUT = {"cut", "cut-harmony"}
-QUERIES = [str(1000 + 7 * i) for i in range(200)]
-PARTS = [QUERIES[start : start + 50] for start in range(0, 200, 50)]
+NUM_QUERIES = 200 if is_all() else 20
+"""Every query meets every shape; another one brings another number alone."""
+QUERIES = [str(1000 + 7 * i) for i in range(NUM_QUERIES)]
+PARTS = [QUERIES[start : start + 50] for start in range(0, NUM_QUERIES, 50)]
 
 
 class Listening:
@@ -103,7 +106,7 @@ async def asked(swarm: Swarm, text: str) -> tuple[Answer, list[Event]]:
     return events[-1], events
 
 
-@pytest.mark.parametrize("texts", PARTS, ids=["0", "50", "100", "150"])
+@pytest.mark.parametrize("texts", PARTS, ids=lambda texts: texts[0])
 @pytest.mark.parametrize(
     ("kind", "verdict", "reason"),
     [("scripted", None, "agreement"), ("recorded", None, "agreement"), ("scripted", "FINAL", "summarizer"),
@@ -175,7 +178,7 @@ def joined(response: Any, name: str, is_wanted: Callable[[dict[str, Any]], bool]
     return "".join(delta.get(name) or "" for delta in deltas if is_wanted(delta))
 
 
-@pytest.mark.parametrize("texts", PARTS, ids=["0", "50", "100", "150"])
+@pytest.mark.parametrize("texts", PARTS, ids=lambda texts: texts[0])
 @pytest.mark.parametrize(("verdict", "model"), [(None, "dense"), ("FINAL", "dense"), ("CONTINUE", "dense"), (None, "think")])
 async def test_whole_and_streamed_replies_over_http_are_equal(
     verdict: str | None, model: str, texts: list[str], tmp_path: Path

@@ -301,8 +301,13 @@ def compared(methods: Sequence[str] = METHODS, **changes: Any) -> Evaluation:
     )
 
 
-def test_drawings_come_before_tables_and_comparisons_are_folded() -> None:
-    found = render_report(compared())
+@pytest.fixture(scope="module")
+def compared_text() -> str:
+    return render_report(compared())
+
+
+def test_drawings_come_before_tables_and_comparisons_are_folded(compared_text: str) -> None:
+    found = compared_text
     assert found.index("<svg") < found.index("All benchmarks together</h2>") < found.index("Results by benchmark</h2>")
     assert found.index("Whom the gate asks</h2>") < found.index("Results by benchmark</h2>")
     folded = re.findall(r"<details>(.*?)</details>", found, re.DOTALL)
@@ -315,8 +320,8 @@ def test_drawings_come_before_tables_and_comparisons_are_folded() -> None:
     )
 
 
-def test_the_overall_table_has_every_method_once() -> None:
-    page = Page(render_report(compared()))
+def test_the_overall_table_has_every_method_once(compared_text: str) -> None:
+    page = Page(compared_text)
     head = page.row("policy", "all rows %")
     assert head[:5] == ["policy", "all rows %", "95 %", "gsm8k", "svamp"]
     assert page.row("dense", "100.0")[1:5] == ["100.0", "[34.2, 100.0]", "100.0", "100.0"]
@@ -336,10 +341,10 @@ def test_a_method_that_did_not_run_has_no_mean_and_no_mark() -> None:
     assert "Did not run: single:b on svamp: all 1 queries failed." in text
 
 
-def test_an_untrained_gate_is_called_untrained_wherever_it_is_named() -> None:
+def test_an_untrained_gate_is_called_untrained_wherever_it_is_named(compared_text: str) -> None:
     found = compared()
     assert display.untrained_policies(found) == {"dmoa"}
-    page = Page(render_report(found))
+    page = Page(compared_text)
     cells = [cell for row in page.rows for cell in row]
     assert "dmoa" not in cells
     assert cells.count("dmoa (untrained gate)") > 4

@@ -19,6 +19,8 @@ from tests.unit.serving.fake_service import until
 from tests.unit.serving.test_http_connection import Client
 
 GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
+STARTS = multiprocessing.get_context("forkserver")
+STARTS.set_forkserver_preload(["tests.unit.serving.test_http_keeper"])  # Serve is imported once, not by each server
 
 
 class Replica:
@@ -78,7 +80,7 @@ class Kept:
         self.clients: list[Client] = []
 
     def start(self) -> None:
-        self.process = multiprocessing.get_context("spawn").Process(target=run, args=(self.keeper.path, self.port))
+        self.process = STARTS.Process(target=run, args=(self.keeper.path, self.port))
         self.process.start()
 
     def copies(self) -> list[object]:
@@ -188,7 +190,7 @@ async def test_where_no_server_comes_the_keeper_answers_itself(kept: Kept) -> No
     kept.start()
     while (await answered(client := await kept.client(b"back")))[0] != 200:
         await client.is_closed()
-        await asyncio.sleep(0.1)  # the keeper answers at once, and a server takes seconds to start
+        await asyncio.sleep(0.1)  # the keeper answers at once, and a server takes a while to start
 
 
 @pytest.mark.parametrize("kept", [(3600.0, 3600.0)], indirect=True)
