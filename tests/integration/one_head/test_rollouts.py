@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from dmoa.training.rollouts import part_paths, read_manifest, read_table
-from tests.integration.evaluations import DMOA, run, run_and_kill, scripted_pool
+from tests.integration.evaluations import DMOA, run, run_and_kill, run_here, scripted_pool
 
 ROOT = Path(__file__).parents[3]
 QUERIES = 60
@@ -85,7 +85,7 @@ def test_a_collection_that_is_killed_goes_on_and_asks_no_query_twice(unbroken: P
 
 
 def test_going_on_refuses_other_settings_damage_and_foreign_rows(unbroken: Path, tmp_path: Path) -> None:
-    other = run([*command(unbroken), "--seed", "9"])
+    other = run_here([*command(unbroken), "--seed", "9"])
     assert other.returncode == 2
     assert "seed: begun with 0, now 9" in other.stderr
     out = tmp_path / "copy"
@@ -94,13 +94,13 @@ def test_going_on_refuses_other_settings_damage_and_foreign_rows(unbroken: Path,
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     again = command(out, own=unbroken.parent / "own.jsonl")
-    cut = run(again)
+    cut = run_here(again)
     assert cut.returncode == 2
     assert f"{path}: not a whole Parquet file" in cut.stderr
     path.write_bytes(whole)
     manifest = read_manifest(out)
     (out / "rollouts.json").write_text(manifest.model_copy(update={"pool_fingerprint": "0" * 64}).model_dump_json())
-    foreign = run(again)
+    foreign = run_here(again)
     assert foreign.returncode == 2
     assert f"pool_fingerprint: begun with {'0' * 64}, now {manifest.pool_fingerprint}" in foreign.stderr
 
