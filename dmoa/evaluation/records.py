@@ -291,7 +291,9 @@ def _counts(value: object) -> object:
         return value
     first, dots, last = value.partition("..")
     if dots and first.strip().isdecimal() and last.strip().isdecimal():
-        return tuple(range(int(first), int(last) + 1))
+        if int(first) > int(last):
+            raise ValueError("expected N..M, the smaller number first")
+        return tuple(range(int(first), min(int(last), 1001) + 1))
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dmoa.policies.options import Count, Optioned, PolicyOptions, SampledOptions, ask, others, texts
 from dmoa.policies.registry import policy
@@ -221,6 +221,12 @@ class FusionOptions(PolicyOptions):
     """Contributions that are enough: the slower ones are cancelled; None: all of the panel."""
     judge: str | None = None
     """Who writes the answer; None: the first of `agents`."""
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> Self:
+        if self.quorum is not None and self.quorum > self.panel:
+            raise ValueError(f"quorum is {self.quorum}, and the panel has {self.panel}; expected at most as many")
+        return self
 
     @property
     def width(self) -> int:

@@ -229,7 +229,11 @@ def test_numbers_of_adversaries_are_written_as_a_range_or_a_list() -> None:
     def curve(words: str) -> tuple[int, ...]:
         return CompareOptions.parse({"benchmarks": "arith", "curve": words}).curve
 
-    assert [curve(words) for words in ("0..3", "0,2", "", "2..1")] == [(0, 1, 2, 3), (0, 2), (), ()]
+    assert [curve(words) for words in ("0..3", "0,2", "")] == [(0, 1, 2, 3), (0, 2), ()]
+    with pytest.raises(ConfigError, match=r"curve is '2\.\.1'; expected N\.\.M, the smaller number first"):
+        curve("2..1")
+    with pytest.raises(ConfigError, match=r"curve\.1001 is 1001; expected a number less than or equal to 1000"):
+        curve(f"0..{10**15}")
 
 
 def test_baselines_are_added_once() -> None:

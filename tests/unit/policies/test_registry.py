@@ -55,6 +55,12 @@ def test_a_parameter_that_cannot_be_is_refused_by_name(words: str, said: str) ->
     assert said in str(caught.value)
 
 
+def test_a_quorum_of_more_than_the_panel_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"^policy: fusion: quorum is 4, and the panel has 3; expected at most as many"):
+        build_policy("fusion", context("quorum=4"))
+    assert build_policy("fusion", context("quorum=4:panel=4")).name == "fusion"
+
+
 def test_a_width_is_that_of_the_parameters() -> None:
     config = context().config
     assert [width_of(name, config) for name in ("single:b", "moa", "moa:b", "self_consistency:k=9", "cot")] == [1, 3, 1, 9, 1]
