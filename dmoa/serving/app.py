@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -29,7 +28,7 @@ from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAg
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
-from dmoa.serving.feedback import IDLE_WAIT_S, Explorer, FeedbackClient, exploration
+from dmoa.serving.feedback import Explorer, FeedbackClient, asked_again, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask, listen_where_ray_does, take_carried_bodies
 from dmoa.serving.http.front import Bounds, FrontNotice, places_behind
@@ -230,10 +229,7 @@ class SwarmIngress:
 
     async def _explore(self, query: Query, key_hash: str) -> None:
         """Ask a query that was answered once more, of all agents, to learn from."""
-        deadline_s = None if query.limits.deadline_s is None else query.limits.deadline_s + IDLE_WAIT_S  # it gives way meanwhile
-        limits = replace(query.limits, deadline_s=deadline_s, quorum=None, hedge_after_ms=None)  # nobody waits, as in rollouts
-        again = replace(query, trace_id=secrets.token_hex(16), epsilon=None, limits=limits, is_streamed=False)
-        hurried = self._explorer.hurried
+        again, hurried = asked_again(query), self._explorer.hurried
         try:
             async with aclosing(self._exploring.ask(again, "exploring")) as events:
                 async for event in events:

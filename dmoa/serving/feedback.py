@@ -12,9 +12,11 @@ import json
 import logging
 import os
 import random
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 
 import ray
 from pyarrow import fs as arrow_fs
@@ -29,6 +31,7 @@ from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.storage import place_of, write_at
 from dmoa.trace import AnsweredQuery
+from dmoa.types import Query
 
 _LOG = logging.getLogger("dmoa.feedback")
 MAX_PENDING = 64
@@ -283,6 +286,14 @@ class Explorer:
         finally:
             if is_mine:
                 self._place.release()
+
+
+def asked_again(query: Query) -> Query:
+    """Return a query as it is asked once more to learn from: nobody waits for its answer, or reads it, as in rollouts."""
+    deadline_s = None if query.limits.deadline_s is None else query.limits.deadline_s + IDLE_WAIT_S  # it gives way meanwhile
+    limits = replace(query.limits, deadline_s=deadline_s, quorum=None, hedge_after_ms=None)
+    # The call of the form that the client wanted is made for nobody: the gate learns nothing of it.
+    return replace(query, trace_id=secrets.token_hex(16), epsilon=None, limits=limits, is_streamed=False, final=None)
 
 
 class FeedbackSender:

@@ -13,10 +13,10 @@ from dmoa.agents.pool import build_pool_gate
 from dmoa.config import Config
 from dmoa.protocols import Turn
 from dmoa.routing import LocalRouter
-from dmoa.serving.feedback import Explorer
+from dmoa.serving.feedback import IDLE_WAIT_S, Explorer, asked_again
 from dmoa.swarm import Swarm
 from dmoa.testing import FakeAgents, Say
-from dmoa.types import AgentCall, AgentReply, Answer, Limits, Query, StepRecord
+from dmoa.types import AgentCall, AgentReply, Answer, FinalCall, Limits, Query, StepRecord
 
 
 @dataclass
@@ -131,10 +131,11 @@ class Exploration:
     """Calls that ran at a time."""
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     answers: list[Answer] = field(default_factory=list)
+    asked: Query = field(default_factory=lambda: Query(trace_id="t", text="12 + 7?", limits=Limits(max_steps=2)))
 
     async def __call__(self) -> None:
         swarm = self._swarm()
-        asked = Query(trace_id="t", text="12 + 7?", limits=Limits(max_steps=2), is_streamed=False)
+        asked = asked_again(self.asked)
         self.answers += [event async for event in swarm.ask(asked, "exploring") if isinstance(event, Answer)]
 
     def _swarm(self) -> Swarm:
@@ -230,6 +231,23 @@ async def test_a_summarizer_that_is_an_agent_gives_way_too() -> None:
         assert explored.begun[4:] == []
     await quiet(explorer)
     assert explored.begun[4] == "summarizer/0"
+
+
+async def test_the_form_that_the_client_wanted_is_written_for_nobody_a_second_time() -> None:
+    clock = Clock()
+    explorer = Explorer(lambda: 1.0, clock=clock)
+    limits = Limits(max_steps=2, deadline_s=7.0, quorum=1, hedge_after_ms=5.0)
+    form = FinalCall(n=2, schema={"type": "object"})
+    explored = Exploration(
+        explorer, clock, asked=Query(trace_id="t", text="12 + 7?", limits=limits, final=form, is_streamed=True)
+    )
+    explored.go_on.set()
+    explorer.offer(explored)
+    await quiet(explorer)
+    assert (len(explored.begun), len(explored.answers[0].steps), explored.answers[0].choices) == (8, 2, ())
+    again = asked_again(explored.asked)
+    assert again.limits == Limits(max_steps=2, deadline_s=7.0 + IDLE_WAIT_S)
+    assert (again.text, again.is_streamed, again.trace_id == "t") == ("12 + 7?", False, False)
 
 
 async def test_among_queries_that_never_end_it_goes_on_after_a_while_and_says_so() -> None:
