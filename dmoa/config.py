@@ -405,7 +405,7 @@ class RouterConfig(Node):
     feedback_exclude: tuple[KeyName, ...] = ()
     """API keys whose queries teach nothing and are not kept: SHA-256 of each (64 hex digits), or its name in the records (16)."""
     feedback_key_share: float = Field(default=0.5, gt=0, le=1)
-    """Most of the sample that one key may fill, and of a batch where others teach too."""
+    """Most of the sample that one key may fill, and of a batch and of the evidence for a shift where others teach too."""
     feedback_mix_keys: bool = False
     """Whether a batch that is learned from while serving may hold queries of several keys; else they take turns."""
     feedback_anonymous: bool = False

@@ -51,23 +51,37 @@ class Shift:
 
 
 class _Evidence:
-    """The bets on one kind of unusual."""
+    """The bets on one kind of unusual: their sum, and what it would be without those on the queries of a key."""
 
     def __init__(self, calibration: list[float]) -> None:
         self.calibration = sorted(calibration)
         self._seen = list(self.calibration)
         self.total = 0.0
+        self._without: dict[str, float] = {}
+        """Keys that made a difference of late; without any other key it is the total."""
 
-    def add(self, score: float, rng: np.random.Generator) -> float:
-        """Bet on a query being more unusual than those before (mixture of the power bets, Vovk); return its p-value."""
+    def add(self, score: float, rng: np.random.Generator, key: str = "", enough: float = math.inf) -> float:
+        """Bet on a query being more unusual than those before (mixture of the power bets, Vovk); return its p-value.
+
+        What a key asks that alone makes the sum be `enough` does not become usual: the others would seem so beside it.
+        """
         above = len(self._seen) - bisect.bisect_right(self._seen, score)
         ties = len(self._seen) - above - bisect.bisect_left(self._seen, score)
-        bisect.insort(self._seen, score)
+        p = (above + float(rng.uniform()) * (ties + 1)) / (len(self._seen) + 1)
+        own = self._without.get(key, self.total)
+        if not own < enough <= self.total:
+            bisect.insort(self._seen, score)
         if len(self._seen) > MAX_SEEN:
             del self._seen[int(rng.integers(MAX_SEEN))]
-        p = (above + float(rng.uniform()) * (ties + 1)) / len(self._seen)
-        self.total = (self.total + 1.0) * bet(p)
+        pays, self.total = bet(p), (self.total + 1.0) * bet(p)
+        others = {name: (total + 1.0) * pays for name, total in self._without.items() if name != key} | {key: own}
+        self._without = {name: total for name, total in others.items() if abs(total - self.total) > 0.01 * self.total}
         return p
+
+    def counted(self, key_share: float) -> float:
+        """Return the sum of bets of which one key gives at most a share."""
+        least = min(self._without.values(), default=self.total)
+        return self.total if key_share >= 1.0 else min(self.total, least / (1.0 - key_share))
 
 
 def bet(p: float) -> float:
@@ -104,6 +118,7 @@ class ShiftDetector:
         self._reference: _Reference | None = None
         self._inputs: _Evidence | None = None
         self._agents: list[_Evidence] = []
+        self._key_share = 1.0
         self._again: dict[int, tuple[list[float], deque[float]]] = {}
         """Odd agent -> what was usual before, in order, and its newest p-values by that."""
 
@@ -121,13 +136,16 @@ class ShiftDetector:
         """Return the evidence for each cause. Half of the false alarms may come of inputs, the rest of any agent's signals."""
         if self._inputs is None:
             return {}
-        known = [share for agent, share in enumerate(self._agent_shares()) if agent not in self.odd_agents or share >= 1.0]
-        # Most agents changed: the middle one of them did.
-        signals = sorted(known)[(len(known) - 1) // 2] if len(known) > 1 else 0.0
-        return {"inputs": self._inputs.total / (2 * self.run_length), "signals": signals}
+        signals = self._of_most(self._agent_shares(self._key_share))
+        return {"inputs": self._inputs.counted(self._key_share) / (2 * self.run_length), "signals": signals}
 
-    def _agent_shares(self) -> list[float]:
-        return [kind.total / (2 * len(self._agents) * self.run_length) for kind in self._agents]
+    def _of_most(self, shares: list[float]) -> float:
+        """Return what speaks for a change of most agents: of the middle one of them."""
+        known = [share for agent, share in enumerate(shares) if agent not in self.odd_agents or share >= 1.0]
+        return sorted(known)[(len(known) - 1) // 2] if len(known) > 1 else 0.0
+
+    def _agent_shares(self, key_share: float = 1.0) -> list[float]:
+        return [kind.counted(key_share) / (2 * len(self._agents) * self.run_length) for kind in self._agents]
 
     def prime(self, input_RD: npt.ArrayLike, signal_RA: npt.ArrayLike) -> None:
         """Begin with earlier queries as what is usual; agents without a signal among them are odd. Too few change nothing."""
@@ -139,15 +157,17 @@ class ShiftDetector:
         heard_A = np.isfinite(np.stack([signal_A for _, signal_A in rows])).sum(axis=0) >= NEIGHBOURS
         self.odd_agents |= set(np.flatnonzero(~heard_A).tolist())
 
-    def see(self, input_D: npt.ArrayLike, signal_A: npt.ArrayLike) -> Shift | None:
+    def see(self, input_D: npt.ArrayLike, signal_A: npt.ArrayLike, key: str = "", key_share: float = 1.0) -> Shift | None:
         """Take the next query: its embedding, and per agent how sure it was (any number, NaN where nothing is known).
 
-        Returns the shift that it completes, else None. Inputs that are not finite are not looked at.
+        Returns the shift that it completes, else None. Inputs that are not finite are not looked at. `key`: whose query it is;
+        `key_share`: most of the evidence that one key may give, 1 where there is no other.
         """
         row = np.asarray(input_D, np.float64), np.asarray(signal_A, np.float64)
         if not np.isfinite(row[0]).all():
             return None
         self.seen += 1
+        self._key_share = key_share
         self.usual_A = np.full(len(row[1]), np.nan)
         if self._inputs is None or self._reference is None:
             self._waiting.append(row)
@@ -156,15 +176,22 @@ class ShiftDetector:
             return None
         self._recent.append(row)
         apart, off_A = self._reference.unusual(*row)
-        is_familiar = self._inputs.add(apart, self._rng) >= FAMILIAR and self._inputs.total < math.sqrt(self.run_length)
+        p = self._inputs.add(apart, self._rng, key, 2 * self.run_length if key_share < 1.0 else math.inf)
+        is_familiar = p >= FAMILIAR and self._inputs.counted(key_share) < math.sqrt(self.run_length)
         if is_familiar:  # else its neighbours tell nothing about it
             for agent in np.flatnonzero(np.isfinite(off_A)):
-                self.usual_A[agent] = self._agents[agent].add(float(off_A[agent]), self._rng)
+                self.usual_A[agent] = self._agents[agent].add(float(off_A[agent]), self._rng, key)
             self._pardon(off_A)
         shares = self._shares()
         cause = max(shares, key=lambda kind: shares[kind])
         if shares[cause] < 1.0:
-            odd = {agent for agent, share in enumerate(self._agent_shares()) if share >= 1.0} - self.odd_agents
+            found = self._agent_shares()
+            if self._of_most(found) >= 1.0:  # on the queries of one key, which says nothing of the agents
+                found = self._agent_shares(key_share)
+                cleared = [agent for agent in self._again if found[agent] < 1.0]
+                self.odd_agents.difference_update(cleared)
+                self._again = {agent: known for agent, known in self._again.items() if agent not in cleared}
+            odd = {agent for agent, share in enumerate(found) if share >= 1.0} - self.odd_agents
             self.odd_agents |= odd
             self._again |= {agent: (self._agents[agent].calibration, deque(maxlen=SETTLE)) for agent in odd}
             return None

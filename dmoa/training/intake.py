@@ -55,7 +55,7 @@ class IntakeRules:
     batch_queries: int = 8
     mixes_keys: bool = False
     key_share: float = 0.5
-    """Most of a batch, and of what waits, that one key may have where others teach too."""
+    """Most of a batch, of what waits, and of the evidence for a shift that one key may have where others teach too."""
     anonymous: bool = False
     exclude: Collection[str] = ()
     """Names of keys as records hold them."""
@@ -140,7 +140,9 @@ class Intake:
             self.refused["a copy of queries that teach already"] += 1
             return None
         cleaned = self._cleaned(record)
-        shift = self.detector.see(input_D, self._doubts(cleaned.answer.steps[0]))
+        others = (one for name, other in self._keys.items() if name != record.tenant for one in other.waiting.values())
+        share = self.rules.key_share if any(one.uses < MAX_USES for one in others) else 1.0
+        shift = self.detector.see(input_D, self._doubts(cleaned.answer.steps[0]), record.tenant, share)
         if shift is not None:
             self.shifts.append(shift)
         self._copies[copy_of] += 1

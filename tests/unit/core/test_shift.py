@@ -29,6 +29,11 @@ class Stream:
         for _ in range(count):
             detector.see(*self.next(int(self.rng.integers(centres))))
 
+    def of_three(self, detector: ShiftDetector, count: int) -> None:
+        """Usual queries of the keys a, b and c."""
+        for _ in range(count):
+            detector.see(*self.next(int(self.rng.integers(3))), "abc"[int(self.rng.integers(3))], 0.5)
+
 
 def test_a_bet_on_chance_pays_one_on_average() -> None:
     grid = (np.arange(200_000) + 0.5) / 200_000
@@ -118,6 +123,43 @@ def test_all_agents_at_once_are_a_shift_of_signals() -> None:
     assert detector.odd_agents == set()
 
 
+def test_one_key_declares_no_shift_where_others_teach_and_hides_none_of_theirs() -> None:
+    for seed in range(4):
+        stream, detector = Stream(seed, 5), ShiftDetector(seed=seed)
+        stream.of_three(detector, 120)
+        for _ in range(10):
+            detector.see(*stream.next(3), "d", 0.5)
+        for _ in range(100):  # half of the traffic, and it goes on
+            detector.see(*stream.next(3), "d", 0.5)
+            stream.of_three(detector, 1)
+        assert detector.shifts == [], seed
+        assert any(detector.see(*stream.next(4), "abc"[number % 3], 0.5) for number in range(15)), seed
+
+
+@pytest.mark.parametrize(("keys", "most"), [("abc", 25), ("ab", 25), ("a", 10)])
+def test_what_several_keys_ask_anew_is_noticed_and_what_one_does_where_it_is_the_only_one(keys: str, most: int) -> None:
+    for seed in range(4):
+        stream, detector = Stream(seed), ShiftDetector(seed=seed)
+        share = 0.5 if len(keys) > 1 else 1.0
+        for number in range(120):
+            detector.see(*stream.next(int(stream.rng.integers(3))), keys[number % len(keys)], share)
+        assert detector.shifts == []
+        assert any(detector.see(*stream.next(3), keys[number % len(keys)], share) for number in range(most)), seed
+
+
+@pytest.mark.parametrize("is_shift", [True, False])
+def test_agents_that_are_unlike_themselves_on_one_keys_queries_alone_go_on_teaching(is_shift: bool) -> None:
+    stream, detector = Stream(2), ShiftDetector(seed=2)
+    stream.of_three(detector, 200)
+    for number in range(60):
+        row_D, signal_A = stream.next(1)
+        detector.see(row_D, signal_A + 3.0, "abc"[number % 3] if is_shift else "d", 0.5)
+        if not is_shift:
+            stream.of_three(detector, 1)
+    assert detector.odd_agents == set()
+    assert [shift.cause for shift in detector.shifts] == ["signals"] * is_shift
+
+
 def test_a_detector_that_was_primed_judges_at_once_and_knows_who_was_never_heard() -> None:
     stream, detector = Stream(3), ShiftDetector(seed=3)
     rows = [stream.next(int(stream.rng.integers(3))) for _ in range(120)]
@@ -146,6 +188,9 @@ def test_a_long_stream_takes_no_more_memory() -> None:
     for score in rng.uniform(size=MAX_SEEN + 100):
         evidence.add(float(score), rng)
     assert len(evidence._seen) == MAX_SEEN
+    for number in range(500):
+        evidence.add(0.5, rng, key=str(number))
+    assert len(evidence._without) < 100, "keys that were heard of long ago make no difference"
 
 
 def test_what_is_not_finite_is_not_looked_at() -> None:

@@ -157,6 +157,16 @@ def test_an_agent_that_is_sure_of_everything_stops_teaching() -> None:
     assert {reply.agent for record in intake.draw() for reply in record.answer.steps[0].replies} == {*pool.agents} - {"code"}
 
 
+@pytest.mark.parametrize(("others", "is_shift"), [(2, False), (1, True)])
+def test_ten_odd_queries_of_a_key_are_a_shift_where_nobody_else_teaches_alone(others: int, is_shift: bool) -> None:
+    pool = ScriptedPool(seed=3)
+    intake = Intake(rules(pool), detector=ShiftDetector(seed=3))
+    intake.take([pool.record(pool.ask(number % 3, KEYS[number % others])) for number in range(120)])
+    assert intake.shifts == []
+    intake.take([pool.record(pool.ask(4)) for _ in range(10)])
+    assert [shift.cause for shift in intake.shifts] == ["inputs"] * is_shift
+
+
 def test_what_waits_is_bounded_and_no_key_fills_it() -> None:
     pool = ScriptedPool()
     intake = Intake(rules(pool, mixes_keys=True), detector=ShiftDetector())
