@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from dmoa.errors import ConfigError
 
 if TYPE_CHECKING:
     from dmoa.serving.router.admin import RouterAdmin
+    from dmoa.serving.router.state import Memory
     from dmoa.tracking import Mode, Tracker
     from dmoa.training.dataset import Episodes
     from dmoa.training.online import Exchange, OnlineJob, Pulled
@@ -29,18 +31,23 @@ LOG = "adapt.log"
 """Lines for a person, in the run's folder."""
 STOP_S = 20.0
 """Seconds that a job which is told to end may take; an update and an offer are shorter."""
+LEASE_S = 60.0
+"""How long after its last sign of life a learner counts as following its app; it gives one six times as often."""
 NICENESS = 19
 """How far the learner stands back behind what serves, on systems without a class for idle work."""
 
 
 def run_online_adaptation(options: OnlineOptions, common: Common, command: str) -> None:
-    """Learn until a signal comes. Raises ConfigError where there is no such app, or it takes no offers, DmoaError where it stops.
+    """Learn until a signal comes. Raises ConfigError where there is no such app, it takes no offers, or is followed already.
+
+    Raises DmoaError where it stops.
 
     The same command goes on: from the gate that is current then, and what the feedback holds.
     """
     from dmoa.serving.launch import AUTO, ray_address
 
     address = ray_address(options.address) or AUTO  # before Ray is imported: it reads then whether to send its token
+    from dmoa.serving.actors import ClusterMemory
     from dmoa.storage import only_one
     from dmoa.training.ray_train import fit_on_ray
     from dmoa.workflows.evaluate import opened_ray
@@ -50,7 +57,9 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
     advice = "what was installed serves on, and the same command goes on from it"
     with goes_on(advice), only_one(out, "learner", "adapt"), opened_ray(address):
         job = build_job(options, served_config(options.app), command)
-        tail = _Tail(out / LOG, common)
+        lease = Lease(options.app, f"{socket.gethostname()}:{out}", ClusterMemory(options.app, "learner"))
+        lease.keep(time.time())
+        tail = _Tail(out / LOG, common, lease)
         _stop_key(options.app, clear=True)
         try:
             place = str(out / "state" / f"{time.time():.0f}")
@@ -63,6 +72,38 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
                 time.sleep(0.1)
             tail.tick()
             raise
+        finally:
+            lease.give_up()
+
+
+@dataclass(slots=True)
+class Lease:
+    """Lets one learner at a time follow an app: while it lives nobody else may, and soon after its death anybody."""
+
+    app: str
+    holder: str
+    """The learner, by its folder, which one process at a time has: the same command goes on at once."""
+    memory: Memory
+    _due_unix_s: float = 0.0
+
+    def keep(self, now: float) -> None:
+        """Take the lease, or give a sign of life where one is due. Raises ConfigError while another learner has it."""
+        if now < self._due_unix_s:
+            return
+        held = json.loads(self.memory.get("lease") or b"{}")
+        left_s = held.get("until_unix_s", 0.0) - now
+        if left_s > 0 and held["holder"] != self.holder:
+            raise ConfigError(
+                f"--app: {self.app!r} is followed by another learner ({held['holder']}); end that one first; if it died, its "
+                f"place is free in {left_s:.0f} s"
+            )
+        self._due_unix_s = now + LEASE_S / 6
+        self.memory["lease"] = json.dumps({"holder": self.holder, "until_unix_s": now + LEASE_S}).encode()
+
+    def give_up(self) -> None:
+        """Let others follow the app, if nobody does already."""
+        if json.loads(self.memory.get("lease") or b"{}").get("holder") == self.holder:
+            self.memory["lease"] = b"{}"
 
 
 def served_config(app: str) -> Config:
@@ -272,14 +313,15 @@ class Sayer:
 
 
 class _Tail:
-    """Tells a person what is added to the log."""
+    """Tells a person what is added to the log, and others that somebody follows the app."""
 
-    def __init__(self, path: Path, common: Common) -> None:
-        self._path, self._common = path, common
+    def __init__(self, path: Path, common: Common, lease: Lease) -> None:
+        self._path, self._common, self._lease = path, common, lease
         self._place = path.stat().st_size if path.exists() else 0
 
     def tick(self) -> None:
-        """Tell what is new."""
+        """Tell what is new. Raises ConfigError where another learner has taken the app over."""
+        self._lease.keep(time.time())
         if not self._path.exists():
             return
         with self._path.open("rb") as file:

@@ -25,7 +25,7 @@ from dmoa.training.options import AdaptOptions, OnlineOptions
 from dmoa.training.prequential import Counted, StreamUpdate
 from dmoa.training.rollouts import RolloutQuery, table_of
 from dmoa.workflows.adapt import Stage, _prepared, _report, check_same, run_adapt, run_first
-from dmoa.workflows.adapt_online import build_job
+from dmoa.workflows.adapt_online import LEASE_S, Lease, build_job
 from dmoa.workflows.console import Bars, Common
 from tests.unit.training.adapt_lessons import lesson
 
@@ -222,6 +222,25 @@ def test_a_pool_that_answers_nothing_stops_before_the_rest_is_asked(tmp_path: Pa
     pool = scripted_pool_yaml().replace("engine: scripted", "engine: scripted, engine_kwargs: {failing: [one, two, three]}")
     with pytest.raises(DmoaError, match=r"zero-shot: all 9 queries of dyes failed; the first error: .* begin in another folder"):
         begun(loads(pool), tmp_path)
+
+
+def test_one_learner_at_a_time_follows_an_app() -> None:
+    memory: dict[str, bytes] = {}
+    first, second = Lease("dmoa", "here:/a", memory), Lease("dmoa", "there:/b", memory)
+    first.keep(0.0)
+    for now in (0.0, LEASE_S / 2):
+        with pytest.raises(ConfigError, match=rf"'dmoa' is followed by .*\(here:/a\); end that .* free in {LEASE_S - now:.0f} s"):
+            second.keep(now)
+    first.keep(LEASE_S / 2)  # a sign of life
+    with pytest.raises(ConfigError, match="followed"):
+        second.keep(1.4 * LEASE_S)
+    second.give_up()  # nothing of its own
+    Lease("dmoa", "here:/a", memory).keep(1.4 * LEASE_S)  # the same command, which was killed
+    second.keep(2.5 * LEASE_S)  # it died
+    with pytest.raises(ConfigError, match="there:/b"):
+        first.keep(2.6 * LEASE_S)  # or was stopped for a while, and ends now
+    second.give_up()
+    first.keep(2.6 * LEASE_S)
 
 
 @pytest.mark.contract  # routes by the embedded encoder
