@@ -59,6 +59,7 @@ class _Evidence:
         self.total = 0.0
         self._without: dict[str, float] = {}
         """Keys that made a difference of late; without any other key it is the total."""
+        self._newest: deque[tuple[str, float]] = deque(maxlen=SETTLE)
 
     def add(self, score: float, rng: np.random.Generator, key: str = "", enough: float = math.inf) -> float:
         """Bet on a query being more unusual than those before (mixture of the power bets, Vovk); return its p-value.
@@ -69,8 +70,12 @@ class _Evidence:
         ties = len(self._seen) - above - bisect.bisect_left(self._seen, score)
         p = (above + float(rng.uniform()) * (ties + 1)) / (len(self._seen) + 1)
         own = self._without.get(key, self.total)
-        if not own < enough <= self.total:
-            bisect.insort(self._seen, score)
+        self._newest.append((key, score))
+        bisect.insort(self._seen, score)
+        if own < enough <= self.total:
+            for one in [one for one in self._newest if one[0] == key and one[1] in self._seen]:
+                self._newest.remove(one)
+                self._seen.remove(one[1])
         if len(self._seen) > MAX_SEEN:
             del self._seen[int(rng.integers(MAX_SEEN))]
         pays, self.total = bet(p), (self.total + 1.0) * bet(p)
@@ -78,10 +83,10 @@ class _Evidence:
         self._without = {name: total for name, total in others.items() if abs(total - self.total) > 0.01 * self.total}
         return p
 
-    def counted(self, key_share: float) -> float:
-        """Return the sum of bets of which one key gives at most a share."""
+    def counted(self, key_share: float, enough: float) -> float:
+        """Return the sum of bets; less, where one key gives more than its share of the logarithm of `enough`."""
         least = min(self._without.values(), default=self.total)
-        return self.total if key_share >= 1.0 else min(self.total, least / (1.0 - key_share))
+        return self.total if key_share >= 1.0 else min(self.total, least * enough**key_share)
 
 
 def bet(p: float) -> float:
@@ -137,7 +142,8 @@ class ShiftDetector:
         if self._inputs is None:
             return {}
         signals = self._of_most(self._agent_shares(self._key_share))
-        return {"inputs": self._inputs.counted(self._key_share) / (2 * self.run_length), "signals": signals}
+        enough = 2 * self.run_length
+        return {"inputs": self._inputs.counted(self._key_share, enough) / enough, "signals": signals}
 
     def _of_most(self, shares: list[float]) -> float:
         """Return what speaks for a change of most agents: of the middle one of them."""
@@ -145,7 +151,8 @@ class ShiftDetector:
         return sorted(known)[(len(known) - 1) // 2] if len(known) > 1 else 0.0
 
     def _agent_shares(self, key_share: float = 1.0) -> list[float]:
-        return [kind.counted(key_share) / (2 * len(self._agents) * self.run_length) for kind in self._agents]
+        enough = 2 * len(self._agents) * self.run_length
+        return [kind.counted(key_share, enough) / enough for kind in self._agents]
 
     def prime(self, input_RD: npt.ArrayLike, signal_RA: npt.ArrayLike) -> None:
         """Begin with earlier queries as what is usual; agents without a signal among them are odd. Too few change nothing."""
@@ -177,7 +184,7 @@ class ShiftDetector:
         self._recent.append(row)
         apart, off_A = self._reference.unusual(*row)
         p = self._inputs.add(apart, self._rng, key, 2 * self.run_length if key_share < 1.0 else math.inf)
-        is_familiar = p >= FAMILIAR and self._inputs.counted(key_share) < math.sqrt(self.run_length)
+        is_familiar = p >= FAMILIAR and self._inputs.counted(key_share, 2 * self.run_length) < math.sqrt(self.run_length)
         if is_familiar:  # else its neighbours tell nothing about it
             for agent in np.flatnonzero(np.isfinite(off_A)):
                 self.usual_A[agent] = self._agents[agent].add(float(off_A[agent]), self._rng, key)
