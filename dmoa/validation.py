@@ -190,6 +190,8 @@ def _sentence(item: ErrorDetails, model: type[BaseModel] | None) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"{where}: missing; add it"
+    if item["type"] == "json_invalid":
+        return expectation(message)
     if item["type"] == "extra_forbidden":
         keys = list(_keys_beside(item["loc"], model)) if model else []
         allowed = f"; expected one of {', '.join(keys)}" if model else ""
