@@ -254,7 +254,7 @@ class PluginPolicy:
         if isinstance(plan, Stop):
             return plan
         if not isinstance(plan, StepPlan) or not plan.activations:
-            raise self._error(f"{where} is {short(plan)}; expected Stop and a StepPlan that asks somebody")
+            raise self._error(f"{where} is {short(plan)}; expected a Stop, or a StepPlan that asks somebody")
         asked = dict.fromkeys(item.agent for item in (*plan.activations, *plan.reserves, *plan.explored))
         unknown = [name for name in asked if name not in self._agents]
         if unknown:

@@ -53,8 +53,8 @@ def policy_file(
         ),
         ({"name": "pass"}, "it has no `name`; write `name = 'relay'` in its class"),
         ({"step": "return {}['who']"}, "next_step of step 1 raised KeyError('who'); mend it, -v shows where"),
-        ({"step": "return None"}, "next_step of step 1 is None; expected Stop and a StepPlan that asks somebody"),
-        ({"step": "return StepPlan(activations=())"}, "expected Stop and a StepPlan that asks somebody"),
+        ({"step": "return None"}, "next_step of step 1 is None; expected a Stop, or a StepPlan that asks somebody"),
+        ({"step": "return StepPlan(activations=())"}, "expected a Stop, or a StepPlan that asks somebody"),
         ({"init": "context.nothing"}, "building it raised AttributeError(\"'PolicyContext' object has no attribute 'nothing'\")"),
     ],
 )
