@@ -1,9 +1,16 @@
-"""Tells which addresses are this machine's own, and keeps the environment's proxies away from them and from replicas."""
+"""Tells which addresses are this machine's own, and keeps the environment's proxies away from them and from replicas.
+
+Also how long a server, whoever's, asks a client to wait.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 
@@ -33,3 +40,16 @@ def ignore_proxies() -> None:
     address. A `grpc_proxy` that is empty means none. Nothing else reads it.
     """
     os.environ["grpc_proxy"] = ""  # noqa: SIM112 -- gRPC knows it in small letters only
+
+
+def asked_wait_s(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a refusal asks to wait, given as milliseconds, seconds or a date; None where it says nothing."""
+    asked = headers.get("retry-after", "").strip()
+    for read, text in (
+        (lambda text: float(text) / 1e3, headers.get("retry-after-ms", "")),
+        (float, asked),
+        (lambda text: parsedate_to_datetime(text).timestamp() - time.time(), asked),
+    ):
+        with suppress(ValueError, TypeError, OverflowError):
+            return max(0.0, read(text)) or (0.0 if asked == "0" else None)
+    return None

@@ -16,9 +16,8 @@ import re
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from pydantic import SecretStr
@@ -28,7 +27,7 @@ from dmoa.engine_options import OpenaiOptions, read_key
 from dmoa.engines.connections import FAILURES, Connections, failure_of, read_error
 from dmoa.engines.openai_replies import Draft, error_message, estimated_tokens, events, plain
 from dmoa.errors import AgentOverloadedError, DeadlineError, EngineError, PromptTooLongError
-from dmoa.loopback import uses_proxies
+from dmoa.loopback import asked_wait_s, uses_proxies
 from dmoa.types import FinalCall, Generation, GenerationRequest, Message, TextDelta
 from dmoa.validation import Conceal, redact_text
 
@@ -99,19 +98,6 @@ class _AgainError(Exception):
         super().__init__(str(error))
         self.error = error
         self.wait_s = wait_s
-
-
-def _asked_wait_s(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a refusal asks to wait, given as milliseconds, seconds or a date; None where it says nothing."""
-    asked = headers.get("retry-after", "").strip()
-    for read, text in (
-        (lambda text: float(text) / 1e3, headers.get("retry-after-ms", "")),
-        (float, asked),
-        (lambda text: parsedate_to_datetime(text).timestamp() - time.time(), asked),
-    ):
-        with suppress(ValueError, TypeError, OverflowError):
-            return max(0.0, read(text)) or (0.0 if asked == "0" else None)
-    return None
 
 
 def _seed(request: GenerationRequest) -> int:
@@ -383,7 +369,7 @@ class OpenaiEngine:
             return self._error(f"it refuses {whose} with status {status}: {said}")
         text = self._named(f"it answered with status {status}: {said}")
         refused = AgentOverloadedError(text) if status == 429 else EngineError(text)
-        return _AgainError(refused, _asked_wait_s(headers)) if status in (408, 429) or status >= 500 else refused
+        return _AgainError(refused, asked_wait_s(headers)) if status in (408, 429) or status >= 500 else refused
 
     def _learn(self, said: str, body: dict[str, Any]) -> bool:
         """Remember an optional field that a refusal names and the call held; tells whether there was one."""

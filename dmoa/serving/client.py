@@ -6,20 +6,28 @@ dmoa's own errors in place of HTTP statuses.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
-from dmoa.loopback import uses_proxies
+from dmoa.loopback import asked_wait_s, uses_proxies
 from dmoa.types import Message, TextDelta
 from dmoa.validation import Conceal, redact_text
 
+_LOG = logging.getLogger("dmoa.client")
+BUSY_S, LEAST_WAIT_S = 1.0, 0.05
+"""How long to wait where a busy server does not say it, and at least."""
+T = TypeVar("T")
 _KINDS: dict[str, type[DmoaError]] = {
     "no_agent": NoAgentError,
     "empty_answer": EmptyAnswerError,
@@ -53,13 +61,23 @@ class ServerClient:
     """Asks a running server; use it as `async with`, or call `close`."""
 
     def __init__(
-        self, url: str, *, api_key: str = "", timeout_s: float = 600.0, http_client: DefaultAsyncHttpxClient | None = None
+        self,
+        url: str,
+        *,
+        api_key: str = "",
+        timeout_s: float = 600.0,
+        patience_s: float = 0.0,
+        http_client: DefaultAsyncHttpxClient | None = None,
     ) -> None:
+        """`patience_s`: how long a request that a busy server refuses is sent again, when the server says (Retry-After)."""
+        self.waits = 0
+        """Requests that were sent again."""
+        self._patience_s = patience_s
         self.url = url.rstrip("/").removesuffix("/v1")
         self._conceal = Conceal(api_key)
         if http_client is None and not uses_proxies(self.url):
             http_client = DefaultAsyncHttpxClient(trust_env=False)
-        # The openai client insists on some key. No retries: a query is expensive, and the caller decides.
+        # The openai client insists on some key. No retries of its own: it repeats queries that were begun, too.
         self._openai = AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=timeout_s, max_retries=0, http_client=http_client
         )
@@ -89,11 +107,11 @@ class ServerClient:
         it cannot be reached.
         """
         with self._errors():
-            reply = await self._openai.chat.completions.create(
-                model=model or await self.pool(),
-                messages=_plain(messages),
-                extra_body={"dmoa": dict(dmoa or {})},
-                **(sampling or {}),
+            name = model or await self.pool()
+            reply = await self._patiently(
+                lambda: self._openai.chat.completions.create(
+                    model=name, messages=_plain(messages), extra_body={"dmoa": dict(dmoa or {})}, **dict(sampling or {})
+                )
             )
         choice = reply.choices[0]
         return RemoteReply(
@@ -171,8 +189,25 @@ class ServerClient:
     async def trace(self, trace_id: str) -> dict[str, Any]:
         """Return the trace of a query made with the same key. Raises RequestError (404)."""
         with self._errors():
-            found = await self._openai.get(f"/dmoa/traces/{trace_id}", cast_to=object)
+            found = await self._patiently(lambda: self._openai.get(f"/dmoa/traces/{trace_id}", cast_to=object))
         return cast(dict[str, Any], found)
+
+    async def _patiently(self, send: Callable[[], Awaitable[T]]) -> T:
+        """Send a request, again while the server is busy (429, or 503 with Retry-After), as long as patience lasts."""
+        give_up = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return await send()
+            except openai.APIStatusError as error:
+                asked_s = asked_wait_s(error.response.headers)
+                wait_s = max(LEAST_WAIT_S, BUSY_S if asked_s is None else asked_s)
+                is_busy = error.status_code == 429 or (error.status_code == 503 and asked_s is not None)
+                if not is_busy or time.monotonic() + wait_s > give_up:
+                    raise
+                self.waits += 1
+                if self.waits.bit_count() == 1:  # at twice as many each time
+                    _LOG.warning("%s is busy (%d): requests sent again: %d", self.url, error.status_code, self.waits)
+            await asyncio.sleep(wait_s * (1.0 + random.random() / 4))  # noqa: S311 -- no secret
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

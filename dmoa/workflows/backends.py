@@ -74,6 +74,10 @@ class OpenCollectingPool:
         return ExploringSwarm(build_local_swarm(config, lambda text: None, self.call_cache), self.epsilon)
 
 
+BUSY_PATIENCE_S = 600.0
+"""How long evaluation and rollouts go on asking a server that is busy, for each query."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenServer:
     """Opens a client of a running server."""
@@ -84,7 +88,7 @@ class OpenServer:
 
     def __call__(self) -> RemoteSwarm:
         """Return the client."""
-        return RemoteSwarm(open_client(self.url, self.api_key), pool=self.pool, has_seeds=True)
+        return RemoteSwarm(open_client(self.url, self.api_key, patience_s=BUSY_PATIENCE_S), pool=self.pool, has_seeds=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +113,7 @@ class CollectingServer:
 
     def __init__(self, opened: OpenCollectingServer) -> None:
         self._opened = opened
-        self._swarm = RemoteSwarm(open_client(opened.url, opened.api_key), pool=opened.pool, has_seeds=True)
+        self._swarm = OpenServer(url=opened.url, pool=opened.pool, api_key=opened.api_key)()
         self._foreign: RequestError | None = None
 
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
@@ -215,13 +219,17 @@ def _options(limits: Limits, policy: str) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def open_client(url: str, api_key: str | None = None) -> ServerClient:
-    """Return a client of a server; the key, where it wants one, is DMOA_API_KEY unless given. Raises RequestError."""
+def open_client(url: str, api_key: str | None = None, *, patience_s: float = 0.0) -> ServerClient:
+    """Return a client of a server; the key, where it wants one, is DMOA_API_KEY unless given. Raises RequestError.
+
+    `patience_s` as in `ServerClient`.
+    """
     if not url.startswith(("http://", "https://")):
         raise RequestError(f"--url is {url!r}; give the server's address, such as http://127.0.0.1:8000")
     from dmoa.serving.client import ServerClient
 
-    return ServerClient(url, api_key=os.environ.get("DMOA_API_KEY", "") if api_key is None else api_key)
+    key = os.environ.get("DMOA_API_KEY", "") if api_key is None else api_key
+    return ServerClient(url, api_key=key, patience_s=patience_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

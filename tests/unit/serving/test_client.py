@@ -102,6 +102,46 @@ async def test_a_surprise_is_no_category() -> None:
     assert type(caught.value) is DmoaError
 
 
+class Busy(httpx2.AsyncBaseTransport):
+    """Refuses the first questions, and answers the others."""
+
+    def __init__(self, inner: httpx2.AsyncBaseTransport, refusals: list[tuple[int, dict[str, str]]]) -> None:
+        self._inner, self._refusals = inner, refusals
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if request.method == "POST" and self._refusals:
+            status, headers = self._refusals.pop(0)
+            return httpx2.Response(status, headers=headers, json={"error": {"message": "busy", "code": None}}, request=request)
+        return await self._inner.handle_async_request(request)
+
+
+SOON = {"Retry-After": "0.01"}
+
+
+@pytest.mark.parametrize(
+    ("refusals", "patience_s", "waits", "left"),
+    [
+        ([(429, SOON), (429, {"retry-after-ms": "10"}), (503, SOON)], 60.0, 3, 0),
+        ([(429, SOON)], 0.0, 0, 0),
+        ([(429, {"Retry-After": "100"})], 60.0, 0, 0),  # longer than patience lasts
+        ([(503, {})], 60.0, 0, 0),
+        ([(429, SOON), (400, SOON), (429, SOON)], 60.0, 1, 1),
+    ],
+)
+async def test_a_busy_server_is_asked_again_when_it_says(
+    refusals: list[tuple[int, dict[str, str]]], patience_s: float, waits: int, left: int
+) -> None:
+    transport, is_answered = Busy(httpx2.ASGITransport(make_app(FakeService())), refusals), len(refusals) == waits
+    http_client = DefaultAsyncHttpxClient(transport=transport)
+    async with ServerClient("http://test/v1/", patience_s=patience_s, http_client=http_client) as client:
+        if is_answered:
+            assert (await client.chat(HI)).text == "The answer is 19."
+        else:
+            with pytest.raises(DmoaError, match="busy"):
+                await client.chat(HI)
+    assert (client.waits, len(refusals)) == (waits, left)
+
+
 async def test_no_server_is_said_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
