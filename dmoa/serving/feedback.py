@@ -70,19 +70,26 @@ class FeedbackStore:
     def load(self) -> tuple[list[Feedback], bytes] | None:
         """Return the records and the state, None where there are none. Raises ConfigError where they cannot be read."""
         names = (f"{self._root}/{FILE}", f"{self._root}/{STATE}")
-        if any(info.type != arrow_fs.FileType.File for info in self._fs.get_file_info(list(names))):
+        gone = [info.base_name for info in self._fs.get_file_info(list(names)) if info.type != arrow_fs.FileType.File]
+        if len(gone) == 1:
+            raise ConfigError(
+                f"{self.place}: {gone[0]} is gone, and what belongs to it is there; remove the folder to begin anew"
+            )
+        if gone:
             return None
         records, state = (self._fs.open_input_stream(name).readall() for name in names)
         return read_feedback(records, f"{self.place}/{FILE}"), state
 
-    def under(self, newer: FeedbackBuffer, empty: FeedbackBuffer) -> FeedbackBuffer:
+    def under(self, newer: FeedbackBuffer, empty: FeedbackBuffer, *, is_expected: bool = False) -> FeedbackBuffer:
         """Return the snapshot with the `newer` records, in `empty`; `newer` itself where there is none that is whole.
 
-        Raises OSError where it cannot be read now.
+        Where one that `is_expected` is not there the log says so. Raises OSError where it cannot be read now.
         """
         try:
             found = self.load()
             if found is None:
+                if is_expected:
+                    _LOG.warning("feedback begins empty: %s holds none; if some was kept there, is it mounted?", self.place)
                 return newer
             empty.restore([*found[0], *newer.records()], found[1])
         except ConfigError as error:
@@ -124,7 +131,8 @@ class FeedbackActor:
     def _read(self) -> bool:
         """Take up the snapshot, below what came since; returns False where it cannot be read now, and is not written over."""
         try:
-            self._buffer = self._store.under(self._buffer, buffer_of(self._config))
+            kept = ray.get_runtime_context().was_current_actor_reconstructed or self._config.router.state_uri is not None
+            self._buffer = self._store.under(self._buffer, buffer_of(self._config), is_expected=kept)
         except OSError as error:
             _LOG.warning("feedback that was kept cannot be read, and none is saved until it can: %s", error)
             return False

@@ -175,6 +175,19 @@ def test_a_snapshot_that_cannot_be_read_now_is_taken_up_later_below_what_came_si
     assert store.under(newer, buffer()) is newer, "what is damaged never becomes whole"
 
 
+def test_feedback_that_is_gone_is_missed_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, newer, folder = FeedbackStore((tmp_path / "state").as_uri()), buffer(), tmp_path / "state" / "feedback"
+    store.under(newer, buffer())
+    assert caplog.messages == []
+    assert store.under(newer, buffer(), is_expected=True) is newer
+    (said,) = caplog.messages
+    assert said.startswith(f"feedback begins empty: {store.place} holds none")
+    store.save(write_feedback([]), newer.state())
+    (folder / "feedback.json").unlink()
+    with pytest.raises(ConfigError, match=r"feedback.json is gone, and what belongs to it is there"):
+        store.load()
+
+
 def test_queries_that_were_saved_after_the_state_can_be_judged_too() -> None:
     kept, again = buffer(), buffer()
     kept.put(made(1))
