@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 # The times of every test are left under out/tests.
 PYTEST := $(BIN)/python -m pytest -q --durations=15
 
-.PHONY: setup demo fast test test-vllm check audit bench accept clean
+.PHONY: setup demo fast test test-vllm check check-types check-rest audit bench accept clean
 
 setup: $(READY)
 
@@ -29,10 +29,16 @@ $(READY): pyproject.toml
 demo: setup
 	$(BIN)/dmoa demo
 
+# Types take as long as all the rest, and one core.
 check: setup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync check-types check-rest
+
+check-types:
+	$(BIN)/mypy
+
+check-rest:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py tests/unit/test_security.py
 
 # What the package index knows of this environment; `make check` looks at the dated list in tests/advisories.json alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -34,14 +35,13 @@ gc.disable()  # until all tests are collected: their imports make millions of ob
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of every later look for garbage."""
+    """Leave what was imported out of every later look for garbage; pytest's own at its end would take seconds.
+
+    It is given back last, for extension modules that complain of what is never freed.
+    """
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    """Give it back, for extension modules that complain at the end of what is never freed."""
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 def _on_audit(event: str, arguments: tuple[object, ...]) -> None:
