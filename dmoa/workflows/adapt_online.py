@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,7 +59,7 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
     with goes_on(advice), only_one(out, "learner", "adapt"), opened_ray(address):
         job = build_job(options, served_config(options.app), command)
         lease = Lease(options.app, f"{socket.gethostname()}:{out}", ClusterMemory(options.app, "learner"))
-        lease.keep(time.time())
+        lease.take(common.say)
         tail = _Tail(out / LOG, common, lease)
         _stop_key(options.app, clear=True)
         try:
@@ -86,17 +87,30 @@ class Lease:
     memory: Memory
     _due_unix_s: float = 0.0
 
+    def take(
+        self, say: Callable[[str], None], clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Take the lease, also that of a learner that died, once its time is over. Raises ConfigError where it lives."""
+        held = None
+        while True:
+            try:
+                return self.keep(clock())
+            except ConfigError as error:
+                found = self.memory.get("lease")
+                if held not in (None, found):
+                    raise
+                if held is None:
+                    say(f"{error}; waiting whether it gives a sign of life, {LEASE_S:.0f} s at most")
+                held = found
+            sleep(1.0)
+
     def keep(self, now: float) -> None:
         """Take the lease, or give a sign of life where one is due. Raises ConfigError while another learner has it."""
         if now < self._due_unix_s:
             return
         held = json.loads(self.memory.get("lease") or b"{}")
-        left_s = held.get("until_unix_s", 0.0) - now
-        if left_s > 0 and held["holder"] != self.holder:
-            raise ConfigError(
-                f"--app: {self.app!r} is followed by another learner ({held['holder']}); end that one first; if it died, its "
-                f"place is free in {left_s:.0f} s"
-            )
+        if held.get("until_unix_s", 0.0) > now and held["holder"] != self.holder:
+            raise ConfigError(f"--app: {self.app!r} is followed by another learner ({held['holder']}); end that one first")
         self._due_unix_s = now + LEASE_S / 6
         self.memory["lease"] = json.dumps({"holder": self.holder, "until_unix_s": now + LEASE_S}).encode()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,7 +230,7 @@ def test_one_learner_at_a_time_follows_an_app() -> None:
     first, second = Lease("dmoa", "here:/a", memory), Lease("dmoa", "there:/b", memory)
     first.keep(0.0)
     for now in (0.0, LEASE_S / 2):
-        with pytest.raises(ConfigError, match=rf"'dmoa' is followed by .*\(here:/a\); end that .* free in {LEASE_S - now:.0f} s"):
+        with pytest.raises(ConfigError, match=r"'dmoa' is followed by .*\(here:/a\); end that one"):
             second.keep(now)
     first.keep(LEASE_S / 2)  # a sign of life
     with pytest.raises(ConfigError, match="followed"):
@@ -241,6 +242,25 @@ def test_one_learner_at_a_time_follows_an_app() -> None:
         first.keep(2.6 * LEASE_S)  # or was stopped for a while, and ends now
     second.give_up()
     first.keep(2.6 * LEASE_S)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_learner_that_died_is_waited_out_and_one_that_lives_is_left_alone(lives: bool) -> None:
+    memory: dict[str, bytes] = {}
+    first, second = Lease("dmoa", "here:/a", memory), Lease("dmoa", "there:/b", memory)
+    first.keep(0.0)
+    now, said = [1.0], list[str]()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if lives:
+            first.keep(now[0])
+
+    with pytest.raises(ConfigError, match="end that one first") if lives else nullcontext():
+        second.take(said.append, lambda: now[0], sleep)
+    assert now[0] == (LEASE_S / 6 if lives else LEASE_S)
+    assert len(said) == 1
+    assert "here:/a" in said[0]
 
 
 @pytest.mark.contract  # routes by the embedded encoder
