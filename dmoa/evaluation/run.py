@@ -120,7 +120,7 @@ def _begin(session: Session) -> RunInfo:
     folder, options = session.folder, session.options
     if _runs_programs(session.benchmarks):
         require_sandbox(allow_weak=options.allow_weak_sandbox)
-    if folder.run.exists():
+    if folder.run.exists() and (options.resume or folder.is_answered):
         if not options.resume:
             raise ConfigError(f"--out: {str(folder.root)!r} holds a run; go on with it by --resume, or name another folder")
         info = read_record(folder.run, RunInfo)

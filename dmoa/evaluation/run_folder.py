@@ -51,6 +51,11 @@ class RunFolder:
         """The HTML report."""
         return self.root / "report.html"
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether anything was answered: what was begun and is not may begin anew."""
+        return any(self.root.glob("**/answers/*.jsonl"))
+
     def curve(self, adversaries: int, defence: str) -> Path:
         """Folder of the same run with some adversaries and a defence."""
         return self.root / "curve" / f"{adversaries}-{defence}"

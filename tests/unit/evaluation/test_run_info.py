@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,12 @@ import pytest
 from dmoa.agents.pool import fingerprint, load_pool
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import PoolInfo, pool_differences
-from dmoa.evaluation.run import check_level
+from dmoa.evaluation.records import EvaluateOptions, PoolInfo, pool_differences
+from dmoa.evaluation.run import check_level, evaluate
+from dmoa.evaluation.run_folder import RunFolder
+from dmoa.testing import scripted_pool
+from dmoa.workflows.console import Bars, Common
+from dmoa.workflows.evaluate import build_evaluation
 
 
 def info(*overrides: str) -> PoolInfo:
@@ -60,3 +67,24 @@ def test_what_scripted_agents_do_may_change_and_a_server_has_no_settings() -> No
     assert pool_differences(scripted(failing=["a"]), scripted(failing=[])) == {}
     server = PoolInfo(name="default", fingerprint="", config={"url": "http://127.0.0.1:8000"})
     assert pool_differences(server, server) == {}
+
+
+@pytest.mark.contract  # asks git for the revision
+def test_a_run_that_answered_nothing_may_begin_anew(tmp_path: Path) -> None:
+    """As after a wrong `--address`: the corrected command is not to be refused."""
+    folder = RunFolder(tmp_path / "out")
+    options = EvaluateOptions(benchmarks=("arith",), out=folder.root, limit=2)
+
+    def nowhere() -> AbstractContextManager[None]:
+        raise ConfigError("--address: nobody answers")
+
+    with Bars(-1) as bars:
+        made = build_evaluation(options, scripted_pool(), ("arith",), folder, Common(verbosity=-1), bars, "dmoa evaluate")
+    session = replace(made, open_ray=nowhere)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="nobody answers"):
+            evaluate(session)
+    folder.answers("arith", "dmoa").parent.mkdir()
+    folder.answers("arith", "dmoa").touch()
+    with pytest.raises(ConfigError, match="holds a run; go on with it by --resume"):
+        evaluate(session)
