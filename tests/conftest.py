@@ -103,12 +103,18 @@ def _same_logging() -> Iterator[None]:
     logger.handlers[:] = handlers
 
 
-class _RayInOneProcess(LoadFileScheduling):
-    """Deals out files of tests; those that start a Ray go to one process, where they run one after the other."""
+_TOGETHER = (
+    ("tests/integration/", "tests/cluster/"),
+    ("tests/vllm/test_entropy.py", "tests/vllm/test_tools.py", "tests/vllm/test_thoughts.py"),
+)
+"""Files of one process, where they run one after the other: what starts a Ray, and what shares an engine of vLLM."""
+
+
+class _TogetherInOneProcess(LoadFileScheduling):
+    """Deals out files of tests; some go together to one process."""
 
     def _split_scope(self, nodeid: str) -> str:
-        on_ray = nodeid.startswith(("tests/integration/", "tests/cluster/"))
-        return "ray" if on_ray else super()._split_scope(nodeid)
+        return next((str(files) for files in _TOGETHER if nodeid.startswith(files)), super()._split_scope(nodeid))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | EachScheduling:
@@ -116,7 +122,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
     With `--dist=each` every process runs all that it collects, which is its own share of the files, see below.
     """
-    return EachScheduling(config, log) if config.getoption("dist") == "each" else _RayInOneProcess(config, log)
+    return EachScheduling(config, log) if config.getoption("dist") == "each" else _TogetherInOneProcess(config, log)
 
 
 def pytest_configure_node(node: WorkerController) -> None:
