@@ -290,10 +290,15 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--pools": {"default": "specialists,specialists-generalist", "help": "of the suites"},
     "--attacked-pools": {"default": ",".join(POOLS), "help": "of the adversaries"},
     "--longer-rows": {"type": int, "default": 30, "help": "rows that policies of several calls an agent are asked at first"},
+    "--longer": {"default": "", "help": "policies of several calls that are asked [all]"},
     "--adversaries": {"default": "1", "help": "numbers of adversaries, such as 1,2,3"},
     "--defences": {"default": "none"},
     "--score": {"choices": ("anchored", "posterior"), "default": "posterior", "help": "of dmoa's gate, of `adversaries`"},
 }
+
+
+def _names(listed: str) -> list[str]:
+    return [name for name in listed.split(",") if name]
 
 
 def check(options: Namespace) -> Figures:
@@ -315,7 +320,9 @@ def check(options: Namespace) -> Figures:
         "in_turn": lambda: in_turn(source, options.folder, options.limit) if source.is_dir() else skipped,
         "report": lambda: report(options.folder / "report", asked, options.config, options.report_limit, most),
         "overhead": lambda: overhead(options.queries, options.delay, options.engine, options.rounds),
-        "suites": lambda: suites(options.folder, options.rows, options.pools.split(","), options.longer_rows, keep("suites")),
+        "suites": lambda: suites(
+            options.folder, options.rows, options.pools.split(","), options.longer_rows, _names(options.longer), keep("suites")
+        ),
         "adversaries": lambda: adversaries(
             Attack(
                 folder=options.folder,

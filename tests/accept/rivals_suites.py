@@ -110,12 +110,17 @@ def longer_policies(config: Config, labels: Path) -> dict[str, str]:
     return found
 
 
-def suites(folder: Path, per_suite: int, pools: Sequence[str], longer_rows: int, keep: Callable[[Figures], None]) -> Figures:
-    """Policies on the suites of some pools: those of one call or one step on all rows, longer ones on as many as it takes."""
+def suites(
+    folder: Path, per_suite: int, pools: Sequence[str], longer_rows: int, only: Sequence[str], keep: Callable[[Figures], None]
+) -> Figures:
+    """Policies on the suites of some pools: those of one call or one step on all rows, longer ones on as many as it takes.
+
+    `only` names the longer ones that are asked, where not all are: several processes may share the work, and the folder.
+    """
     found: Figures = {"seeds": SEEDS}
     for name in pools:
         table: dict[str, Measured] = {}
-        for policy, measured in measured_policies(folder, name, per_suite, longer_rows):
+        for policy, measured in measured_policies(folder, name, per_suite, longer_rows, only):
             table[policy] = measured
             entry = {"policy": policy, **measured.figures()}
             print(name, json.dumps(entry), flush=True)
@@ -124,7 +129,9 @@ def suites(folder: Path, per_suite: int, pools: Sequence[str], longer_rows: int,
     return found | {"passed": all(found[name]["passed"] for name in pools)}
 
 
-def measured_policies(folder: Path, name: str, per_suite: int, longer_rows: int) -> Iterator[tuple[str, Measured]]:
+def measured_policies(
+    folder: Path, name: str, per_suite: int, longer_rows: int, only: Sequence[str]
+) -> Iterator[tuple[str, Measured]]:
     """Yield the policies with what they did, `dmoa` first; those that a file in the folder has are not asked again."""
     config = first_step(load_pool(name))
     test = replies(rows_of(TEST[0], per_suite, TEST[1]), config, folder, f"{name}-{TEST[0]}-{TEST[1]}-{per_suite}")
@@ -146,6 +153,8 @@ def measured_policies(folder: Path, name: str, per_suite: int, longer_rows: int)
         for policy, spelt in first_policies(config, labels).items():
             yield policy, asked.measured(policy, spelt, len(test.rows))
         for policy, one in longer_policies(config, labels[0]).items() if longer_rows else ():
+            if only and policy not in only:
+                continue
             is_one_call = POLICIES[split_policy(one)[0]].cost == "1"
             for rows in looks(len(test.rows) if is_one_call else longer_rows, len(test.rows)):
                 measured = asked.measured(policy, (one,), rows)

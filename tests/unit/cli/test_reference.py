@@ -179,7 +179,7 @@ def test_the_api_is_the_document_of_the_server(dmoa: Any) -> None:
 
 def test_benches_are_listed_without_measuring(dmoa: Any, tmp_path: Path) -> None:
     result = dmoa("bench", "--list", "--json", tmp_path / "b.json")
-    assert re.findall(r"^\| (\w+) \|", result.stdout, re.M)[1:] == list(_METRICS)
+    assert re.findall(r"^\| ([\w.]+) \|", result.stdout, re.M)[1:] == list(_METRICS)
     assert [row["id"] for row in json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))] == list(_METRICS)
     assert len(dmoa("bench", "--list", "--only", "P1,P8").stdout.splitlines()) == 4
 
@@ -195,6 +195,7 @@ def test_benches_are_listed_without_measuring(dmoa: Any, tmp_path: Path) -> None
         ("P8", [("engine", "ENTROPY_BAR_NATS"), ("engine", "SHARE_BAR")]),
         ("P14", [("training", "BAR")]),
         ("P15", [("adaptation", "BAR")]),
+        ("P15.real", [("adaptation", "BAR")]),
         ("P17", [("memory", "BAR")]),
         ("P18", [("engine", "SPEED_BAR")]),
         ("growth", [("latency", "GROWTH_BAR")]),
