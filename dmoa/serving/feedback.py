@@ -46,7 +46,7 @@ _SHARE = 29
 LOOK_S = 2.0
 """How often an ingress looks how many queries are to be explored."""
 IDLE_WAIT_S = 5.0
-"""How long an exploration gives way to queries, from its draw on: a swarm that always has some is explored too."""
+"""How long an exploration waits for idle moments, from its draw on: a swarm that never has one is explored too."""
 QUIET_S = 0.002
 """How long after a query it still does: its reply is written then."""
 STATE = "feedback.json"
@@ -221,7 +221,8 @@ class Explorer:
 
     It is work for the learner, so it stands behind those who wait: one at a time, and over time, that in which it gives way left
     out, no longer than the share of queries that is to be explored. Its calls are made in a `turn` each: one by one, begun in a
-    moment in which nobody waits, for as long as that comes soon; then at once, as a query's are.
+    moment in which nobody waits. Where none comes soon they go on among the queries, each with a pause behind it that keeps their
+    time to the same share: all at once they would delay every query for seconds.
     """
 
     def __init__(
@@ -231,7 +232,8 @@ class Explorer:
         self.explored = self.hurried = 0
         """Explorations, and turns that were not waited for to the end."""
         self._ask_share, self._idle_wait_s, self._clock = share, idle_wait_s, clock
-        self._place, self._until, self._held_s = asyncio.Lock(), -1.0, 0.0
+        self._place, self._held_s = asyncio.Lock(), 0.0
+        self._patient_until_s = self._paused_until_s = -1.0
         self._share, self._look_again_s, self._rest_until_s = 0.0, -1.0, -1.0
         self._waiting = 0
         self._idle = asyncio.Event()
@@ -266,7 +268,7 @@ class Explorer:
             self._share = await asyncio.to_thread(self._ask_share)
         if random.random() >= self._share:  # noqa: S311 -- exploration, no secret
             return
-        self._until = asyncio.get_running_loop().time() + self._idle_wait_s
+        self._patient_until_s, self._paused_until_s = self._clock() + self._idle_wait_s, -1.0
         async with self.turn():
             began, self._held_s = self._clock(), 0.0
         try:
@@ -274,32 +276,44 @@ class Explorer:
         finally:
             self.explored += 1
             ended = self._clock()
-            self._rest_until_s = ended + (ended - began - self._held_s) * (1.0 / self._share - 1.0)
+            self._rest_until_s = max(self._paused_until_s, ended + self._rest_after_s(ended - began - self._held_s))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Make one explored call within this block: it begins when the one before is over and nobody waits for an answer."""
-        is_mine, asked = False, 0.0
-        try:
+        async with self._place:
+            asked = self._clock()
+            is_hurried = not await self._is_idle_in_time()
+            began = self._clock()
+            self._held_s += began - asked
+            self.hurried += is_hurried
             try:
-                async with asyncio.timeout_at(self._until):
-                    is_mine, asked = await self._place.acquire(), self._clock()
-                    while self._waiting:
-                        await self._idle.wait()
-                        await asyncio.sleep(QUIET_S)
-            except TimeoutError:
-                self.hurried += 1
-            self._held_s += (self._clock() - asked) * is_mine
-            yield
-        finally:
-            if is_mine:
-                self._place.release()
+                yield
+            finally:
+                if is_hurried:  # its pause pays for it, so it is not charged once more at the end
+                    ended = self._clock()
+                    self._held_s += ended - began
+                    self._paused_until_s = ended + self._rest_after_s(ended - began)
+
+    async def _is_idle_in_time(self) -> bool:
+        """Wait for a moment in which nobody waits for an answer; tell whether it came before patience and pause were over."""
+        try:
+            async with asyncio.timeout(max(0.0, max(self._patient_until_s, self._paused_until_s) - self._clock())):
+                while self._waiting:
+                    await self._idle.wait()
+                    await asyncio.sleep(QUIET_S)
+        except TimeoutError:
+            return False
+        return True
+
+    def _rest_after_s(self, took_s: float) -> float:
+        """Return how long to rest after so much time, so that it is no more than the share that is to be explored."""
+        return took_s * (1.0 / self._share - 1.0)
 
 
 def asked_again(query: Query) -> Query:
     """Return a query as it is asked once more to learn from: nobody waits for its answer, or reads it, as in rollouts."""
-    deadline_s = None if query.limits.deadline_s is None else query.limits.deadline_s + IDLE_WAIT_S  # it gives way meanwhile
-    limits = replace(query.limits, deadline_s=deadline_s, quorum=None, hedge_after_ms=None)
+    limits = replace(query.limits, deadline_s=None, quorum=None, hedge_after_ms=None)
     # The call of the form that the client wanted is made for nobody: the gate learns nothing of it.
     return replace(query, trace_id=secrets.token_hex(16), epsilon=None, limits=limits, is_streamed=False, final=None)
 

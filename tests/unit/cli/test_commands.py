@@ -275,7 +275,10 @@ def test_bench_measures_what_was_asked_for(dmoa: Any, tmp_path: Path) -> None:
 def test_bench_refuses_unknown_metrics(dmoa: Any, only: str) -> None:
     result = dmoa("bench", "--only", only)
     assert result.exit_code == 2
-    assert "expected one of P1, P3, P4, P5, P6, P7, P8, P13, P14, P15, P15.real, P17, P18, peers, growth, otlp, prefill" in result.stderr
+    assert (
+        "expected one of P1, P3, P4, P5, P6, P7, P8, P13, P14, P15, P15.real, P17, P18, peers, growth, otlp, prefill"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize(

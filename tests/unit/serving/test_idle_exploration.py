@@ -13,7 +13,7 @@ from dmoa.agents.pool import build_pool_gate
 from dmoa.config import Config
 from dmoa.protocols import Turn
 from dmoa.routing import LocalRouter
-from dmoa.serving.feedback import IDLE_WAIT_S, Explorer, asked_again
+from dmoa.serving.feedback import Explorer, asked_again
 from dmoa.swarm import Swarm
 from dmoa.testing import FakeAgents, Say
 from dmoa.types import AgentCall, AgentReply, Answer, FinalCall, Limits, Query, StepRecord
@@ -246,7 +246,7 @@ async def test_the_form_that_the_client_wanted_is_written_for_nobody_a_second_ti
     await quiet(explorer)
     assert (len(explored.begun), len(explored.answers[0].steps), explored.answers[0].choices) == (8, 2, ())
     again = asked_again(explored.asked)
-    assert again.limits == Limits(max_steps=2, deadline_s=7.0 + IDLE_WAIT_S)
+    assert again.limits == Limits(max_steps=2), "nobody waits for it, so it has no deadline"
     assert (again.text, again.is_streamed, again.trace_id == "t") == ("12 + 7?", False, False)
 
 
@@ -258,7 +258,49 @@ async def test_among_queries_that_never_end_it_goes_on_after_a_while_and_says_so
     with explorer.answering():
         explorer.offer(explored)
         await quiet(explorer)
-    assert (len(explored.begun), explorer.hurried) == (8, 9), "the beginning itself, and the calls of two steps"
+    assert (explored.most, len(explored.begun), explorer.hurried) == (1, 8, 9), "its beginning, and the calls of two steps"
+
+
+async def test_among_queries_that_never_end_each_call_pays_for_its_time_by_a_pause() -> None:
+    clock, share = Clock(), 0.5
+    explorer = Explorer(lambda: share, idle_wait_s=0.0, clock=clock)
+    explorer._share, calls, paused_s = share, 0, 100.0
+
+    async def call() -> None:
+        nonlocal calls
+        async with explorer.turn():
+            calls += 1
+            clock.now += paused_s
+
+    with explorer.answering():
+        await call()
+        waiting = asyncio.create_task(call())
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert (calls, explorer.hurried) == (1, 1), "the second one began within the pause of the first"
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        clock.now += paused_s
+        await call()
+        assert (calls, explorer.hurried) == (2, 2), "the pause is as long as the call, at a share of a half"
+    await call()
+    assert (calls, explorer.hurried) == (3, 2), "an idle moment ends a pause"
+
+
+async def test_calls_among_queries_are_charged_once() -> None:
+    clock = Clock()
+    explorer = Explorer(lambda: 0.5, idle_wait_s=0.0, clock=clock)
+
+    async def explore() -> None:
+        async with explorer.turn():
+            clock.now += 4.0
+
+    with explorer.answering():
+        while not explorer.explored:  # one draw in two
+            explorer.offer(explore)
+            await quiet(explorer)
+    assert (clock.now, explorer.hurried) == (4.0, 2)
+    assert explorer._rest_until_s == 8.0, "the pause behind the last call, and no rest for the same four seconds"
 
 
 async def test_the_time_in_which_it_gives_way_is_not_of_its_share() -> None:
@@ -282,7 +324,7 @@ async def test_the_time_in_which_it_gives_way_is_not_of_its_share() -> None:
 async def test_a_call_that_is_given_up_while_it_waits_leaves_its_place_to_the_next() -> None:
     clock = Clock()
     explorer = Explorer(lambda: 1.0, idle_wait_s=30.0, clock=clock)
-    explorer._until = asyncio.get_running_loop().time() + 30.0
+    explorer._patient_until_s = 30.0
 
     async def call() -> None:
         async with explorer.turn():
