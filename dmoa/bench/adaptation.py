@@ -111,7 +111,8 @@ class Load:
 def loads(rounds: int | None) -> list[Load]:
     """Return the kinds: scripted agents, and the default pool's model with short answers.
 
-    A turn of the latter is long: the rate is found anew before every round, which takes as long as a third of it.
+    Between two turns of an app lie two of the other and its closed loop: less than the 30 s after which an idle engine forgets
+    its prompts, or one arm alone would compute them anew.
     """
     null = null_pool(8, placement="shared", mode="select")
     null = null.model_copy(update={"limits": null.limits.model_copy(update={"max_steps": _STEPS})})
@@ -119,7 +120,7 @@ def loads(rounds: int | None) -> list[Load]:
     real = real.model_copy(update={"limits": real.limits.model_copy(update={"max_steps": 1})})
     return [
         Load(kind="null", pool=null, closed=40, turn_s=2.5, rounds=rounds or 26),
-        Load(kind="real", pool=real, closed=16, turn_s=16.0, rounds=rounds or 8),
+        Load(kind="real", pool=real, closed=16, turn_s=10.0, rounds=rounds or 12),
     ]
 
 
