@@ -23,7 +23,7 @@ from study_replies import Replies, first_step, replies, rows_of
 from dmoa.agents.pool import load_pool
 from dmoa.config import Config
 from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices, replay_choices, row_oracle
-from dmoa.evaluation.statistics import compare_crossed, interval
+from dmoa.evaluation.statistics import compare_crossed, holm, interval
 from dmoa.policies.registry import LONGEST_SCHEDULE, POLICIES, needs_labels, split_policy
 from dmoa.protocols import Encoder
 from dmoa.storage import write_whole
@@ -54,8 +54,8 @@ WRITERS = {
 }
 """Parameter of the one agent that writes the answer: where the pool has a generalist, rivals also have it there."""
 PRICE_BAR = 0.15
-SURE_P = 2e-4
-"""At which a policy is asked no more rows: .05 over some 45 policies and five looks."""
+LOOKS, SURE_P = 5, 2e-4
+"""How often a policy of several calls is judged at most, and below which p value it is asked no more: .05 over 45 policies."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -249,15 +249,32 @@ def judged(table: Mapping[str, Measured]) -> Figures:
         sees = "labels" in policy or policy == "oracle"
         ties = against.low <= 0 <= against.high
         found[policy] = measured.figures() | {"sees_labels": sees}
-        found[policy]["dmoa_minus_it"] = [round(x, 4) for x in (against.difference, against.low, against.high, against.p)]
+        found[policy]["dmoa_minus_it"] = [round(x, 5) for x in (against.difference, against.low, against.high, against.p)]
         is_better = against.high < 0 or (ties and against.difference <= 0 and measured.tokens < own.tokens)
         if not sees and policy not in ARMS and is_better:
             beaten.append(policy)
+    return _decided(found) | _priced(found, beaten)
+
+
+def _decided(found: dict[str, Figures]) -> Figures:
+    """Mark the policies of several calls that are surely less accurate; return the table, and those that are not decided yet.
+
+    By Holm's step-down method over all of them, each p value times the looks that it may take.
+    """
+    asked = [name for name, of in found.items() if not of["sees_labels"] and not POLICIES[split_policy(name)[0]].first_step_only]
+    asked = [name for name in asked if split_policy(name)[0] not in SELDOM]
+    adjusted = holm([min(1.0, LOOKS * found[name]["dmoa_minus_it"][3]) for name in asked])
+    for name, p in zip(asked, adjusted, strict=True):
+        found[name] |= {"holm_p": round(p, 5), "is_surely_worse": p < 0.05 and found[name]["dmoa_minus_it"][0] > 0}
+    undecided = [name for name in asked if not found[name]["is_surely_worse"] and found[name]["n"] < found[DMOA]["n"]]
+    return {"table": found, "undecided": undecided}
+
+
+def _priced(found: dict[str, Figures], beaten: Sequence[str]) -> Figures:
     mixtures = {policy: of for policy, of in found.items() if split_policy(policy)[0] == "moa" and of["tokens_per_correct"]}
     price = {policy: round(found[DMOA]["tokens_per_correct"] / of["tokens_per_correct"], 4) for policy, of in mixtures.items()}
     return {
-        "table": found,
-        "beaten_by": beaten,
+        "beaten_by": list(beaten),
         "tokens_per_correct_over_moa": price,
         "passed": not beaten and bool(price) and max(price.values()) <= PRICE_BAR,
     }
