@@ -120,7 +120,7 @@ def loads(rounds: int | None) -> list[Load]:
     real = real.model_copy(update={"limits": real.limits.model_copy(update={"max_steps": 1})})
     return [
         Load(kind="null", pool=null, closed=40, turn_s=2.5, rounds=rounds or 26),
-        Load(kind="real", pool=real, closed=16, turn_s=10.0, rounds=rounds or 12),
+        Load(kind="real", pool=real, closed=16, turn_s=10.0, rounds=rounds or 7),
     ]
 
 
