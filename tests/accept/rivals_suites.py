@@ -261,8 +261,12 @@ def _decided(found: dict[str, Figures]) -> Figures:
 
     By Holm's step-down method over all of them, each p value times the looks that it may take.
     """
-    asked = [name for name, of in found.items() if not of["sees_labels"] and not POLICIES[split_policy(name)[0]].first_step_only]
-    asked = [name for name in asked if split_policy(name)[0] not in SELDOM]
+    asked = []
+    for name, of in found.items():
+        policy = split_policy(name)[0]
+        is_own = name in ARMS or policy in SELDOM or of["sees_labels"]
+        if not is_own and not POLICIES[policy].first_step_only:
+            asked.append(name)
     adjusted = holm([min(1.0, LOOKS * found[name]["dmoa_minus_it"][3]) for name in asked])
     for name, p in zip(asked, adjusted, strict=True):
         found[name] |= {"holm_p": round(p, 5), "is_surely_worse": p < 0.05 and found[name]["dmoa_minus_it"][0] > 0}
