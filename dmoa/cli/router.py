@@ -77,7 +77,7 @@ def rollback(
     address: AddressOption = None,
     app_name: AppOption = "dmoa",
 ) -> None:
-    """Make an earlier gate current again; rolling back twice goes back twice."""
+    """Make an earlier gate current again, and end a trial; rolling back twice goes back twice."""
     changed = _connect(common, app_name, address).rollback(version, note)
     _tell(common, changed)
 

@@ -71,7 +71,7 @@ class RollbackRequest(RequestModel):
     """Body of POST /v1/dmoa/gates/rollback."""
 
     version: str | None = Field(default=None, max_length=200)
-    """Version to go back to; null: the one before the current one."""
+    """Version to go back to; null: the one before the trial that runs, else before the current one."""
     note: str = Field(default="", max_length=500)
     """Words for the history."""
 

@@ -174,8 +174,11 @@ class RouterActor:
         return await self._change(lambda: self._versions.install(files, note, list(self._recent)))
 
     async def rollback(self, version: str | None = None, note: str = "") -> dict[str, Any]:
-        """Make an earlier version current again, by default the one before the current one. Raises CheckpointError."""
-        return await self._change(lambda: self._versions.rollback(version, note))
+        """Make an earlier version current again: by default the one before the trial, else the one before the current one.
+
+        A trial is over then. Raises CheckpointError.
+        """
+        return await self._change(lambda: self._adaptation.rollback(version, note))
 
     async def _change(self, work: Callable[[], Change]) -> dict[str, Any]:
         async with self._changing:
@@ -370,7 +373,7 @@ class RouterActor:
             for agent in known.gone:
                 await self.report_unavailable(agent, "it has no running replica")
         _LOG.info("app %s is gone: its actors end", self._app)
-        end_actors(self._app)
+        await asyncio.to_thread(end_actors, self._app)
 
 
 def ensure_router(config: Config, app: str, configured: str | None = None) -> Any:

@@ -162,6 +162,8 @@ class Adaptation:
         self._contexts = Contexts(self._kept.contexts)
         # A router that starts anew hears of all queries once more.
         self._counted_unix_s = 0.0 if self._kept.trial is None else self._kept.trial.counted_unix_s
+        if self._kept.trial is not None:  # those that begin are counted from 0 again, and what is heard of is set beside it
+            self._kept.trial.heard, self._kept.trial.lost = {}, {}
         if self._kept.trial is not None and not self._fits(self._kept.trial):
             self._end("withdrawn", self._kept.trial.candidate, "a version of the trial is gone")
         self._resume()
@@ -189,13 +191,20 @@ class Adaptation:
         return trial.candidate, max(share, 0.5) if is_suspect else share
 
     def _load(self) -> Kept:
-        tree = self._state.load(FILE)
-        if tree is not None and tree.get("source") == self._versions.source:
+        tree, version = self._state.load(FILE) or {}, self._versions.version
+        if tree.get("source") == self._versions.source:
             try:
                 return Kept.model_validate(tree)
             except ValidationError as error:
                 raise CheckpointError(f"router state {FILE}: {describe(error, Kept)}; remove it to begin anew") from error
-        return Kept(source=self._versions.source, anchor=self._versions.version)
+        kept = Kept(source=self._versions.source, anchor=version)
+        frozen = tree.get("frozen")
+        if isinstance(frozen, str):  # until somebody ends it: a deploy says nothing of it
+            entry = {"version": version, "action": "freeze", "previous": version, "unix_s": self._clock()}
+            kept.frozen = frozen
+            kept.events = [entry | {"note": f"still frozen after a deploy: {frozen}"[:500]}]
+            self._state.save(kept.model_dump(mode="json"), FILE)
+        return kept
 
     def _fits(self, trial: Trial) -> bool:
         here = {trial.control, trial.candidate}
@@ -219,7 +228,7 @@ class Adaptation:
             elif name == "failures":
                 for failed, context in self._usual:
                     self._arms[name].add(failed, context, is_suspect=False)
-        self._versions.wanted |= {trial.control, trial.candidate}
+        self._versions.wanted |= {trial.control, trial.candidate, trial.pending or trial.control}
         found = self._state.load_version(trial.control)
         self._control_gate = found[0] if found else None
 
@@ -280,10 +289,14 @@ class Adaptation:
         }
 
     def freeze(self, note: str = "") -> Change | None:
-        """Take no offer from now on, and end the trial: the version before it goes on alone."""
+        """Take no offer from now on, and end the trial: the version before it goes on alone.
+
+        Raises CheckpointError, OSError where the trial cannot be ended; no offer is taken then either.
+        """
         if self._kept.frozen is None:
             self._kept.frozen = note or "by an operator"
             self._note("freeze", self._versions.version, note)
+            self._save()
         change = self._withdraw("frozen")
         self._save()
         return change
@@ -294,6 +307,21 @@ class Adaptation:
             self._kept.frozen, self._kept.cooldown_until_unix_s = None, 0.0
             self._note("thaw", self._versions.version, note)
             self._save()
+
+    def rollback(self, version: str | None, note: str) -> Change:
+        """Make the version current that an operator goes back to; `operated` is to hear of it.
+
+        None: the one before the trial; where none runs the one before the current one. Raises CheckpointError.
+        """
+        trial = self._kept.trial
+        if trial is None:
+            return self._versions.rollback(version, note)
+        try:
+            return self._versions.rollback(trial.control if version is None else version, note)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; the trial of gate {trial.candidate} goes on, `dmoa router freeze` ends it and takes no other"
+            ) from error
 
     def operated(self) -> None:
         """Hear that an operator made a version current: it is the anchor, and a trial is over."""

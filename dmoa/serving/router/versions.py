@@ -288,14 +288,15 @@ class GateVersions:
     def rollback(self, version: str | None, note: str) -> Change:
         """Make an earlier version current again, by default the one before the current one.
 
-        Rolling back twice goes back twice. Raises CheckpointError where there is no such version, or it fits no more.
+        Rolling back twice goes back twice. What is `wanted` can be had back however many versions came after it. Raises
+        CheckpointError where there is no such version, or it fits no more.
         """
         line = _line(self._history)
         if version is None:
             if len(line) < 2:
                 raise CheckpointError(f"rollback: nothing was current before gate {self.version}; {self._known()}")
             version = line[-2]
-        kept = {one.version for one in self._history}
+        kept = {one.version for one in self._history} | self.wanted
         if version not in kept:
             nearest = did_you_mean(version, kept)
             raise CheckpointError(f"rollback: gate {version!r} was never current here; {self._known()}{nearest}")

@@ -17,8 +17,10 @@ from dmoa.agents.pool import fingerprint
 from dmoa.checkpoint import describe_gate, files_of
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.feedback import Feedback
-from dmoa.serving.router.adaptation import FILE
+from dmoa.serving.router.adaptation import FILE, Adaptation
 from dmoa.serving.router.replayed import HeldBack
+from dmoa.serving.router.state import RouterState
+from dmoa.serving.router.versions import GateVersions
 from dmoa.types import RouteRequest
 from dmoa.workflows.probe import known_answers
 from tests.adapting import AGENTS, KEYS, D, LearningSwarm, pool
@@ -492,3 +494,113 @@ def test_known_answers_are_a_guard_of_their_own(root: Path, tmp_path: Path) -> N
         place.write_text(json.dumps(bad))
         with pytest.raises(ConfigError, match=r"router.guards.known_answers is .*; write it with `dmoa probe --known-answers`"):
             swarm(tmp_path / "third", known_answers=str(place))
+
+
+def long_trial(root: Path, updates: int = 20) -> LearningSwarm:
+    """A trial in `on` with so many updates that the history no longer names the version before it."""
+    found = swarm(root, "on", warm=40, canary_queries=1000, skip=("drift", "distance", "held_back", "load"))
+    found.took(found.versions.adopt(*found.gate(HOME, seed=99), "what was learned before"))
+    for update in range(1, updates + 1):
+        assert found.offer(found.files(HOME, seed=update), update)["state"] == "installed"
+    return found
+
+
+@pytest.mark.parametrize("how", ["freeze", "guards", "off", "operator"])
+def test_a_trial_of_many_updates_ends_with_the_gate_before_it(root: Path, how: str) -> None:
+    found = long_trial(root)
+    assert found.adaptation.split is not None
+    good = found.adaptation.split[0]
+    assert good not in {entry["version"] for entry in found.versions.history()}
+    if how == "freeze":
+        found.took(found.adaptation.freeze("release day"))
+    elif how == "guards":
+        found.offer(found.files((3, 3, 3, 3)), 21)
+        found.broken = ("code",)
+        until(found, "rolled back", 200)
+    elif how == "off":
+        router = found.config.router.model_copy(update={"adaptation": "off"})
+        found.config = found.config.model_copy(update={"router": router})
+        found.start()
+    else:
+        found.took(found.adaptation.rollback(None, "by hand"))
+        found.adaptation.operated()
+    assert (found.versions.version, found.adaptation.split) == (good, None)
+
+
+def test_learning_is_frozen_though_the_trial_cannot_be_ended(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = swarm(root, "on")
+    found.offer(found.files(HOME, seed=1), 1)
+
+    def rollback(version: str | None, note: str) -> None:
+        raise CheckpointError("its files are gone")
+
+    monkeypatch.setattr(found.versions, "rollback", rollback)
+    with pytest.raises(CheckpointError, match="its files are gone"):
+        found.adaptation.freeze("release day")
+    found.start()
+    assert found.adaptation.status()["frozen"] == "release day"
+
+
+def test_the_version_that_is_to_become_the_control_is_kept_over_a_restart(root: Path) -> None:
+    found = swarm(root, "on", warm=40, canary_queries=5, skip=("drift", "distance", "held_back", "load"))
+    pending = found.offer(found.files(HOME, seed=1), 1)["version"]
+    while json.loads((root / FILE).read_text())["trial"]["pending"] != pending:
+        found.ask()
+    for update in range(2, 25):
+        found.offer(found.files(HOME, seed=update), update)
+    found.start()
+    found.offer(found.files(HOME, seed=25), 25)  # of the versions that nobody wants the files go
+    assert (root / "versions" / pending / "gate.json").exists()
+    for _ in range(60):
+        found.ask()
+        if found.adaptation.status()["trial"]["control"] == pending:
+            break  # the window ended
+    assert found.adaptation.split == (pending, 0.2)
+
+
+def test_queries_that_are_lost_after_a_restart_are_noticed(root: Path) -> None:
+    found = swarm(root, warm=40, canary_queries=1000, canary_share=0.5, limits={"deadline_s": 5.0})
+    candidate = found.offer(found.files(HOME, seed=1), 1)["version"]
+    for _ in range(200):
+        found.ask()
+    found.start()
+    observe = found.adaptation.observe
+    found.adaptation.observe = lambda records, begun: observe(  # type: ignore[method-assign] # the candidate's hang
+        [one for one in records if one.answer.gate_version != candidate], begun
+    )
+    until(found, "rolled back", 120)
+    assert found.adaptation.status()["failures"] == {"failures": 1}
+
+
+def test_an_operator_who_goes_back_in_a_trial_ends_it_and_changes_nothing_else(root: Path, tmp_path: Path) -> None:
+    found = swarm(root)
+    good = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)
+    with pytest.raises(CheckpointError, match=r"never current here.*the trial of gate .* goes on, `dmoa router freeze` ends it"):
+        found.adaptation.rollback("nothing", "")
+    change = found.adaptation.rollback(None, "")
+    found.adaptation.operated()
+    assert (change.version, change.is_change, found.adaptation.split) == (good, False, None)
+    assert (found.versions.version, found.adaptation.status()["anchor"]) == (good, good)
+    before = found.adaptation.rollback(None, "")  # no trial runs: the one before the current one
+    assert (before.version == good, before.previous) == (False, good)
+    updated = swarm(tmp_path / "on", "on")
+    good = updated.versions.version
+    for update in (1, 2):
+        updated.offer(updated.files(HOME, seed=update), update)
+    assert updated.adaptation.rollback(None, "").version == good  # and not the update before the last
+
+
+def test_a_freeze_outlasts_the_deploy_of_another_gate(root: Path) -> None:
+    found = swarm(root, "on")
+    found.offer(found.files(HOME, seed=1), 3)
+    found.took(found.adaptation.freeze("release day"))
+    for _ in range(2):  # the deploy, and a restart after it
+        state = RouterState(root.as_uri())
+        again = Adaptation(state, found.config, GateVersions(state, found.config, "another"))
+        assert (again.status()["frozen"], again.status()["ledger"]) == ("release day", 0)
+        assert [(event["action"], event["note"]) for event in again.events()] == [
+            ("freeze", "still frozen after a deploy: release day")
+        ]
+    again.thaw()
+    assert again.status()["frozen"] is None
