@@ -62,6 +62,11 @@ def tenant_of(key_hash: str) -> str:
     return hashlib.sha256(f"dmoa-tenant\0{key_hash}".encode()).hexdigest()[:16]
 
 
+def tenants_of(keys: Iterable[str]) -> frozenset[str]:
+    """Return the names in records of keys that are given by their hashes, or by these names (`router.feedback_exclude`)."""
+    return frozenset(key if len(key) < 64 else tenant_of(key) for key in keys)
+
+
 class Contexts:
     """Groups queries by their first inputs (leader clustering, Hartigan 1975)."""
 

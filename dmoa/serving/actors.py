@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import pickle
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import ray
 from platformdirs import user_state_path
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+_LOG = logging.getLogger("dmoa.feedback")
 T = TypeVar("T")
 NAMESPACE = "dmoa"
 RESTART_S = 60.0
 """How long an actor that restarts is waited for by what cannot begin without it."""
+SAVE_PATIENCE_S = 5.0
+"""How long an actor that is to end may take to save what it has."""
 _PAUSE_S = 0.1
 
 
@@ -100,8 +104,17 @@ def unpack_record(packed: bytes) -> Any:
     return pickle.loads(packed)  # noqa: S301 -- from our own actors alone, as everything that Ray carries
 
 
-def end_actors(app: str) -> None:
-    """End the actors of an app, those that are there; they do not restart."""
+def end_actors(app: str, patience_s: float = SAVE_PATIENCE_S) -> None:
+    """End the actors of an app, those that are there; they do not restart. Blocks: not for an event loop.
+
+    The feedback is asked to save first what it answered for, for `patience_s` at most.
+    """
+    with contextlib.suppress(ValueError):
+        feedback = ray.get_actor(feedback_name(app), namespace=NAMESPACE)
+        try:
+            ray.get(feedback.save.remote(), timeout=max(0.0, patience_s))
+        except RayError as error:
+            _LOG.warning("feedback of the last seconds was not saved: %s", type(error).__name__)
     for name in (traces_name(app), feedback_name(app), router_name(app)):
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))

@@ -28,7 +28,7 @@ from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAg
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
-from dmoa.serving.feedback import Explorer, FeedbackClient, asked_again, exploration
+from dmoa.serving.feedback import Explorer, FeedbackClient, asked_again, exploration, may_be_explored
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask, listen_where_ray_does, take_carried_bodies
 from dmoa.serving.http.front import Bounds, FrontNotice, places_behind
@@ -222,14 +222,12 @@ class SwarmIngress:
         task = asyncio.get_running_loop().create_task(self._record(answered, key_hash))
         self._tasks[answer.trace_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))
-        router = self._config.router
-        is_learnt_from = answered.is_stored and router.adaptation != "off" and (bool(key_hash) or router.feedback_anonymous)
-        if is_learnt_from and answer.policy == "dmoa":
+        if may_be_explored(answered, key_hash, self._config.router):
             self._explorer.offer(lambda: self._explore(query, key_hash))
 
     async def _explore(self, query: Query, key_hash: str) -> None:
         """Ask a query that was answered once more, of all agents, to learn from."""
-        again, hurried = asked_again(query), self._explorer.hurried
+        again, hurried = asked_again(query, self._config.router.guards.held_back), self._explorer.hurried
         try:
             async with aclosing(self._exploring.ask(again, "exploring")) as events:
                 async for event in events:

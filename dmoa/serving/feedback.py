@@ -24,9 +24,9 @@ from pyarrow.lib import ArrowException
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from dmoa.config import Config
+from dmoa.config import Config, RouterConfig
 from dmoa.errors import ConfigError, RequestError
-from dmoa.feedback import FILE, Feedback, feedback_of, read_feedback, tenant_of, write_feedback
+from dmoa.feedback import FILE, Feedback, feedback_of, is_held_back, read_feedback, tenant_of, tenants_of, write_feedback
 from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback_name, once_up, pack_record, unpack_record
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.storage import place_of, write_at
@@ -81,7 +81,7 @@ class FeedbackStore:
         return read_feedback(records, f"{self.place}/{FILE}"), state
 
     def under(self, newer: FeedbackBuffer, empty: FeedbackBuffer, *, is_expected: bool = False) -> FeedbackBuffer:
-        """Return the snapshot with the `newer` records, in `empty`; `newer` itself where there is none that is whole.
+        """Return the snapshot with what is `newer`, in `empty`; `newer` itself where there is none that is whole.
 
         Where one that `is_expected` is not there the log says so. Raises OSError where it cannot be read now.
         """
@@ -92,6 +92,7 @@ class FeedbackStore:
                     _LOG.warning("feedback begins empty: %s holds none; if some was kept there, is it mounted?", self.place)
                 return newer
             empty.restore([*found[0], *newer.records()], found[1])
+            empty.add(newer.state())
         except ConfigError as error:
             _LOG.warning("feedback begins anew: %s", error)
             return newer
@@ -107,7 +108,7 @@ def buffer_of(config: Config) -> FeedbackBuffer:
         outcomes_per_minute=router.outcomes_per_minute,
         max_age_s=router.outcome_days * 86_400,
         key_share=router.feedback_key_share,
-        exclude=[name if len(name) < 64 else tenant_of(name) for name in router.feedback_exclude],
+        exclude=tenants_of(router.feedback_exclude),
     )
 
 
@@ -123,10 +124,14 @@ class FeedbackActor:
         self._app = app
         self._saver: asyncio.Task[None] | None = None
         self._changes = self._saved = 0
+        self._saving = asyncio.Lock()
         self._config, self._life = config, os.urandom(8).hex()
         self._buffer = buffer_of(config)
-        self._store = FeedbackStore(config.router.state_uri or default_state_uri(app))
+        self._store = self._store_of(config)
         self._is_read = self._read()
+
+    def _store_of(self, config: Config) -> FeedbackStore:
+        return FeedbackStore(config.router.state_uri or default_state_uri(self._app))
 
     def _read(self) -> bool:
         """Take up the snapshot, below what came since; returns False where it cannot be read now, and is not written over."""
@@ -140,12 +145,15 @@ class FeedbackActor:
         return True
 
     async def configure(self, config_json: str) -> None:
-        """Take the bounds and the place of a configuration; what was kept goes on being kept."""
+        """Take the bounds and the place of a configuration; what was kept goes on being kept, here and there."""
         config = Config.model_validate_json(config_json)
         if config != self._config:
+            store = self._store_of(config)
             before, self._buffer, self._config, self._life = self._buffer, buffer_of(config), config, os.urandom(8).hex()
             self._buffer.restore(before.records(), before.state())
-            self._store, self._is_read = FeedbackStore(config.router.state_uri or default_state_uri(self._app)), True
+            # What lies at another place, or could not be read yet, is taken up before anything is written there.
+            self._is_read = self._is_read and store.place == self._store.place
+            self._store = store
             self._touch()
         if self._saver is None or self._saver.done():
             self._saver = asyncio.get_running_loop().create_task(self._save_often())
@@ -180,17 +188,18 @@ class FeedbackActor:
 
     async def save(self) -> None:
         """Write a snapshot, where something is new."""
-        if self._changes == self._saved:
-            return
-        self._is_read = self._is_read or self._read()
-        if not self._is_read:
-            return
-        changes, (records, state) = self._changes, await self.snapshot()
-        try:
-            await asyncio.to_thread(self._store.save, records, state)
-            self._saved = changes
-        except (OSError, ArrowException) as error:
-            _LOG.warning("feedback was not saved: %s", error)
+        async with self._saving:  # an older snapshot must not be written over a newer one
+            if self._changes == self._saved:
+                return
+            self._is_read = self._is_read or self._read()
+            if not self._is_read:
+                return
+            store, changes, (records, state) = self._store, self._changes, await self.snapshot()
+            try:
+                await asyncio.to_thread(store.save, records, state)
+                self._saved = changes
+            except (OSError, ArrowException) as error:
+                _LOG.warning("feedback was not saved: %s", error)
 
     def _touch(self) -> None:
         self._changes += 1
@@ -311,11 +320,24 @@ class Explorer:
         return took_s * (1.0 / self._share - 1.0)
 
 
-def asked_again(query: Query) -> Query:
-    """Return a query as it is asked once more to learn from: nobody waits for its answer, or reads it, as in rollouts."""
+def may_be_explored(answered: AnsweredQuery, key_hash: str, router: RouterConfig) -> bool:
+    """Tell whether a query may be asked once more: a gate adapts here, decided it, and may learn from its key."""
+    may_teach = key_hash or router.feedback_anonymous
+    is_learnt_from = answered.is_stored and router.adaptation != "off" and answered.answer.policy == "dmoa"
+    return bool(is_learnt_from and may_teach and tenant_of(key_hash) not in tenants_of(router.feedback_exclude))
+
+
+def asked_again(query: Query, held_back: float) -> Query:
+    """Return a query as it is asked once more to learn from: nobody waits for its answer, or reads it, as in rollouts.
+
+    Of the share `held_back` of queries, that gates are judged by and never learn from, it is if the query is.
+    """
+    trace_id = secrets.token_hex(16)
+    while is_held_back(trace_id, held_back) != is_held_back(query.trace_id, held_back):
+        trace_id = secrets.token_hex(16)
     limits = replace(query.limits, deadline_s=None, quorum=None, hedge_after_ms=None)
     # The call of the form that the client wanted is made for nobody: the gate learns nothing of it.
-    return replace(query, trace_id=secrets.token_hex(16), epsilon=None, limits=limits, is_streamed=False, final=None)
+    return replace(query, trace_id=trace_id, epsilon=None, limits=limits, is_streamed=False, final=None)
 
 
 class FeedbackSender:

@@ -145,7 +145,7 @@ class FeedbackBuffer:
         tenant.asked.append(now)
         if now - tenant.traces.get(outcome.trace_id, -np.inf) > self.max_age_s:
             return "unknown"
-        name = outcome.trace_id, outcome.source, outcome.agent, outcome.step
+        name = _name_of(outcome)
         before = tenant.outcomes.get(name)
         _remember(tenant.outcomes, name, outcome)
         return "new" if before is None else "same" if before == outcome else "changed"
@@ -187,7 +187,19 @@ class FeedbackBuffer:
             tenant = self._tenants.setdefault(name, _Tenant())
             newest = max(kept.values(), default=-np.inf)  # the records were saved before, and may be newer
             tenant.traces = OrderedDict(kept | {trace: at for trace, at in tenant.traces.items() if at > newest})
-            tenant.outcomes = OrderedDict(((one.trace_id, one.source, one.agent, one.step), one) for one in outcomes)
+            tenant.outcomes = OrderedDict((_name_of(one), one) for one in outcomes)
+
+    def add(self, state: bytes) -> None:
+        """Take up what another buffer came to know since, beside its records: its word on an answer counts.
+
+        Raises ConfigError for a state that cannot be read.
+        """
+        for name, traces, outcomes in read_state(state):
+            tenant = self._tenants.setdefault(name, _Tenant())
+            for trace_id, unix_s in traces.items():
+                _remember(tenant.traces, trace_id, unix_s)
+            for one in outcomes:
+                _remember(tenant.outcomes, _name_of(one), one)
 
 
 def read_state(state: bytes) -> Iterator[tuple[str, dict[str, float], list[KeptOutcome]]]:
@@ -198,6 +210,10 @@ def read_state(state: bytes) -> Iterator[tuple[str, dict[str, float], list[KeptO
             yield name, traces, [_OUTCOME.validate_json(json.dumps(one), strict=True) for one in tree["outcomes"]]
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"feedback state: {' '.join(str(error).split())[:300]}; remove the file to begin anew") from error
+
+
+def _name_of(outcome: KeptOutcome) -> tuple[str, str, str | None, int | None]:
+    return outcome.trace_id, outcome.source, outcome.agent, outcome.step
 
 
 def _remember(kept: OrderedDict[Any, Any], name: object, value: object) -> None:

@@ -42,6 +42,8 @@ CONNECT_TIMEOUT_S = 10.0
 """How long the machine at an address may take to accept a connection."""
 STOP_WAIT_S = 6.0
 """How long a swarm that is stopped may go on with its queries before its Ray ends, or this process leaves it."""
+SAVE_WAIT_S = 1.0
+"""How much longer its feedback may take to be saved: what it answered clients for is kept."""
 _START_ATTEMPTS = 3
 _keeper: PortKeeper | None = None
 """Of this process, as its Ray is."""
@@ -429,7 +431,7 @@ def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
         deadline = time.monotonic() + STOP_WAIT_S
         while app in serve.status().applications and time.monotonic() < deadline:
             time.sleep(0.1)
-        end_actors(app)
+        end_actors(app, deadline - time.monotonic() + SAVE_WAIT_S)
     except (DmoaError, ray.exceptions.RayError, RayServeException, ConnectionError):
         if not end_ray:
             raise

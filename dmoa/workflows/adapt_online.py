@@ -144,7 +144,7 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
 
     from dmoa.agents.pool import fingerprint
     from dmoa.core.gate import GateSpec
-    from dmoa.feedback import MARK, is_held_back, tenant_of
+    from dmoa.feedback import MARK, is_held_back, tenants_of
     from dmoa.training.dataset import read_episodes, read_manifests
     from dmoa.training.intake import IntakeRules
     from dmoa.training.online import OnlineJob
@@ -169,7 +169,7 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
             mixes_keys=router.feedback_mix_keys,
             key_share=router.feedback_key_share,
             anonymous=router.feedback_anonymous,
-            exclude=[name if len(name) < 64 else tenant_of(name) for name in router.feedback_exclude],
+            exclude=tenants_of(router.feedback_exclude),
             held_back=router.guards.held_back,
         ),
         settings=AdaptSettings.parse(options.model_dump(include=set(AdaptSettings.model_fields))),

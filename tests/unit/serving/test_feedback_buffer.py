@@ -175,6 +175,25 @@ def test_a_snapshot_that_cannot_be_read_now_is_taken_up_later_below_what_came_si
     assert store.under(newer, buffer()) is newer, "what is damaged never becomes whole"
 
 
+def test_outcomes_that_came_while_a_snapshot_could_not_be_read_are_kept(tmp_path: Path) -> None:
+    kept, newer, store = buffer(), buffer(), FeedbackStore((tmp_path / "state").as_uri())
+    kept.put(made(1))
+    kept.judge("mine", said("mine1", 0.25), 10.0)
+    kept.judge("mine", said("mine1", 0.5, source="tests"), 10.0)
+    store.save(write_feedback(kept.records()), kept.state())
+    for number in (1, 2, 3):
+        newer.put(replace(made(number), created_unix_s=9.0))
+    newer._tenants["mine"].traces["undecided"] = 9.0  # no gate decided it: there is no record of it
+    assert newer.judge("mine", said("mine1", 1.0), 11.0) == newer.judge("mine", said("undecided", 0.0), 11.0) == "new"
+    found = store.under(newer, buffer())
+    assert {(one.trace_id, one.source): one.reward for one in found.outcomes()} == {
+        ("mine1", ""): 1.0,
+        ("mine1", "tests"): 0.5,
+        ("undecided", ""): 0.0,
+    }
+    assert [found.judge("mine", said(name, 0.0), 12.0) for name in ("undecided", "mine3")] == ["same", "new"]
+
+
 def test_feedback_that_is_gone_is_missed_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store, newer, folder = FeedbackStore((tmp_path / "state").as_uri()), buffer(), tmp_path / "state" / "feedback"
     store.under(newer, buffer())

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from dmoa.agents.embedder import HashEncoder
 from dmoa.agents.pool import build_pool_gate
-from dmoa.config import Config
+from dmoa.config import Config, RouterConfig
+from dmoa.feedback import is_held_back, tenant_of
 from dmoa.protocols import Turn
 from dmoa.routing import LocalRouter
-from dmoa.serving.feedback import Explorer, asked_again
+from dmoa.serving.feedback import Explorer, asked_again, may_be_explored
 from dmoa.swarm import Swarm
 from dmoa.testing import FakeAgents, Say
+from dmoa.trace import AnsweredQuery
 from dmoa.types import AgentCall, AgentReply, Answer, FinalCall, Limits, Query, StepRecord
 
 
@@ -135,7 +137,7 @@ class Exploration:
 
     async def __call__(self) -> None:
         swarm = self._swarm()
-        asked = asked_again(self.asked)
+        asked = asked_again(self.asked, 0.2)
         self.answers += [event async for event in swarm.ask(asked, "exploring") if isinstance(event, Answer)]
 
     def _swarm(self) -> Swarm:
@@ -245,7 +247,7 @@ async def test_the_form_that_the_client_wanted_is_written_for_nobody_a_second_ti
     explorer.offer(explored)
     await quiet(explorer)
     assert (len(explored.begun), len(explored.answers[0].steps), explored.answers[0].choices) == (8, 2, ())
-    again = asked_again(explored.asked)
+    again = asked_again(explored.asked, 0.2)
     assert again.limits == Limits(max_steps=2), "nobody waits for it, so it has no deadline"
     assert (again.text, again.is_streamed, again.trace_id == "t") == ("12 + 7?", False, False)
 
@@ -337,3 +339,29 @@ async def test_a_call_that_is_given_up_while_it_waits_leaves_its_place_to_the_ne
         await asyncio.wait({given_up})
     await call()
     assert (given_up.cancelled(), explorer.hurried) == (True, 0)
+
+
+def test_what_is_held_back_to_judge_by_is_so_when_it_is_asked_again() -> None:
+    queries = [Query(trace_id=f"{number:032x}", text="12 + 7?") for number in range(200)]
+    again = [asked_again(query, 0.2).trace_id for query in queries]
+    assert [is_held_back(one, 0.2) for one in again] == [is_held_back(query.trace_id, 0.2) for query in queries]
+    assert len({*again, *(query.trace_id for query in queries)}) == 400
+
+
+def test_only_queries_that_may_teach_are_explored() -> None:
+    mine, other = "a" * 64, "b" * 64
+
+    def may(key_hash: str, *, policy: str = "dmoa", is_stored: bool = True, **router: object) -> bool:
+        answer = Answer(
+            trace_id="t", text="", policy=policy, stop_reason="single", steps=(), degraded=False, finish_reason="stop"
+        )
+        answered = AnsweredQuery(query=Query(trace_id="t", text="12 + 7?"), answer=answer, is_stored=is_stored)
+        return may_be_explored(answered, key_hash, RouterConfig.model_validate({"adaptation": "canary"} | router))
+
+    assert may(mine)
+    assert not may(mine, adaptation="off")
+    assert not may(mine, policy="exploring")
+    assert not may(mine, is_stored=False)
+    assert (may(""), may("", feedback_anonymous=True)) == (False, True)
+    for name in (mine, tenant_of(mine)):
+        assert [may(key, feedback_exclude=[name]) for key in (mine, other)] == [False, True]

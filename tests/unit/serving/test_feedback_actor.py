@@ -1,0 +1,135 @@
+"""The feedback actor apart from Ray: what lies at its place is never written over unread, and an orderly end saves first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+
+from dmoa.config import Config
+from dmoa.feedback import write_feedback
+from dmoa.serving import actors
+from dmoa.serving import feedback as serving
+from dmoa.serving.actors import end_actors, pack_record
+from dmoa.serving.feedback import FeedbackActor, FeedbackStore, buffer_of
+from dmoa.testing import scripted_pool
+from tests.unit.serving.test_feedback_buffer import made
+
+
+class _Context:
+    was_current_actor_reconstructed = False
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_internal_kv_get", lambda name: None)
+    monkeypatch.setattr(serving.ray, "get_runtime_context", _Context)
+    monkeypatch.setattr(serving.os, "nice", lambda by: by)
+
+
+def config_at(place: Path, **router: Any) -> Config:
+    config = scripted_pool()
+    return config.model_copy(update={"router": config.router.model_copy(update={"state_uri": place.as_uri()} | router)})
+
+
+def keep(place: Path, *numbers: int) -> None:
+    """Leave feedback of a swarm at a place."""
+    kept = buffer_of(scripted_pool())
+    for number in numbers:
+        kept.put(made(number))
+    FeedbackStore(place.as_uri()).save(write_feedback(kept.records()), kept.state())
+
+
+def kept_at(place: Path) -> list[str]:
+    found = FeedbackStore(place.as_uri()).load()
+    assert found is not None
+    return [record.answer.trace_id for record in found[0]]
+
+
+async def put_and_save(actor: FeedbackActor, number: int) -> None:
+    await actor.put(pack_record([replace(made(number), created_unix_s=9.0)]))
+    await actor.save()
+
+
+async def test_a_redeploy_writes_nothing_over_feedback_that_could_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path, 1, 2)
+
+    def away(store: FeedbackStore) -> None:
+        raise OSError("the mount is away")
+
+    with monkeypatch.context() as gone:
+        gone.setattr(FeedbackStore, "load", away)
+        actor = FeedbackActor(config_at(tmp_path).model_dump_json(), "dmoa")
+        await actor.configure(config_at(tmp_path, explore=0.1).model_dump_json())
+        await put_and_save(actor, 3)
+    assert kept_at(tmp_path) == ["mine1", "mine2"]
+    await actor.save()
+    assert kept_at(tmp_path) == ["mine1", "mine2", "mine3"]
+
+
+async def test_feedback_that_lies_where_an_app_moves_to_is_taken_up(tmp_path: Path) -> None:
+    keep(tmp_path / "there", 1, 2)
+    actor = FeedbackActor(config_at(tmp_path / "here").model_dump_json(), "dmoa")
+    await put_and_save(actor, 3)
+    await actor.configure(config_at(tmp_path / "there").model_dump_json())
+    await put_and_save(actor, 4)
+    assert kept_at(tmp_path / "there") == ["mine1", "mine2", "mine3", "mine4"]
+    assert kept_at(tmp_path / "here") == ["mine3"]
+
+
+class _Ray:
+    """Named actors, and what was done to them in order."""
+
+    def __init__(self, *names: str, fails: RayError | None = None) -> None:
+        self.names, self.fails = names, fails
+        self.done: list[str] = []
+
+    def get_actor(self, name: str, namespace: str) -> Any:
+        if name not in self.names:
+            raise ValueError(f"no actor {name}")
+        return SimpleNamespace(name=name, save=SimpleNamespace(remote=lambda: f"save {name}"))
+
+    def get(self, what: str, timeout: float) -> None:
+        self.done.append(f"{what} within {timeout:.0f} s")
+        if self.fails is not None:
+            raise self.fails
+
+    def kill(self, handle: Any) -> None:
+        self.done.append(f"kill {handle.name}")
+
+
+ENDED = ["kill dmoa-traces-a", "kill dmoa-feedback-a", "kill dmoa-router-a"]
+
+
+@pytest.fixture(name="ray_of")
+def _ray_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Ray]:
+    def ray_of(*names: str, fails: RayError | None = None) -> _Ray:
+        found = _Ray(*names, fails=fails)
+        for name in ("get_actor", "get", "kill"):
+            monkeypatch.setattr(actors.ray, name, getattr(found, name))
+        return found
+
+    return ray_of
+
+
+@pytest.mark.parametrize("fails", [None, GetTimeoutError("too slow"), ActorDiedError()])
+def test_the_feedback_is_saved_before_the_actors_of_an_app_end(
+    ray_of: Callable[..., _Ray], caplog: pytest.LogCaptureFixture, fails: RayError | None
+) -> None:
+    ray = ray_of("dmoa-traces-a", "dmoa-feedback-a", "dmoa-router-a", fails=fails)
+    end_actors("a", 3.0)
+    assert ray.done == ["save dmoa-feedback-a within 3 s", *ENDED]
+    assert len(caplog.messages) == (fails is not None)
+
+
+def test_an_app_without_feedback_ends_too(ray_of: Callable[..., _Ray]) -> None:
+    ray = ray_of("dmoa-router-a")
+    end_actors("a")
+    assert ray.done == ["kill dmoa-router-a"]
