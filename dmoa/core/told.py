@@ -61,13 +61,18 @@ class OutcomeTable:
         """Judged queries that are kept."""
         return sum(len(one.judged) for one in self._new)
 
+    def is_new(self, witnesses: Witnesses) -> bool:
+        """Tell whether a query [1, A] with its embedding is of a new context."""
+        assert witnesses.embedding_RD is not None
+        row_RD = np.asarray(witnesses.embedding_RD, dtype=np.float64)
+        return float(np.sqrt(squared_distances(row_RD, self._model.centre_CD).min())) > self._radius
+
     def hear(self, witnesses: Witnesses) -> bool:
         """Take in one query [1, A] with its embedding, judged or not; tell whether it is of a new context."""
+        if not self.is_new(witnesses):
+            return False
         assert witnesses.embedding_RD is not None
         row_D = np.asarray(witnesses.embedding_RD[0], dtype=np.float64)
-        known = float(np.sqrt(squared_distances(row_D[None], self._model.centre_CD).min()))
-        if known <= self._radius:
-            return False
         # The mean of a few queries lies off the centre: by as much of the distance as is taken off here, on average.
         away = [float(np.linalg.norm(row_D - one.centre_D)) * (one.seen / (one.seen + 1)) ** 0.5 for one in self._new]
         if not away or (min(away) > self._radius and len(self._new) < MAX_NEW):

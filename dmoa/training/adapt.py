@@ -9,7 +9,7 @@ and anchoring after CoTTA and EATA, the rest ours. Shape letters: Q episodes, N 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ from dmoa.types import Answer, Stage, supervision_of
 _PROBED = 64
 """Replayed queries, at most, that the drift is measured on."""
 _CLUSTERS = 8
+_MAX_KNOWN = 10_000
+"""Newest queries that are known by name; one that waits to teach is in its last batch long before so many others were."""
 _LED = "led by outcomes"
 _HEARD = 4
 """Replies to queries of the stream, at least, by which an agent shows that it does not say the same to everything."""
@@ -106,8 +108,11 @@ class Adapter:
             raise ConfigError(f"replay: agents are {', '.join(replay.agents)}; expected {', '.join(gate.spec.agents)}")
         self.updates = 0
         self.used = 0
+        """Queries that were taken in, each counted once, however many batches it was in."""
         self.outcomes = 0
-        """Outcomes that came with the records taken in."""
+        """Those of them that came with an outcome; 0 for scores that read none."""
+        self._known: OrderedDict[str, bool] = OrderedDict()
+        """Newest queries that were taken in, and whether an outcome came with them."""
         self._deployed, self._checkpoint, self._options, self._world = gate, checkpoint, options, world
         self._spec: GateSpec = gate.spec
         self._old, self._recent = replay, None if replay is None else replay.take(np.zeros(0, np.int64))
@@ -158,17 +163,33 @@ class Adapter:
         first_QX = self._old.input_NX[self._old.start_Q[:-1]]
         return OutcomeTable(self._scale.label_model, context_part(first_QX, self._spec.preset).astype(np.float64))
 
-    def _tabled(self, fresh: Sequence[Episodes]) -> list[Episodes]:
-        """Enter new queries in the table of outcomes; return those that the weights may learn from.
+    def _first_heard(self, episode: Episodes) -> tuple[int, int]:
+        """Return how many queries, and how many outcomes of queries, are heard of for the first time."""
+        queries = outcomes = 0
+        for key, first in zip(episode.key_Q, episode.start_Q, strict=False):
+            outcome_NA = episode.outcome_NA if self._spec.score == "posterior" else None
+            is_judged = outcome_NA is not None and bool(np.isfinite(outcome_NA[first]).any())
+            was_judged = self._known.get(key.query_id)
+            queries += was_judged is None
+            outcomes += is_judged and not was_judged
+            self._known[key.query_id] = is_judged or bool(was_judged)
+            self._known.move_to_end(key.query_id)
+        while len(self._known) > _MAX_KNOWN:
+            self._known.popitem(last=False)
+        return queries, outcomes
+
+    def _tabled(self, fresh: Sequence[Episodes], heard: Sequence[tuple[int, int]]) -> list[Episodes]:
+        """Enter what is `heard` for the first time in the table of outcomes; return those that the weights may learn from.
 
         In a context that nobody knows, agreement teaches the wrong competences: without entropies the table leads there alone.
         """
         if self._table is None or self._scale is None:
             return list(fresh)
         kept, before = [], self._table.judged
-        for episode in fresh:
+        for episode, news in zip(fresh, heard, strict=True):
             witnesses = witnesses_of_steps(episode, episode.start_Q[:-1], self._spec)
-            is_new = [self._table.hear(witnesses.rows(slice(row, row + 1))) for row in range(len(witnesses.answer_RA))]
+            take = self._table.hear if any(news) else self._table.is_new
+            is_new = [take(witnesses.rows(slice(row, row + 1))) for row in range(len(witnesses.answer_RA))]
             if not any(is_new) or np.isfinite(witnesses.doubt_RA).any():
                 kept.append(episode)
         if self._table.judged != before:
@@ -229,16 +250,15 @@ class Adapter:
                 skipped[found] += 1
             else:
                 fresh.append(found)
-                self.outcomes += 0 if found.outcome_NA is None else int(np.isfinite(found.outcome_NA).any(axis=1).sum())
-        taught = self._tabled(fresh)
+        heard = [self._first_heard(one) for one in fresh]
+        taught = self._tabled(fresh, heard)
         skipped[_LED] += len(fresh) - len(taught)
-        self.used += len(fresh) - len(taught)
-        fresh = taught
-        if fresh:
-            kept = Episodes.joined([*([] if self._recent is None else [self._recent]), *fresh])
+        if taught:
+            kept = Episodes.joined([*([] if self._recent is None else [self._recent]), *taught])
             self._recent = self._retire(kept)
-        self.used += len(fresh)
-        return len(fresh), dict(+skipped)
+        self.used += sum(queries for queries, _ in heard)
+        self.outcomes += sum(outcomes for _, outcomes in heard)
+        return len(taught), dict(+skipped)
 
     def _episodes(self, record: Feedback | Lesson | Episodes) -> Episodes | str:
         """Return a record as episodes, or why nothing can be learned from it."""

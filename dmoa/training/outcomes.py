@@ -130,11 +130,11 @@ def credit_replies(outcomes: Iterable[Outcome], rollouts: pa.Table, *, seed: int
     return Credited(credit={key: float(np.mean(values)) for key, values in rewards.items()}, used=used, unknown=unknown)
 
 
-def no_outcome_fits(count: int) -> ConfigError:
-    """Return the error of outcomes none of which is of these rollouts."""
+def no_outcome_fits(count: int, of: str = "these rollouts", remedy: str = "collect rollouts of those queries") -> ConfigError:
+    """Return the error of outcomes none of which is `of` what was asked."""
     return ConfigError(
-        f"--outcomes: none of {count} outcomes is of a query and an agent of these rollouts; name queries as "
-        "their query_id does, or collect rollouts of those queries"
+        f"--outcomes: none of {count} outcomes is of a query and an agent of {of}; name queries as their query_id does, "
+        f"or {remedy}"
     )
 
 

@@ -7,7 +7,7 @@ and the rows after, is an ordinary evaluation of gates in the same folder, so it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dmoa.config import Config
     from dmoa.evaluation.run import Session
     from dmoa.training.options import AdaptOptions
+    from dmoa.training.outcomes import Outcome
     from dmoa.training.prequential import AdaptingSwarm, Counted, StreamJob, StreamUpdate
     from dmoa.workflows.console import Bars, Common
 
@@ -337,7 +338,6 @@ def _job(
     from dmoa.agents.pool import fingerprint
     from dmoa.swarm import limits_for
     from dmoa.training.options import AdaptSettings
-    from dmoa.training.outcomes import read_outcomes
     from dmoa.training.prequential import StreamJob
 
     stage = Stage(folder.root, {task.row_id: task for task, _ in first})
@@ -355,10 +355,20 @@ def _job(
         settings=AdaptSettings.parse(settings),
         every=options.every,
         replay=tuple(path.absolute() for path in options.replay),
-        outcomes=read_outcomes(options.outcomes) if options.outcomes else (),
+        outcomes=_fitting(options.outcomes, {query.query_id for query in queries}) if options.outcomes else (),
         preset=config.gate.preset,
         fingerprint=fingerprint(config),
     )
+
+
+def _fitting(path: Path, queries: Collection[str]) -> tuple[Outcome, ...]:
+    """Return the outcomes of a file. Raises ConfigError for a file of which nothing is of these queries."""
+    from dmoa.training.outcomes import no_outcome_fits, read_outcomes
+
+    found = read_outcomes(path)
+    if not any(one.query_id in queries for one in found):
+        raise no_outcome_fits(len(found), "the first queries", "take more of them (--queries)")
+    return found
 
 
 def run_job(job: StreamJob, workers: int, open_ray: Any, tick: Any) -> None:

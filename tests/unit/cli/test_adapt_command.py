@@ -225,6 +225,14 @@ def test_a_pool_that_answers_nothing_stops_before_the_rest_is_asked(tmp_path: Pa
         begun(loads(pool), tmp_path)
 
 
+def test_outcomes_of_other_queries_are_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+    given = tmp_path / "outcomes.jsonl"
+    given.write_text('{"query_id": "elsewhere/1", "reward": 1}\n{"trace_id": "t", "reward": 0}\n')
+    with pytest.raises(ConfigError, match=r"--outcomes: none of 2 outcomes is of a query and an agent of the first queries"):
+        begun(scripted_pool(), tmp_path / "out", outcomes=given)
+    assert not list((tmp_path / "out" / "answers").glob("*"))
+
+
 def test_one_learner_at_a_time_follows_an_app() -> None:
     memory: dict[str, bytes] = {}
     first, second = Lease("dmoa", "here:/a", memory), Lease("dmoa", "there:/b", memory)

@@ -318,3 +318,32 @@ def test_outcomes_of_a_new_domain_lead_beside_the_weights_and_leave_them_alone()
     assert written.version != record.version
     assert (written.trained_on or {})["supervision"] == "outcomes(6)"
     assert adapter.learn([without_entropies(0, 50)]).loss is not None  # of the domain that it knows: weights learn as ever
+
+
+def test_a_query_in_several_batches_is_counted_once_and_so_is_its_outcome() -> None:
+    gate, record = judging()
+    known = [episodes_of(without_entropies(0, number), gate.spec) for number in range(12)]
+    replay = Episodes.joined([one for one in known if isinstance(one, Episodes)])
+    told = {"one": 0.0, "two": 0.0, "three": 1.0}
+    models = []
+    for batches in (1, 3):
+        adapter = Adapter(gate, record, replay, AdaptSettings(), SingleWorker(CPU))
+        for _ in range(batches):
+            adapter.learn([without_entropies(2, number, told) for number in range(4)])
+        now, written = adapter.candidate()
+        assert (adapter.used, adapter.outcomes, (written.trained_on or {})["supervision"]) == (4, 4, "outcomes(4)")
+        models.append(now.label_model)
+    assert models[0] is not None
+    assert models[1] is not None
+    assert models[0].lead_C.tolist() == models[1].lead_C.tolist() == pytest.approx([0.0, 4 / 14])
+    late = Adapter(gate, record, replay, AdaptSettings(), SingleWorker(CPU))
+    for outcomes in (None, told):  # heard of when it is in its second batch
+        late.learn([without_entropies(2, 0, outcomes)])
+    assert (late.used, late.outcomes) == (1, 1)
+
+
+def test_a_score_that_reads_no_outcomes_counts_none(start: tuple[Gate, Checkpoint]) -> None:
+    adapter = adapter_of(start)
+    adapter.learn([dataclasses.replace(lesson(2, 0), outcomes={"three": 1.0})])
+    assert (adapter.used, adapter.outcomes) == (1, 0)
+    assert (adapter.candidate()[1].trained_on or {})["supervision"] == "none"
