@@ -2,12 +2,12 @@
 
 Serve reads its own flags in every process of the cluster, so those for short hops (`dmoa.serving.launch.SERVE_FLAGS`)
 belong into the environment before `ray start`; `dmoa serve` sets them by itself.
+Without API keys (DMOA_API_KEYS; DMOA_ADMIN_KEYS beside them) it is refused on a Serve that other machines can reach.
 """
 
 import os
 
 from dmoa.agents.pool import load_pool
-from dmoa.serving.app import build_app
-from dmoa.serving.http.middleware import hash_keys
+from dmoa.serving.deploy import build_with_keys
 
-app = build_app(load_pool(os.environ.get("DMOA_CONFIG")), key_hashes=hash_keys(os.environ))
+app = build_with_keys(load_pool(os.environ.get("DMOA_CONFIG")))

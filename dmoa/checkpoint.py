@@ -22,6 +22,7 @@ from dmoa.core.label_model import LabelModel
 from dmoa.errors import CheckpointError
 from dmoa.reading import MAX_BYTES as MAX_RECORD_BYTES
 from dmoa.reading import read_bounded, read_json
+from dmoa.storage import uri_of
 from dmoa.types import UNTRAINED
 from dmoa.validation import describe, short
 
@@ -161,7 +162,12 @@ def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
 
 
 def load(folder: str | Path) -> tuple[Gate, Checkpoint]:
-    """Read a checkpoint folder. Raises CheckpointError if a file is missing, and as `read_files`."""
+    """Read a checkpoint folder of this machine. Raises CheckpointError if a file is missing, and as `read_files`."""
+    if uri := uri_of(folder):
+        raise CheckpointError(
+            f"checkpoint {uri!r}: expected a folder of this machine; copy that one here, or install it from there into a running "
+            "swarm (`dmoa router install URI`)"
+        )
     where, files = f"checkpoint {str(folder)!r}", {}
     for name, most in (("gate.json", MAX_RECORD_BYTES), ("gate.safetensors", MAX_BYTES)):
         try:

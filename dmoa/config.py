@@ -13,12 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from dmoa.engine_options import ENGINES, AutoscalingConfig, EngineEntry, EngineName, EngineOptions, Node, owner_of
+from dmoa.engine_options import ENGINES, AutoscalingConfig, EngineEntry, EngineName, EngineOptions, Node, fault_of_url, owner_of
 from dmoa.errors import ConfigError
 from dmoa.plugins import absolute_reference, is_reference, missing_file
 from dmoa.types import Defence, Sampling
 from dmoa.validation import describe, did_you_mean, short
-from dmoa.yaml_tree import parse_yaml, read, set_value
+from dmoa.yaml_tree import merged, parse_yaml, read, set_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -465,9 +465,17 @@ class TracingConfig(Node):
     """OpenTelemetry, by the conventions for generative AI."""
 
     otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
-    """Collector that takes OTLP over HTTP, such as http://HOST:4318; None: off. Headers: OTEL_EXPORTER_OTLP_HEADERS."""
+    """Collector that takes OTLP over HTTP, such as http://HOST:4318; None: off. Headers, keys too: OTEL_EXPORTER_OTLP_HEADERS."""
     content: bool = False
     """Whether spans hold prompts and texts."""
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        # A rule over the record, because the message of a rule over one field would show what may be a secret.
+        fault = fault_of_url(self.otlp_endpoint, "OTEL_EXPORTER_OTLP_HEADERS") if self.otlp_endpoint else None
+        if fault:
+            raise ValueError(f"otlp_endpoint: {fault}; write it as http://HOST:4318, up to what /v1/traces follows")
+        return self
 
 
 class Config(Node):
@@ -615,8 +623,8 @@ def parse_gate(tree: dict[str, Any]) -> GateConfig:
         raise ConfigError(describe(error)) from error
 
 
-def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Read a pool file, `-` for standard input, and apply `a.b=c` overrides.
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = (), changes: Mapping[str, Any] | None = None) -> Config:
+    """Read a pool file, `-` for standard input, lay `changes` over it as `merged` does, and apply `a.b=c` overrides.
 
     Raises ConfigError naming file, field, value and what is expected.
     """
@@ -624,7 +632,8 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
         text, source = read(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: cannot read {str(path)!r}: {error}; give the path of a pool YAML file") from error
-    return loads(text, source=source, overrides=overrides)
+    tree = parse_yaml(text, source)
+    return from_tree(merged(tree, changes) if changes else tree, source=source, overrides=overrides)
 
 
 def loads(text: str, *, source: str = "<text>", overrides: tuple[str, ...] | list[str] = ()) -> Config:

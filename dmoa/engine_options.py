@@ -124,6 +124,8 @@ class EngineOptions(Node):
 
     def fault_of_gpus(self, gpus: float) -> str | None:
         """Return what is wrong with so many GPUs for a replica, None if nothing."""
+        if gpus > 1 and gpus % 1:
+            return f"gpus is {gpus:g}; Ray gives a part of one GPU, or whole ones; expected a number up to 1, or a whole one"
         return None
 
 
@@ -304,7 +306,7 @@ class OpenaiOptions(EngineOptions):
                 "api_key_env: the value is not a variable's name (A-Z, 0-9 and '_', not beginning with a digit); "
                 "name the variable that holds the key, and keep the key itself out of this file"
             )
-        fault = _fault_of_url(self.base_url)
+        fault = fault_of_url(self.base_url, "the variable of api_key_env")
         if fault:
             raise ValueError(f"base_url: {fault}; write it as https://HOST[:PORT]/PATH, up to what /chat/completions follows")
         return self
@@ -327,10 +329,13 @@ class RecordedOptions(EngineOptions):
         return f"gpus is {gpus:g}; engine 'recorded' runs no model; set gpus to 0" if gpus else None
 
 
-def _fault_of_url(url: str) -> str | None:
-    """Return what is wrong with an endpoint's URL, None if nothing; parts that may hold a secret are not repeated."""
+def fault_of_url(url: str, keys: str) -> str | None:
+    """Return what is wrong with the URL of an endpoint, None if nothing; parts that may hold a secret are not repeated.
+
+    `keys` says where secrets belong.
+    """
     if re.search(r"[@?#]", url):
-        return "the URL has a user part, a query or a fragment; none is allowed (a key goes into the variable of api_key_env)"
+        return f"the URL has a user part, a query or a fragment; none is allowed (a key goes into {keys})"
     try:
         parts = urlsplit(url)
         has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

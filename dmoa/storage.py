@@ -24,6 +24,7 @@ from pyarrow.lib import ArrowException
 from pydantic import BaseModel
 
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.validation import redact_text
 
 PERIOD_S = 5.0
 """How often what has changed is written back."""
@@ -67,7 +68,8 @@ def place_of(uri: str, field: str) -> tuple[arrow_fs.FileSystem, str]:
     try:
         system, root = arrow_fs.FileSystem.from_uri(uri)
     except (*_FAILURES, ValueError) as error:
-        raise ConfigError(f"{field} is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
+        what = f"{field} is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})"
+        raise ConfigError(redact_text(what)) from error
     return system, root.rstrip("/")
 
 
@@ -126,14 +128,22 @@ def uri_of(place: Path | str) -> str | None:
     if found is None:
         return None
     scheme, rest = found.groups()
+    place, mark, options = rest.partition("?")
+    rest = place + mark + re.sub(r"(https?):/+", r"\1://", options)  # a path has lost one of the two there as well
     return f"file:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+
+
+def under(uri: str, name: str) -> str:
+    """Return the URI of what lies under a URI, whose options (`?endpoint_override=...`) go on standing at the end."""
+    place, mark, options = uri.partition("?")
+    return f"{place.rstrip('/')}/{name}{mark}{options}"
 
 
 def display_path(path: Path) -> str:
     """Return what a user knows a place by: the URI of a local copy and of what lies in it, else the path as it is."""
     for folder in (path, *path.parents):
         if folder in _uris:
-            return "/".join((_uris[folder], *path.relative_to(folder).parts))
+            return under(_uris[folder], path.relative_to(folder).as_posix()) if path != folder else _uris[folder]
     return uri_of(path) or str(path)
 
 
@@ -232,7 +242,7 @@ def _copy(
     if uri is None:
         yield place
         return
-    local = Path(tempfile.mkdtemp(prefix="dmoa-")) / place.name
+    local = Path(tempfile.mkdtemp(prefix="dmoa-")) / Path(uri.partition("?")[0]).name
     local.mkdir()
     try:
         mirror = Mirror(uri, local, apart)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -200,3 +201,10 @@ def _place(node: Any, key: str, override: str) -> Any:
     if not key.isdecimal() or int(key) >= len(node):
         raise ConfigError(f"{where} is not an entry of this list; expected an index below {len(node)}")
     return int(key)
+
+
+def merged(tree: Any, changes: Any) -> Any:
+    """Return a tree with changes laid over it: section into section, and anything else in place of what was there."""
+    if not (isinstance(tree, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**tree, **{key: merged(tree.get(key), value) for key, value in changes.items()}}

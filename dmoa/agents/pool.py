@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.resources import files
@@ -83,13 +83,16 @@ def packaged_pools() -> dict[str, Path]:
     return {path.stem: path for path in sorted(default_config_path().parent.glob("*.yaml"))}
 
 
-def load_pool(path: str | Path | None, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+def load_pool(
+    path: str | Path | None, overrides: tuple[str, ...] | list[str] = (), changes: Mapping[str, Any] | None = None
+) -> Config:
     """Read a pool file, or a packaged pool by its bare name, such as `specialists`; None is the default pool.
 
-    Raises ConfigError. A file of that very name in the working directory comes first.
+    `changes` and `overrides` as `config.load` has them. A file of that very name in the working directory comes first. Raises
+    ConfigError.
     """
     if not path:
-        return load(default_config_path(), overrides)
+        return load(default_config_path(), overrides, changes)
     pools = packaged_pools()
     is_bare = is_name(str(path)) and not Path(path).suffix and not Path(path).is_file()
     if is_bare and str(path) not in pools:
@@ -97,7 +100,7 @@ def load_pool(path: str | Path | None, overrides: tuple[str, ...] | list[str] = 
             f"config: cannot read {str(path)!r}: neither a file nor a packaged pool; give the path of a pool YAML file, or "
             f"{', '.join(pools)}; name one of them{did_you_mean(str(path), pools)}"
         )
-    return load(pools[str(path)] if is_bare else path, overrides)
+    return load(pools[str(path)] if is_bare else path, overrides, changes)
 
 
 def fingerprint(config: Config) -> str:

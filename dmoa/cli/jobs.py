@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.validation import redact_command
+from dmoa.validation import redact, redact_command, short
 from dmoa.workflows.console import Common, fail, suggesting, with_common
 from dmoa.workflows.terminal import closed, never_join_by_accident
 from dmoa.yaml_tree import parse_yaml, read, set_value
@@ -165,8 +165,8 @@ def _command() -> str:
 def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
     """Return the pool of a job file and its `job:` section.
 
-    Beside `job:` stands a whole pool, or `pool:` with the name of a packaged one or a path, or nothing: the default pool.
-    Raises ConfigError naming the file and the field.
+    Beside `job:` stands a whole pool, or `pool:` with the name of a packaged one or a path and what is to be changed in it (lists
+    as a whole), or nothing: the default pool. Raises ConfigError naming the file and the field.
     """
     if common.config is None:
         raise ConfigError("--config: missing; name a YAML file with a job section, such as jobs/evaluate.yaml")
@@ -177,16 +177,28 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
     tree = parse_yaml(text, source)
     if not isinstance(tree, dict) or not isinstance(tree.get(JOB), dict):
         raise ConfigError(f"{source}: job: missing; add a job section with the options of the command")
-    if set(tree) <= {JOB, POOL}:
-        of_job = [override for override in common.overrides if override.startswith(f"{JOB}.")]
-        of_pool = [override for override in common.overrides if override not in of_job]
-        from dmoa.agents.pool import load_pool
-
-        config = load_pool(tree.get(POOL), of_pool)
-        for override in of_job:
-            set_value(tree, override)
-        return config, tree[JOB]
-    for override in common.overrides:
+    is_named = POOL in tree or set(tree) == {JOB}
+    own = [override for override in common.overrides if not is_named or override.startswith((f"{JOB}.", f"{POOL}="))]
+    for override in own:
         set_value(tree, override)
     values = tree.pop(JOB)
-    return from_tree(tree, source=source), values
+    if not is_named:
+        return from_tree(tree, source=source), values
+    return _named_pool(tree, source, [override for override in common.overrides if override not in own]), values
+
+
+def _named_pool(tree: dict[str, Any], source: str, overrides: list[str]) -> Config:
+    from dmoa.agents.pool import load_pool
+
+    pool = tree.pop(POOL, None)
+    if pool is not None and not isinstance(pool, str):
+        raise ConfigError(
+            f"{source}: pool is {short(redact(pool))}; expected the name of a packaged pool or the path of a pool file; the "
+            "sections of a whole pool (name, llms, agents ...) stand beside job:, without pool:"
+        )
+    if not tree:
+        return load_pool(pool, overrides)
+    try:
+        return load_pool(pool, overrides, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: with its own {', '.join(map(str, tree))}: {error}") from error

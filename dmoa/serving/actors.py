@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import pickle
 from collections.abc import Awaitable, Callable
@@ -55,6 +56,17 @@ def detached(name: str) -> dict[str, Any]:
         "max_concurrency": 1000,
         "num_cpus": 0,
     }
+
+
+def served_before_restart(app: str) -> dict[str, Any] | None:
+    """Return what an app served last (`config`, `configured`) to an actor that Ray restarted; None to any other.
+
+    The constructor of such an actor sees only what the actor was first created with.
+    """
+    if not ray.get_runtime_context().was_current_actor_reconstructed:
+        return None
+    found = _internal_kv_get(f"dmoa/config/{app}".encode())
+    return json.loads(found) if found else None
 
 
 async def once_up(ask: Callable[[], Awaitable[T]]) -> T:

@@ -350,21 +350,38 @@ def _pieces(plan: Plan, supply: Supply) -> Iterator[str]:
         asking = [item for item in plan.deployments if kind in (None, item.accelerator_type)]
         if sum(item.min_gpus for item in asking) > sum(node.gpus for node in nodes):
             continue  # `_counts` says so
-        for width in sorted({item.gpus_together for item in asking if item.is_on_one_node and item.gpus_together > 1}):
-            wide = [item for item in asking if item.is_on_one_node and item.gpus_together >= width]
-            pieces, places = sum(item.min_replicas for item in wide), _places(nodes, width)
+        together = [item for item in asking if item.is_on_one_node and item.gpus]
+        for width in sorted({item.gpus for item in together}):
+            wide = [item for item in together if item.gpus >= width]
+            counts = [1 if width > 1 else _pieces_of(item.gpus, width) for item in wide]
+            pieces = sum(item.min_replicas * count for item, count in zip(wide, counts, strict=True))
+            places = _places(nodes, width)
             if places and pieces > places:
-                yield (
-                    f"{_field(wide, 'gpus')}: {pieces} replicas at min_replicas have {width:g} GPUs or more, each on "
-                    f"one node, and {supply.source} has room for {places}{f' of kind {kind}' if kind else ''} "
-                    f"({_nodes(nodes)}); lower min_replicas or gpus, or add a node with {width:g} GPUs"
-                )
+                where = f"and {supply.source} has room for {places}{f' of kind {kind}' if kind else ''} ({_nodes(nodes)})"
+                yield f"{_field(wide, 'gpus')}: {_asked(pieces, width, where)}"
                 break
 
 
 def _places(nodes: Iterable[GpuNode], width: float) -> int:
-    """Return how many times so many GPUs together the nodes have."""
-    return sum(int(node.gpus // width) for node in nodes)
+    """Return how many times so many GPUs together the nodes have; a part of a GPU is of one GPU."""
+    return sum(_pieces_of(node.gpus, width) for node in nodes)
+
+
+def _pieces_of(gpus: float, width: float) -> int:
+    """Return how many pieces of a width are in so many GPUs; one below 1 is a part of one GPU."""
+    if width > 1:
+        return int(gpus // width)
+    return int(gpus) * int(1 / width + 1e-6) + int(gpus % 1 / width + 1e-6)  # Ray counts in ten-thousandths
+
+
+def _asked(pieces: int, width: float, where: str) -> str:
+    """Return the sentence about pieces that there is no room for."""
+    if width > 1:
+        return (
+            f"{pieces} replicas at min_replicas have {width:g} GPUs or more, each on one node, {where}; lower min_replicas or "
+            f"gpus, or add a node with {width:g} GPUs"
+        )
+    return f"{pieces} times {width:g} of one GPU are asked for at min_replicas, {where}; lower min_replicas or gpus, or add a GPU"
 
 
 def _memory(config: Config, item: Deployment, memory: Memory, supply: Supply) -> Iterator[str]:

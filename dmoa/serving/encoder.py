@@ -36,7 +36,13 @@ class EncoderReplica:
 
 def bind_encoder(config: Config) -> Any:
     """Return the bound Serve deployment of the encoder."""
-    options = {"name": "encoder", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 256}
+    options = {
+        "name": "encoder",
+        "num_replicas": 1,
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 256,
+        "health_check_period_s": 0.5,  # as for the ingress; by default 10, and no step begins without it
+    }
     return serve.deployment(EncoderReplica).options(**options).bind(config.model_dump_json())
 
 

@@ -19,6 +19,9 @@ _MAX_CAUSE_CHARS = 600
 _RAISED = re.compile(r"^(?:ray\.exceptions\.RayTaskError\()?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt))\)?: ")
 """How the last line of a traceback begins."""
 _OURS = "dmoa.errors."
+_UNPLACED = "to be scheduled"
+"""In what Serve says of a replica that Ray has had no room for in half a minute."""
+_ROOM = re.compile(r"each replica: (.*?), total resources available: (.*?)\.(?: Use|$)")
 
 
 def news(config: Config, states: Mapping[str, str], told: set[str]) -> list[str]:
@@ -29,9 +32,13 @@ def news(config: Config, states: Mapping[str, str], told: set[str]) -> list[str]
     return [f"ready: {subject(config, name)} ({len(ready)} of {len(states)})" for name in new]
 
 
-def loading(config: Config, states: Mapping[str, str]) -> str:
-    """Return the deployments that are not ready yet, and the models that they load; empty where all are."""
-    return "; ".join(subject(config, name) + _model(config, name) for name, state in states.items() if state != "HEALTHY")
+def loading(config: Config, states: Mapping[str, str], messages: Mapping[str, str] | None = None) -> str:
+    """Return the deployments that are not ready yet, and the models that they load; empty where all are.
+
+    `messages` are Serve's, by name: where it finds no room for a replica they say what that needs.
+    """
+    left = [name for name, state in states.items() if state != "HEALTHY"]
+    return "; ".join(subject(config, name) + _model(config, name) + _no_room((messages or {}).get(name, "")) for name in left)
 
 
 def wait_running(config: Config, app: str, say: Callable[[str], None] = lambda line: None) -> None:
@@ -50,13 +57,14 @@ def wait_running(config: Config, app: str, say: Callable[[str], None] = lambda l
         if found is None:
             raise DmoaError(f"app {app!r}: it is gone; another command has deleted it while it started")
         states = {name: str(part.status.value) for name, part in found.deployments.items()}
+        messages = {name: part.message for name, part in found.deployments.items()}
         for line in news(config, states, ready):
             say(line)
             spoke = time.monotonic()
-        if (now := time.monotonic()) - spoke >= REMIND_S and (left := loading(config, states)):
+        if (now := time.monotonic()) - spoke >= REMIND_S and (left := loading(config, states, messages)):
             say(f"loading{'' if spoke < started else f', after {now - started:.0f} s'}: {left}")
             spoke = now
-        causes = {name: cause for name, part in found.deployments.items() if (cause := raised(part.message))}
+        causes = {name: cause for name, message in messages.items() if (cause := raised(message))}
         for name, (kind, words) in causes.items():
             if kind == ConfigError.__name__:
                 raise ConfigError(explain(config, name, words))
@@ -91,6 +99,16 @@ def _model(config: Config, deployment: str) -> str:
     names = deployment_names(config)
     llm = next((agent.llm for agent in callable_agents(config) if names.get(agent.name) == deployment), None)
     return "" if llm is None else f" (llms.{llm}.model {config.llms[llm].model!r})"
+
+
+def _no_room(message: str) -> str:
+    """Return what a replica needs and what is free where Serve says that there is no room for it, else nothing."""
+    message = " ".join(message.split())
+    if _UNPLACED not in message:
+        return ""
+    found = _ROOM.search(message)
+    why = f"a replica needs {found[1]}, free are {found[2]}" if found else _cut(message)
+    return f", for which Ray has no room yet: {why}"
 
 
 def raised(text: str) -> tuple[str, str] | None:

@@ -27,11 +27,21 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from dmoa.config import Config, RouterConfig
 from dmoa.errors import ConfigError, RequestError
 from dmoa.feedback import FILE, Feedback, feedback_of, is_held_back, read_feedback, tenant_of, tenants_of, write_feedback
-from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback_name, once_up, pack_record, unpack_record
+from dmoa.serving.actors import (
+    NAMESPACE,
+    default_state_uri,
+    detached,
+    feedback_name,
+    once_up,
+    pack_record,
+    served_before_restart,
+    unpack_record,
+)
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
-from dmoa.storage import place_of, write_at
+from dmoa.storage import place_of, under, write_at
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Query
+from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.feedback")
 MAX_PENDING = 64
@@ -60,7 +70,7 @@ class FeedbackStore:
         """Open the place. Raises ConfigError for a URI that no file system serves."""
         self._fs, root = place_of(uri, "router.state_uri")
         self._root = f"{root}/feedback"
-        self.place = f"{uri.rstrip('/')}/feedback"
+        self.place = redact_text(under(uri, "feedback"))
 
     def save(self, records: bytes, state: bytes) -> None:
         """Keep a snapshot. Raises OSError."""
@@ -118,9 +128,9 @@ class FeedbackActor:
     def __init__(self, config_json: str, app: str) -> None:
         os.nice(NICENESS)
         config = Config.model_validate_json(config_json)
-        served = _internal_kv_get(f"dmoa/config/{app}".encode())
-        if served and ray.get_runtime_context().was_current_actor_reconstructed:
-            config = Config.model_validate(json.loads(served)["config"])  # the constructor sees only the first one
+        served = served_before_restart(app)
+        if served is not None:
+            config = Config.model_validate(served["config"])
         self._app = app
         self._saver: asyncio.Task[None] | None = None
         self._changes = self._saved = 0

@@ -21,7 +21,7 @@ from dmoa.loopback import ignore_proxies, is_loopback
 from dmoa.serving import listening
 from dmoa.serving.ending import own_process_groups
 from dmoa.serving.failures import last_words, wait_running
-from dmoa.serving.http.middleware import ADMIN_VARIABLE, check_exposure, hash_keys
+from dmoa.serving.http.middleware import ADMIN_VARIABLE, ON_THIS_RAY, check_exposure, hash_keys
 from dmoa.types import RouterStatus
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def launch(
 
     application, started_ray = _build(config, key_hashes, address, mark, policy_files)
     host = _start_serve(host, port, app, is_here=started_ray)
+    check_exposure(host, key_hashes, insecure, ON_THIS_RAY)  # which may be another than was asked for
     say(f"Ray is up; deploying pool {config.name}")
     target = serve.RunTarget(target=application, name=app, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)

@@ -17,14 +17,15 @@ from typing import Any
 
 import ray
 
-from dmoa.config import RouterConfig, TracingConfig
+from dmoa.config import Config, RouterConfig, TracingConfig
 from dmoa.feedback import tenant_of
-from dmoa.serving.actors import detached, pack_record, traces_name, unpack_record
+from dmoa.serving.actors import detached, pack_record, served_before_restart, traces_name, unpack_record
 from dmoa.serving.feedback import FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
 from dmoa.serving.trace_list import LOAD_S, NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
 from dmoa.trace import AnsweredQuery
+from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.traces")
 BATCH_S = 0.1
@@ -69,7 +70,12 @@ class TraceOutbox:
 class TraceStore:
     """Keeps the newest queries of an app, each with the tenant whose key made it."""
 
-    def __init__(self, bounds: RouterConfig, tracing: TracingConfig | None = None) -> None:
+    def __init__(self, bounds: RouterConfig, tracing: TracingConfig | None = None, app: str | None = None) -> None:
+        """`app` is whose actor this is; where Ray restarted it, the settings are those that the app served last."""
+        served = None if app is None else served_before_restart(app)
+        if served is not None:
+            config = Config.model_validate(served["config"])
+            bounds, tracing = config.router, config.tracing
         self._bounds = bounds
         self._exporter = Exporter(tracing or TracingConfig())
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
@@ -87,7 +93,7 @@ class TraceStore:
             for one, place in self._archive.load():
                 self._add(_Kept(owner=one.owner, summary=one.summary, calls=one.calls, size=one.length, place=place))
         except OSError as error:
-            _LOG.warning("traces of %s are not read: %s", self._bounds.trace_uri, error)
+            _LOG.warning("traces of %s are not read: %s", redact_text(self._bounds.trace_uri or ""), error)
 
     async def configure(self, bounds: RouterConfig, tracing: TracingConfig) -> None:
         """Take the settings of a configuration; what was kept goes on being kept."""
@@ -214,4 +220,4 @@ def _written(kept: _Kept) -> Written:
 
 def ensure_traces(app: str, bounds: RouterConfig, tracing: TracingConfig) -> Any:
     """Return the app's trace store actor, created if it is not there yet."""
-    return ray.remote(TraceStore).options(**detached(traces_name(app))).remote(bounds, tracing)
+    return ray.remote(TraceStore).options(**detached(traces_name(app))).remote(bounds, tracing, app)

@@ -516,11 +516,12 @@ class Common:
     def load(self, checkpoint: Path | None = None) -> Config:
         """Return the pool that the options name; `checkpoint` replaces its gate. Raises ConfigError."""
         from dmoa.agents.pool import load_pool
+        from dmoa.storage import uri_of
 
         config = load_pool(self.config or os.environ.get("DMOA_CONFIG") or None, self.overrides)
         if checkpoint is None:
             return config
-        gate = config.gate.model_copy(update={"checkpoint": str(checkpoint.absolute())})
+        gate = config.gate.model_copy(update={"checkpoint": uri_of(checkpoint) or str(checkpoint.absolute())})
         return config.model_copy(update={"gate": gate})
 
     def say(self, text: str) -> None:

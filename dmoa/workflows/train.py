@@ -28,13 +28,13 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops.
     """
     from dmoa.provenance import code_revision
-    from dmoa.storage import display_path, localized, only_one, uri_of
+    from dmoa.storage import display_path, localized, only_one, under, uri_of
     from dmoa.training.trainer import TrainContext, run_training
     from dmoa.workflows.evaluate import opened_ray
 
     place = uri_of(options.out)
     if place is not None and options.storage_path is None:
-        options = options.model_copy(update={"storage_path": f"{place.rstrip('/')}/state"})  # workers reach it, and no copy
+        options = options.model_copy(update={"storage_path": under(place, "state")})  # workers reach it, and no copy
     num_gpus = float(options.gpu) * (1 if options.workers == "auto" else options.workers)
     context = TrainContext(
         open_ray=partial(opened_ray, options.address, num_gpus),

@@ -47,6 +47,22 @@ def test_serve_run_honours_dmoa_config(tmp_path: Path) -> None:
     assert body["dmoa"]["stop_reason"] == "agreement"
 
 
+def test_serve_run_builds_nothing_without_keys_where_others_can_reach_serve(tmp_path: Path) -> None:
+    (tmp_path / "pool.yaml").write_text(POOL.replace("STATE", (tmp_path / "state").as_uri()), encoding="utf-8")
+    text = SERVE.replace("PORT", str(free_port())).replace("127.0.0.1", "0.0.0.0")
+    (tmp_path / "serve.yaml").write_text(text, encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("serve")), "run", "--app-dir", str(ROOT), str(tmp_path / "serve.yaml")]
+    env = {"DMOA_CONFIG": str(tmp_path / "pool.yaml"), "PYTHONPATH": str(ROOT), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    served = Served(command, env)
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and "Serve on this Ray listens on '0.0.0.0'" not in "".join(served.errors):
+            time.sleep(0.2)
+    finally:
+        served.stop()
+    assert "Serve on this Ray listens on '0.0.0.0', which other machines can reach" in "".join(served.errors)
+
+
 def test_an_address_where_nothing_listens_ends_the_command(tmp_path: Path) -> None:
     """Left to itself Ray goes on trying for longer than the limit here."""
     with socket.create_server(("127.0.0.1", 0)) as closed:

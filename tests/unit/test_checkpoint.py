@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dmoa.agents.pool import default_config_path
 from dmoa.checkpoint import SCHEMA_VERSION, Checkpoint, check_pool, describe_gate, load, save
 from dmoa.core.gate import Gate, init_gate, weights_version
 from dmoa.errors import CheckpointError
 from dmoa.testing import DIM, gate_spec
+from dmoa.workflows.console import Common
 from tests.unit.core.test_label_model import by_hand
 
 AGENTS = ("adder", "sorter", "dater")
@@ -311,6 +313,13 @@ def test_an_absent_folder_is_refused(tmp_path: Path) -> None:
 
 def record_of(head: str = "linear") -> Checkpoint:
     return describe_gate(profile_gate() if head == "profile" else gate_of(), fingerprint=FINGERPRINT, trained_on={"rows": 1})
+
+
+def test_a_checkpoint_elsewhere_is_refused_with_what_to_do() -> None:
+    named = Common(config=default_config_path()).load(Path("s3://bucket/gate")).gate.checkpoint
+    assert named == "s3://bucket/gate"
+    with pytest.raises(CheckpointError, match=r"'s3://bucket/gate': expected a folder of this machine; .*`dmoa router install"):
+        load(named)
 
 
 def test_the_pool_that_a_checkpoint_was_made_for_may_use_it() -> None:

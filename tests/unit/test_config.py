@@ -141,6 +141,8 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (endpoint(base_url="https://a b/v1"), ("base_url: 'https://a b/v1'",)),
     ({"llms__tiny__max_num_seqs": 0}, ("llms.tiny.max_num_seqs is 0", "greater than or equal to 1")),
     ({"llms__tiny__gpus": -1}, ("llms.tiny.gpus is -1",)),
+    ({"llms__tiny__gpus": 1.5}, ("llms.tiny: gpus is 1.5", "expected a number up to 1, or a whole one")),
+    ({"tracing": {"otlp_endpoint": "ftp://a"}}, ("tracing.otlp_endpoint is 'ftp://a'",)),
     ({"llms__tiny__engine_kwargs": {"tokens": 0}}, ("llms.tiny: engine_kwargs: tokens is 0",)),
     ({"llms__tiny__engine_kwargs": {"delays_ms": {"adder": -1}}}, ("delays_ms.adder is -1",)),
     ({"llms__tiny__autoscaling": {"min_replicas": 3}}, ("llms.tiny.autoscaling", "max_replicas is 1", "min_replicas 3")),
@@ -204,6 +206,14 @@ SECRETS = ["https://user:hunter2@a/v1", "https://hunter2@a/v1", "https://a/v1?ke
 def test_what_may_be_a_secret_is_refused_without_showing_it(options: dict[str, str]) -> None:
     message = refused(yaml.safe_dump(tree(**endpoint(**options))))
     assert message.startswith(f"pool.yaml: llms.tiny: engine_kwargs: {next(iter(options))}: ")
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("url", SECRETS)
+def test_a_collectors_key_is_no_part_of_its_address(url: str) -> None:
+    message = refused(yaml.safe_dump(tree(tracing={"otlp_endpoint": url})))
+    assert "tracing: otlp_endpoint: the URL has a user part, a query or a fragment" in message
+    assert "OTEL_EXPORTER_OTLP_HEADERS" in message
     assert "hunter2" not in message
 
 

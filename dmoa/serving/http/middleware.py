@@ -23,6 +23,7 @@ _HOST = re.compile(r"(?:\[(?P<address>[\da-f:.%]+)\]|(?P<name>[^:\[\]@/,\s]+))(?
 VARIABLE = "DMOA_API_KEYS"
 DOCS_PATH = "/docs"
 ADMIN_VARIABLE = "DMOA_ADMIN_KEYS"
+ON_THIS_RAY = "Serve on this Ray listens on"
 OPEN_PATHS = ("/healthz", "/readyz", "/", DOCS_PATH)
 """What is read without a key: by the probes of a cluster, and the pages, which hold no data themselves."""
 ASSETS = "/page/"
@@ -41,12 +42,12 @@ def hash_keys(env: Mapping[str, str], variable: str = VARIABLE) -> tuple[str, ..
     return tuple(dict.fromkeys(_digest(key.encode("utf-8", "surrogateescape")) for key in keys))
 
 
-def check_exposure(host: str, key_hashes: tuple[str, ...], insecure: bool) -> None:
-    """Raise ConfigError for an address that others can reach, without keys, unless the operator insists."""
+def check_exposure(host: str, key_hashes: tuple[str, ...], insecure: bool, where: str = "server.host is") -> None:
+    """Raise ConfigError for an address that others can reach, without keys, unless the operator insists; `where` it stands."""
     if key_hashes or insecure or is_loopback(host):
         return
     raise ConfigError(
-        f"server.host is {host!r}, which other machines can reach, and there are no API keys; without keys it must be a "
+        f"{where} {host!r}, which other machines can reach, and there are no API keys; without keys it must be a "
         f"loopback address such as 127.0.0.1; set {VARIABLE}, or pass --insecure if the network itself is trusted"
     )
 

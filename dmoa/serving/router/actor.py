@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import _internal_kv_put
 
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
@@ -36,6 +36,7 @@ from dmoa.serving.actors import (
     feedback_name,
     pack_record,
     router_name,
+    served_before_restart,
     unpack_record,
 )
 from dmoa.serving.agent_client import ServeAgentClient
@@ -88,7 +89,7 @@ class RouterActor:
         self._changing = asyncio.Lock()
         self._judge_at = 0.0
         self._recent: deque[FloatArray] = deque(maxlen=MAX_RECENT)
-        served = self._before_restart() if ray.get_runtime_context().was_current_actor_reconstructed else None
+        served = self._before_restart()
         if served is None:
             ClusterMemory.forget(app)  # what another deployment of this name has left
             self._configure(Config.model_validate_json(config_json), configured)
@@ -107,12 +108,9 @@ class RouterActor:
                 return
 
     def _before_restart(self) -> tuple[Config, str | None] | None:
-        """Return what a crashed actor served last: its constructor sees only what it was first created with."""
-        found = _internal_kv_get(f"dmoa/config/{self._app}".encode())
-        if not found:
-            return None
-        served = json.loads(found)
-        return Config.model_validate(served["config"]), served["configured"]
+        """Return what a crashed actor served last; None: it is no such actor."""
+        served = served_before_restart(self._app)
+        return None if served is None else (Config.model_validate(served["config"]), served["configured"])
 
     def _begin(self) -> None:
         """Begin to watch the app; also after a restart, when nobody but queries calls."""

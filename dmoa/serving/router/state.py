@@ -23,7 +23,7 @@ from dmoa.core.gate import Gate
 from dmoa.errors import CheckpointError
 from dmoa.reading import read_json
 from dmoa.storage import is_draft, place_of, write_at
-from dmoa.validation import short
+from dmoa.validation import redact_text, short
 
 _VERSION = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LAST = ".last"
@@ -49,7 +49,7 @@ class RouterState:
         Raises ConfigError for a URI that no file system serves.
         """
         self._fs, self._root = place_of(uri, "router.state_uri")
-        self.place = uri
+        self.place = redact_text(uri)
         self._memory: Memory = {} if memory is None else memory
         self._serials: dict[str, int] = {}
         self._unsaved: dict[str, bytes] = {}

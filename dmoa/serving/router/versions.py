@@ -21,7 +21,7 @@ from dmoa.core.inference import Decider
 from dmoa.errors import CheckpointError, RoutingError
 from dmoa.serving.router.state import RouterState
 from dmoa.types import FloatArray, RouteDecision, RouteRequest, is_untrained
-from dmoa.validation import describe, did_you_mean
+from dmoa.validation import describe, did_you_mean, short
 
 JUDGED_ROWS = 64
 """Rows of a batch where an offered gate decides anew: nobody waits for a single one, and the last bit decides nothing."""
@@ -207,6 +207,10 @@ class GateVersions:
         source = kept.get("source")
         if isinstance(source, dict) and source.get("fingerprint") == self.source["fingerprint"]:
             self._history = _parse(kept.get("history", []))
+        elif isinstance(source, dict):
+            words = "%s held the gates of pool %s (%.12s), and now holds those of pool %r (%.12s); two pools need two places"
+            theirs = (short(kept.get("pool", "?")), str(source.get("fingerprint")))
+            _LOG.warning(words, self._state.place, *theirs, self._config.name, self.source["fingerprint"])
         if source == self.source:
             current = str(kept.get("current"))
             found = self._state.load_version(current)
@@ -233,6 +237,7 @@ class GateVersions:
         state = {
             "current": record.version,
             "configured": self.configured,
+            "pool": self._config.name,
             "source": self.source,
             "history": [one.model_dump(mode="json") for one in kept],
         }

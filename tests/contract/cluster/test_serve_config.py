@@ -129,3 +129,14 @@ def test_config_holds_no_key_and_refuses_a_bad_pool(monkeypatch: pytest.MonkeyPa
     assert "s3cr3t" not in json.dumps(serve_config(POOL, source="pool.yaml"))
     with pytest.raises(ConfigError, match=r"pool\.yaml: agents"):
         serve_config({**POOL, "agents": []}, source="pool.yaml")
+
+
+def test_paths_of_a_pool_stay_as_they_are_written(tmp_path: Path) -> None:
+    """Those that reading a pool makes of them are the building machine's."""
+    text = (CLUSTER / "pools" / "recorded.yaml").read_text(encoding="utf-8")
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded" / "replies.jsonl").write_text("{}")
+    (tmp_path / "pool.yaml").write_text(text, encoding="utf-8")
+    tree = {**yaml.safe_load(text), "job": {"out": "x"}}
+    (application,) = serve_config(tree, source=str(tmp_path / "pool.yaml"))["applications"]
+    assert application["args"] == yaml.safe_load(text)

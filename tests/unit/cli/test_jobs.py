@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dmoa.agents.pool import load_pool
 from dmoa.cli.jobs import evaluate_job, read_job
+from dmoa.testing import scripted_pool_yaml
 from dmoa.workflows.console import Common
 from dmoa.workflows.evaluate import check_policies
 
@@ -30,6 +32,9 @@ def test_the_shipped_jobs_use_the_pool_that_knows_their_suites(name: str) -> Non
         ("name: x", ["--config", "job.yaml"], "job: missing"),
         ("job: {benchmarks: [arith]}", ["--config", "job.yaml"], "job.out: missing"),
         ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.limit=0"], "limit is 0"),
+        ("pool: {name: x}\njob: {}", ["--config", "job.yaml"], "job.yaml: pool is {'name': 'x'}; expected the name"),
+        ("pool: [x]\njob: {}", ["--config", "job.yaml"], "job.yaml: pool is ['x']; expected the name of a packaged"),
+        ("pool: specialists\ngate: {hiden: 3}\njob: {}", ["--config", "job.yaml"], "job.yaml: with its own gate: "),
         ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.benchmarks=[nope]"], "nope not known"),
         ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.policies=[nope]"], "'nope' is not known"),
     ],
@@ -50,3 +55,22 @@ def test_bad_input_is_one_message(
         evaluate_job()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_sections_beside_a_named_pool_change_it(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("pool: specialists\ngate: {checkpoint: DIR, activation: {mass: 0.5}}\njob: {out: o}\n")
+    changed, job = read_job(Common(config=path, overrides=("gate.activation.mass=0.6", "job.out=other")))
+    plain = load_pool("specialists")
+    activation = plain.gate.activation.model_copy(update={"mass": 0.6})
+    gate = plain.gate.model_copy(update={"checkpoint": "DIR", "activation": activation})
+    assert changed == plain.model_copy(update={"gate": gate})
+    assert job == {"out": "other"}
+
+
+def test_another_pool_can_be_set_for_a_job(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("pool: specialists\njob: {out: o}\n")
+    (tmp_path / "mine.yaml").write_text(scripted_pool_yaml())
+    config, _ = read_job(Common(config=path, overrides=(f"pool={tmp_path}/mine.yaml", "limits.max_steps=2")))
+    assert (config.name, config.limits.max_steps) == ("made-up", 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.storage import Mirror, display_path, local_copy, localized, only_one, uri_of
+from dmoa.storage import Mirror, display_path, local_copy, localized, only_one, place_of, under, uri_of
 
 
 class Options(BaseModel):
@@ -66,6 +66,30 @@ def test_a_uri_is_known_also_after_it_became_a_path(scheme: str, rest: str) -> N
 def test_a_folder_is_no_uri(place: str) -> None:
     assert uri_of(Path(place)) is None
     assert display_path(Path(place)) == str(Path(place))
+
+
+@pytest.mark.parametrize("options", ["scheme=http&endpoint_override=minio:9000", "endpoint_override=http://minio:9000"])
+def test_the_options_of_a_uri_stay_at_its_end(options: str) -> None:
+    uri = f"s3://bucket/gate?{options}"
+    assert uri_of(Path(uri)) == uri_of(uri) == uri
+    assert under(uri, "state") == f"s3://bucket/gate/state?{options}"
+    assert under("s3://bucket/gate/", "state") == "s3://bucket/gate/state"
+
+
+def test_what_lies_in_a_copy_is_known_by_its_uri_with_options(tmp_path: Path) -> None:
+    uri = f"{tmp_path.as_uri()}/run?use_mmap"
+    with localized(Options(out=Path(uri)), lambda text: None, writes=("out",)) as options:
+        (options.out / "made").write_text("1")
+        assert options.out.name == "run"
+        assert display_path(options.out) == uri
+        assert display_path(options.out / "deep" / "made") == f"{tmp_path.as_uri()}/run/deep/made?use_mmap"
+    assert files(tmp_path / "run") == {"made": "1"}
+
+
+def test_a_place_that_no_file_system_serves_is_refused_without_its_password() -> None:
+    with pytest.raises(ConfigError, match=r"router\.state_uri is 'nowhere://\[redacted\]@host/x'; expected") as raised:
+        place_of("nowhere://me:hunter2pass@host/x", "router.state_uri")
+    assert "hunter2" not in str(raised.value)
 
 
 def test_what_changed_goes_there_and_what_went_goes_there_too(tmp_path: Path) -> None:

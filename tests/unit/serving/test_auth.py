@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import ray
+from ray.serve import context
 
 from dmoa.errors import ConfigError, RequestError
+from dmoa.serving.deploy import build_with_keys
 from dmoa.serving.http.middleware import check_exposure, hash_keys, identify
+from dmoa.testing import scripted_pool, scripted_pool_yaml
 from tests.unit.serving.fake_service import FakeService, connect, make_app
 
 
@@ -111,3 +118,28 @@ async def test_an_app_below_a_prefix_opens_its_own_paths_alone(prefix: str) -> N
         opened = dict.fromkeys(("/healthz", "/readyz", "", "/", "/page/app.js"), 200)
         for path, status in (opened | {"/v1/models": 401}).items():
             assert (await client.get(prefix + path)).status_code == status, path
+
+
+def test_serve_app_knows_the_admin_keys_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "pool.yaml").write_text(scripted_pool_yaml())
+    for name, value in (("DMOA_CONFIG", str(tmp_path / "pool.yaml")), ("DMOA_API_KEYS", "user"), ("DMOA_ADMIN_KEYS", "boss")):
+        monkeypatch.setenv(name, value)
+    app = runpy.run_path(str(Path(__file__).parents[3] / "serve_app.py"))["app"]
+    given = app._bound_deployment.init_args
+    assert (digest("user"),) in given
+    assert (digest("boss"),) in given
+
+
+@pytest.mark.parametrize(("host", "is_refused"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_without_keys_nothing_is_built_for_a_serve_that_others_can_reach(
+    monkeypatch: pytest.MonkeyPatch, host: str, is_refused: bool
+) -> None:
+    """`serve deploy` and `serve run` listen where Serve does, whatever address the pool names."""
+    monkeypatch.delenv("DMOA_API_KEYS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(context, "_get_global_client", lambda **_: SimpleNamespace(http_config=SimpleNamespace(host=host)))
+    if not is_refused:
+        assert build_with_keys(scripted_pool("ab")) is not None
+        return
+    with pytest.raises(ConfigError, match=r"Serve on this Ray listens on '0\.0\.0\.0', which other machines can reach"):
+        build_with_keys(scripted_pool("ab"))

@@ -21,6 +21,9 @@ Traceback (most recent call last):
   File "x.py", line 1, in f
 torch.OutOfMemoryError: CUDA out of memory.
 Tried to allocate 2 GiB;   api_key=sk-abcdefghijklmnopqrstuvwxyz123456"""
+NO_ROOM = """Deployment 'llm-t' in application 'dmoa' has 1 replicas that have taken more than 30s to be scheduled. This may be
+due to waiting for the cluster to auto-scale or for a runtime environment to be installed. Resources required for each replica:
+{"CPU": 1.0, "GPU": 0.5}, total resources available: {"CPU": 3.0}. Use `ray status` for more details."""
 POOL = Config.model_validate(
     {
         "name": "pool",
@@ -72,3 +75,12 @@ def test_a_deployment_that_is_ready_is_told_of_once() -> None:
     assert loading(POOL, states) == "agents a1, a2 (llms.t.model 'path:/m'); encoder"
     assert loading(POOL, {"encoder": "HEALTHY"}) == ""
     assert news(POOL, dict.fromkeys(states, "HEALTHY"), told) == ["ready: agents a1, a2 (3 of 3)", "ready: encoder (3 of 3)"]
+
+
+def test_a_replica_without_room_is_told_with_what_it_needs() -> None:
+    states = {"llm-t": "UPDATING", "encoder": "UPDATING"}
+    told = loading(POOL, states, {"llm-t": NO_ROOM, "encoder": ""})
+    room = 'for which Ray has no room yet: a replica needs {"CPU": 1.0, "GPU": 0.5}, free are {"CPU": 3.0}'
+    assert told == f"agents a1, a2 (llms.t.model 'path:/m'), {room}; encoder"
+    told = loading(POOL, states, {"llm-t": "replicas to be scheduled,\nin other words", "encoder": ""})
+    assert "no room yet: replicas to be scheduled, in other words; encoder" in told

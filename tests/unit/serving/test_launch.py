@@ -7,8 +7,12 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
+from ray import serve
+from ray.serve import context
 
 from dmoa.errors import ConfigError
 from dmoa.serving.launch import (
@@ -17,10 +21,12 @@ from dmoa.serving.launch import (
     _let_others_join,
     _use_token,
     keep_token_private,
+    launch,
     ray_address,
     token_path,
 )
 from dmoa.serving.router.admin import RouterAdmin
+from dmoa.testing import scripted_pool
 
 
 @pytest.mark.parametrize(
@@ -147,3 +153,20 @@ def test_a_ray_that_was_joined_opens_no_port_of_one_that_is_started_later(monkey
     _let_others_join(False)
     assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
     assert not ray_constants.ENABLE_RAY_CLUSTER
+
+
+def test_a_serve_that_others_can_reach_gets_no_app_without_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It listens where it was started, whatever address the pool of `dmoa serve --address` names."""
+    for name, value in (SERVE_FLAGS | PROXY_FLAGS | {"grpc_proxy": ""}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("DMOA_API_KEYS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    running = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8000), get_serve_details=dict)
+    deployed: list[object] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(context, "_get_global_client", lambda **_: running)
+    monkeypatch.setattr(serve, "run_many", lambda *_, **__: deployed.append("app"))
+    with pytest.raises(ConfigError, match=r"Serve on this Ray listens on '0\.0\.0\.0'.* set DMOA_API_KEYS, or pass --insecure"):
+        launch(scripted_pool("ab"), address="auto")
+    assert deployed == []

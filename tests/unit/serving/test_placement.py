@@ -174,6 +174,20 @@ def test_gpus_in_pieces_that_are_too_small() -> None:
     assert judged(config, node("a", 3), node("b", 4)).faults == ()
 
 
+def test_parts_of_a_gpu_are_of_one_gpu() -> None:
+    part = {"engine": "transformers", "gpus": 0.6, "engine_kwargs": {"dtype": "bfloat16"}}
+    (fault,) = judged(pool(3, llm=part), node("a", 2)).faults  # 1.8 of 2, and only one of 0.6 a GPU
+    assert fault == (
+        "llms.big.gpus: 3 times 0.6 of one GPU are asked for at min_replicas, and the test has room for 2 (a 2); lower "
+        "min_replicas or gpus, or add a GPU"
+    )
+    assert judged(pool(3, llm=part), node("a", 1), node("b", 2)).faults == ()
+    assert judged(pool(6, llm=part | {"gpus": 1 / 3}), node("a", 2)).faults == ()
+    assert judged(pool(4, llm=part | {"gpus": 0.4}), node("a", 2)).faults == ()
+    (fault,) = judged(pool(5, llm=part | {"gpus": 0.4}), node("a", 2)).faults
+    assert fault.startswith("llms.big.gpus: 5 times 0.4 of one GPU are asked for at min_replicas, and the test has room for 4")
+
+
 def test_gpus_of_a_kind_in_pieces_that_are_too_small() -> None:
     config = pool(llm={"gpus": 4}, tensor_parallel_size=4, accelerator_type="H100")
     assert judged(config, node("a", 4), node("b", 8, "L4")).faults == ()

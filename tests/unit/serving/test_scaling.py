@@ -9,6 +9,7 @@ import pytest
 from dmoa.engine_options import AutoscalingConfig
 from dmoa.serving.app import build_app
 from dmoa.serving.deployments import bind_hosts, scaling_options
+from dmoa.serving.encoder import bind_encoder
 from dmoa.testing import scripted_pool
 
 
@@ -61,5 +62,5 @@ def test_the_load_is_judged_over_no_more_than_the_delay(delay_s: float, look_bac
 def test_what_died_is_missed_before_long() -> None:
     """Serve looks every ten seconds by default, and nobody calls an ingress that listens itself through Serve."""
     pool = scripted_pool("ab")
-    for bound in (build_app(pool), *bind_hosts(pool).values()):
+    for bound in (build_app(pool), bind_encoder(pool), *bind_hosts(pool).values()):
         assert bound._bound_deployment._deployment_config.health_check_period_s == 0.5

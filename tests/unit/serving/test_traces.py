@@ -7,10 +7,13 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
+from ray.experimental import internal_kv
 
 from dmoa.config import RouterConfig
 from dmoa.errors import RequestError
@@ -18,7 +21,7 @@ from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.trace_list import TraceFilter, TraceSummary, statistics_of, summarise
 from dmoa.serving.traces import TraceOutbox, TraceStore
-from dmoa.testing import decision
+from dmoa.testing import decision, scripted_pool
 from dmoa.trace import AnsweredQuery, Trace, answer_of_reply, reply_dmoa, trace_of
 from dmoa.types import (
     AgentReply,
@@ -330,3 +333,18 @@ async def test_an_ingress_sends_what_was_answered_in_a_while_in_one_call() -> No
     assert [[owner for _, owner in packed] for packed, _ in calls.seen] == [["a", "b"], ["c", "d"]]
     assert {learner for _, learner in calls.seen} == {"app"}
     assert [unpack_record(packed).query.trace_id for packed, _ in calls.seen[1][0]] == ["c", "d"]
+
+
+@pytest.mark.parametrize(("is_back", "kept"), [(True, ["t3", "t2"]), (False, ["t3"])])
+async def test_a_store_that_ray_restarts_has_the_settings_that_were_served_last(
+    monkeypatch: pytest.MonkeyPatch, is_back: bool, kept: list[str]
+) -> None:
+    """Its constructor gets those with which the first deployment made it."""
+    last = scripted_pool("ab").model_copy(update={"router": RouterConfig(num_traces=2)})
+    cluster = {b"dmoa/config/app": json.dumps({"config": last.model_dump(mode="json"), "configured": None}).encode()}
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=is_back))
+    monkeypatch.setattr(internal_kv, "global_gcs_client", SimpleNamespace(internal_kv_get=lambda key, _: cluster.get(key)))
+    store = TraceStore(RouterConfig(num_traces=1), None, "app")
+    for trace_id in ("t1", "t2", "t3"):
+        await put(store, trace_id)
+    assert await ids(store) == kept
