@@ -23,6 +23,7 @@ from dmoa.types import (
     AgentReply,
     Defence,
     Limits,
+    Price,
     Query,
     QueryState,
     Sampling,
@@ -279,14 +280,6 @@ class Dispatcher:
         card = self._cards[activation.agent]
         query, history = _seen(state, activation)
         sampling = _sampling_of(activation, self.sampling_for(query, card.sampling, is_final=is_final))
-        budget = query.limits.budget_tokens
-        if budget is not None:
-            left = budget - state.tokens_used - wanted.tokens_used
-            sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, left)))
-        if query.limits.budget_price is not None and card.price is not None and card.price.completion_per_1m > 0:
-            money = query.limits.budget_price - state.price_used - wanted.price_used
-            affordable = int(min(money / card.price.completion_per_1m * 1e6, sampling.max_tokens))
-            sampling = replace(sampling, max_tokens=max(1, affordable))
         return AgentCall(
             trace_id=query.trace_id,
             step=len(state.steps),
@@ -294,13 +287,29 @@ class Dispatcher:
             messages=agent_messages(
                 query, history, profile=card.profile, tools=card.tools_text, instruction=activation.instruction
             ),
-            sampling=sampling,
+            sampling=_affordable(state, wanted, sampling, card.price),
             deadline_unix_s=state.deadline_unix_s,
             conversation=state.query.conversation,
             question=question_key(query.text) if card.is_recorded and not _extra(query, history, activation) else "",
             query_id=query.query_id,
             sample=activation.sample,
         )
+
+
+def _affordable(state: QueryState, wanted: NextCall, sampling: Sampling, price: Price | None) -> Sampling:
+    """Return the sampling with replies no longer than what is left pays for.
+
+    Where budgets hold within steps, pace decides whether a call is made at all, and a reply that is begun is whole.
+    """
+    limits, most = state.query.limits, sampling.max_tokens
+    if limits.within_steps:
+        return sampling
+    if limits.budget_tokens is not None:
+        most = min(most, limits.budget_tokens - state.tokens_used - wanted.tokens_used)
+    if limits.budget_price is not None and price is not None and price.completion_per_1m > 0:
+        money = limits.budget_price - state.price_used - wanted.price_used
+        most = int(min(money / price.completion_per_1m * 1e6, most))
+    return replace(sampling, max_tokens=max(1, most))
 
 
 def _quorum(plan: StepPlan, limits: Limits) -> int | None:

@@ -23,7 +23,8 @@ from dmoa.errors import ConfigError
 from dmoa.validation import did_you_mean
 
 _LOG = logging.getLogger("dmoa.plugins")
-_REFERENCE = re.compile(r"[^:]+\.py|.+\.py:[^:/]*")
+_REFERENCE = re.compile(r"[^:]+\.py|.+\.py:[^:/=]*")
+_WITH_OPTIONS = re.compile(r"([^=]+?\.py:[^:/=]+):(.+)")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ENTRY = "__dmoa_entry__"
 """Attribute by which a decorated class or function leads to its entry."""
@@ -47,6 +48,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 def is_reference(text: str) -> bool:
     """Tell whether a text names a thing in a file, as `FILE.py:NAME` does, or is meant to."""
     return _REFERENCE.fullmatch(text) is not None
+
+
+def names_file(text: str) -> bool:
+    """Tell whether a text is such a reference, alone or with a policy's parameters behind it."""
+    return is_reference(text) or _WITH_OPTIONS.fullmatch(text) is not None
 
 
 def absolute_reference(text: str, folder: Path | None = None) -> str:
@@ -173,8 +179,16 @@ class Registry(MutableMapping[str, T]):
         return entry
 
     def resolve(self, names: Iterable[str], where: str) -> tuple[str, ...]:
-        """Return names with each `FILE.py:NAME` loaded and replaced by the name of its entry. Raises ConfigError as `load`."""
-        return tuple(self.load(name, where).name if is_reference(name) else name for name in names)
+        """Return names with each `FILE.py:NAME` loaded and replaced by the name of its entry, what follows it kept.
+
+        Raises ConfigError as `load`.
+        """
+        found = []
+        for name in names:
+            parts = _WITH_OPTIONS.fullmatch(name)
+            reference, words = parts.groups() if parts else (name, "")
+            found.append(":".join(filter(None, (self.load(reference, where).name, words))) if names_file(name) else name)
+        return tuple(found)
 
     def references(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return the absolute `FILE.py:NAME` of those names that came from a file: what another process has to load."""

@@ -110,8 +110,10 @@ def _explain(common: Common, options: EvaluateOptions, row_id: str | None, reply
         refuse_together({"--reply": reply}, "without --explain ROW")
     refuse_together({"--selfcheck or --ablations": is_mixed, "--url": options.url}, "with --explain, which asks no agent")
     from dmoa.evaluation.explain import explain
+    from dmoa.evaluation.registry import expand_names
     from dmoa.workflows.console import print_explanation
 
+    expand_names(options.benchmarks)  # those of files are known from here on
     found = explain(
         row_id or "", reply=reply, out=options.out, data_dir=options.data_dir, allow_weak_sandbox=options.allow_weak_sandbox
     )
@@ -156,7 +158,7 @@ def compare(common: Common, options: CompareOptions, checkpoint: CheckpointOptio
     dmoa compare --benchmarks arith --policies dmoa,dense --match tokens --match-budget 600 --repeats 3
     dmoa report out/equal
     """
-    from dmoa.workflows.compare import run_comparison
+    from dmoa.workflows.compare import check_curve, run_comparison
     from dmoa.workflows.evaluate import check_ran
 
     if options.url is not None:
@@ -166,6 +168,7 @@ def compare(common: Common, options: CompareOptions, checkpoint: CheckpointOptio
     evaluation = run_comparison(options, None if options.url else common.load(checkpoint), common, this_command())
     common.write_json(evaluation.model_dump(mode="json"))
     check_ran(evaluation)
+    check_curve(options)
 
 
 @with_common

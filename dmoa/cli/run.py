@@ -79,13 +79,13 @@ def run(
 
 def _policy(asked: str | None, url: str | None) -> str | None:
     """Return the name of the policy that `--policy` means; one of a file is loaded. Raises ConfigError, RequestError."""
-    from dmoa.plugins import is_reference
+    from dmoa.plugins import names_file
     from dmoa.policies.registry import POLICIES
 
-    if asked is None or not is_reference(asked):
+    if asked is None or not names_file(asked):
         return asked
     refuse_together({"--url": url}, "with a policy of a file: the server has its own policies")
-    return POLICIES.load(asked, "--policy").name
+    return POLICIES.resolve((asked,), "--policy")[0]
 
 
 def open_backend(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dmoa.errors import EmptyAnswerError, NoAgentError, is_bug
+from dmoa.errors import EmptyAnswerError, NoAgentError, PluginError, is_bug
 from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
 from dmoa.flat import flat
 from dmoa.policies.registry import LONGEST_SCHEDULE, has_schedule
@@ -27,7 +27,7 @@ class Asking:
     limits: Limits
     """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
     budgets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Benchmark -> limits that lower those, and hold within steps too."""
+    """Benchmark -> limits that lower those; those of tokens and price hold within steps too."""
     ends_schedules: bool = False
     """Whether policies with a schedule of their own run it to its end, however few steps the limits allow."""
 
@@ -40,7 +40,8 @@ def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     matched = asking.budgets.get(task.benchmark, {})
     if matched:
         lowered: dict[str, Any] = {name: min(getattr(limits, name) or amount, amount) for name, amount in matched.items()}
-        limits = replace(limits, within_steps=True, **lowered)
+        is_paced = not matched.keys().isdisjoint(("budget_tokens", "budget_price"))
+        limits = replace(limits, within_steps=is_paced, **lowered)
     return Query(trace_id=digest[:32], query_id=task.row_id, text=task.text, limits=limits, stages=task.stages, is_streamed=False)
 
 
@@ -105,7 +106,7 @@ def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answere
         error=storable(redact_text(f"{type(error).__name__}: {error}")),
         **flat(TokenUsage()),
         wall_ms=wall_ms,
-        bugs=int(is_bug(error) or (isinstance(error, NoAgentError) and error.has_bug)),
+        bugs=int(isinstance(error, PluginError) or is_bug(error) or (isinstance(error, NoAgentError) and error.has_bug)),
     )
 
 

@@ -18,7 +18,7 @@ MISSING = "not finished: rows are still to be answered or judged"
 NOT_RUN = "did not run: every query failed, so there is no accuracy and no comparison"
 MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
 NOT_SCORED = "not one reply could be judged: 0 is not a measurement of right and wrong"
-MEMOISED = "part of the tokens came from the call cache; they are counted as if run"
+MEMOISED = "part of the tokens came from the call cache: they are counted as if run, their seconds are not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
         accuracy=sum(row.accuracy * row.n for row in ran) / n if is_whole else None,
         ends=ends(found.low, found.high) if has_ends else "",
         active=decimals(active / sum(steps) if sum(steps) else None),
-        tokens=count(sum(row.usage.total for row in ran) / n) if n else "-",
+        tokens=count(sum(row.per_query(row.usage.total) * row.n for row in ran) / n) if n else "-",
     )
 
 

@@ -18,6 +18,7 @@ from dmoa.agents.adversaries import Kind
 from dmoa.config import Address, Flag, Name, Names, Options, names_of
 from dmoa.errors import DmoaError
 from dmoa.flat import TokenFields
+from dmoa.plugins import is_reference
 from dmoa.provenance import Machine
 from dmoa.types import Defence, Limits, Stage
 from dmoa.validation import redact, redact_text
@@ -401,7 +402,8 @@ _NOT_COMPARED = ("autoscaling", "placement", "max_num_seqs", "gpus", "threads", 
 def pool_differences(before: PoolInfo, now: PoolInfo) -> dict[str, tuple[Any, Any]]:
     """Return the settings that replies depend on and in which two pools differ: dotted name -> (before, now).
 
-    Sees what the fingerprint leaves out, such as max_tokens and dtype; what scripted agents do is not compared.
+    Sees what the fingerprint leaves out, such as max_tokens and dtype, and the URL of a server; what scripted agents do, and
+    where the file of an engine lies, is not compared.
     """
     old, new = _settings(before), _settings(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
@@ -409,10 +411,18 @@ def pool_differences(before: PoolInfo, now: PoolInfo) -> dict[str, tuple[Any, An
 
 
 def _settings(pool: PoolInfo) -> dict[str, Any]:
-    tree = {name: pool.config[name] for name in _ANSWERING if name in pool.config}
+    tree = {name: pool.config[name] for name in (*_ANSWERING, "url") if name in pool.config}
+    if "url" in tree:
+        tree["url"] = str(tree["url"]).rstrip("/")
     if "llms" in tree:
-        tree["llms"] = {name: llm for name, llm in tree["llms"].items() if llm.get("engine") != "scripted"}
+        llms = {name: llm for name, llm in tree["llms"].items() if llm.get("engine") != "scripted"}
+        tree["llms"] = {name: llm | {"engine": _engine_name(llm.get("engine"))} for name, llm in llms.items()}
     return dict(_flat(tree, ""))
+
+
+def _engine_name(engine: Any) -> Any:
+    """Return an engine without the folder of its file, which a copy of the working directory has elsewhere."""
+    return Path(engine).name if isinstance(engine, str) and is_reference(engine) else engine
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -464,6 +474,8 @@ class RunInfo(ResultRecord):
     """Version of each gate of the policies `dmoa:NAME`, by name."""
     engines: list[str] = []
     """Engines and their options that may change numbers, such as `transformers/float32`."""
+    plugins: dict[str, str] | None = None
+    """SHA-256 of the file of each policy, benchmark and engine that came from one, by `KIND NAME`; None in older runs."""
     isolation: str = ""
     """How programs were contained while they were scored; empty where none ran."""
     machine: Machine

@@ -60,6 +60,9 @@ SKILLS = (ARITH, WORDS, CALENDAR, PARCELS, SIGNALS, DYES)
 SUITES: dict[str, Suite] = {suite.name: suite for suite in (*SKILLS, SHARED, CHAIN, RELAY)}
 """In the order of tables."""
 
+STAGED = (CHAIN.name, RELAY.name)
+"""The suites whose queries have stages."""
+
 
 ALL, ALL_SUITES = "all", "suites"
 

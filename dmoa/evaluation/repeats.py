@@ -1,7 +1,7 @@
 """Runs an evaluation several times over the same rows, and puts the runs together: a row's score is the mean of its repeats.
 
-Each repeat is a whole run in a folder of its own, `repeat-N`; the run above them holds lines of means, so that reports, tests
-and everything else read it as any other.
+Each repeat is a whole run in a folder of its own, `repeat-N`; the run above them is begun before, and in the end holds lines of
+means, so that reports, tests and everything else read it as any other.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dmoa.evaluation.records import Answered, RunInfo, Scored
-from dmoa.evaluation.run import evaluate, finish_run
+from dmoa.evaluation.run import begin_run, evaluate, finish_run
 from dmoa.evaluation.run_folder import RunFolder, read_record, write_lines, write_whole
 from dmoa.flat import flat
+from dmoa.storage import only_one
 from dmoa.types import TokenUsage
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ def evaluate_repeatedly(session: Session, repeats: int) -> Evaluation:
     folder = session.folder
     folder.make()
     parts = [RunFolder(folder.root / f"repeat-{number}") for number in range(1, repeats + 1)]
-    with session.open_ray():
-        for number, part in enumerate(parts):
-            session.say(f"repeat {number + 1} of {repeats}")
-            asking = replace(session.asking, seed=session.asking.seed + number)
-            evaluate(replace(session, folder=part, asking=asking, open_ray=nullcontext))
-    return merge_repeats(folder, parts)
+    options = session.options.model_copy(update={"repeats": 1})
+    with only_one(folder.root, "evaluation"):
+        begin_run(session)
+        folder.evaluation.unlink(missing_ok=True)
+        with session.open_ray():
+            for number, part in enumerate(parts):
+                session.say(f"repeat {number + 1} of {repeats}")
+                asking = replace(session.asking, seed=session.asking.seed + number)
+                evaluate(replace(session, options=options, folder=part, asking=asking, open_ray=nullcontext))
+        return merge_repeats(folder, parts)
 
 
 def merge_repeats(folder: RunFolder, parts: Sequence[RunFolder]) -> Evaluation:
@@ -47,7 +52,8 @@ def merge_repeats(folder: RunFolder, parts: Sequence[RunFolder]) -> Evaluation:
         name: {limit: _mean([run.budgets[name][limit] for run in runs]) for limit in found}
         for name, found in runs[0].budgets.items()
     }
-    info = runs[0].model_copy(update={"budgets": budgets, "repeats": len(parts), "ended_unix_s": runs[-1].ended_unix_s})
+    changes = {"budgets": budgets, "repeats": len(parts), "ended_unix_s": runs[-1].ended_unix_s}
+    info = runs[0].model_copy(update=changes | {"options": {**runs[0].options, "repeats": len(parts)}})
     for benchmark in (known.name for known in info.benchmarks):
         for policy in info.policies:
             answers = _aligned([part.read_answers(benchmark, policy) for part in parts])
@@ -65,7 +71,7 @@ def _aligned(lines: Sequence[Iterator[Lines]]) -> Iterator[list[Lines]]:
 
 
 def mean_answer(lines: Sequence[Answered]) -> Answered:
-    """Return the first answer with the mean tokens, calls, time and price of all repeats."""
+    """Return the first answer with the mean tokens, calls, time and price of all repeats, and all their bugs."""
     first = next((line for line in lines if line.status == "ok"), lines[0])
     usage = sum((line.usage for line in lines), TokenUsage())
     counts: dict[str, Any] = {name: round(count / len(lines)) for name, count in flat(usage).items()}
@@ -79,6 +85,7 @@ def mean_answer(lines: Sequence[Answered]) -> Answered:
             "wall_ms": _mean([line.wall_ms for line in lines]),
             "price": _mean(prices) if len(prices) == len(lines) else None,
             "calls": round(_mean(calls)) if len(calls) == len(lines) else None,
+            "bugs": sum(line.bugs for line in lines),
         }
     )
 

@@ -95,9 +95,11 @@ def accuracy_against(evaluation: Evaluation, measure: Measure = "tokens") -> str
 
 
 def _taken(row: EvaluationRow, measure: Measure) -> float | None:
-    """Return what a row took in the mean; None where that is not known."""
+    """Return what a row took in the mean; None where that is not known, as seconds where calls came from the call cache."""
+    if measure == "seconds" and row.memoised_tokens:
+        return None
     whole = {"tokens": row.usage.total, "seconds": row.wall_s, "price": row.price}[measure]
-    return None if whole is None else whole / row.n
+    return None if whole is None else row.per_query(whole)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -646,7 +648,10 @@ def _sections(evaluation: Evaluation) -> Iterator[_Section]:
     caption = "Share of the steps, in percent, in which the agent's contribution counted."
     gates = figures.gate_policies(evaluation)
     others: list[Measure] = ["seconds", "price"] if evaluation.config.reference else []
-    against = [plot for measure in others for plot in _drawn(accuracy_against(evaluation, measure))]
+    cached = dict.fromkeys(row.policy for row in evaluation.rows if row.memoised_tokens)
+    lacks = f"Left out where calls came from the call cache, which take no time: {', '.join(cached)}." if cached else ""
+    captions: dict[Measure, str] = {"seconds": lacks}
+    against = [plot for name in others for plot in _drawn(accuracy_against(evaluation, name), caption=captions.get(name, ""))]
     yield _Section(heading="Accuracy against time and price", plots=against)
     attacked = [
         plot

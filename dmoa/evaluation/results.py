@@ -52,6 +52,7 @@ class AnswerTally:
     memoised_tokens: int = 0
     calls: int = 0
     bugs: int = 0
+    late: int = 0
     price: array[float] = field(default_factory=lambda: array("d"))
     """Per answered row whose price is known."""
     steps: int = 0
@@ -78,6 +79,7 @@ class AnswerTally:
         self.memoised_tokens += line.memoised_tokens
         self.calls += line.calls or 0
         self.bugs += line.bugs
+        self.late += line.stop_reason == "deadline" or (line.error or "").startswith("DeadlineError")
         self.wall_ms.append(line.wall_ms)
         if line.gate_version is not None:
             self.gate_versions.add(line.gate_version)
@@ -218,7 +220,7 @@ class EvaluationRow(TokenFields, _EvaluationRowHead):
     memoised_tokens: int
     """Part of prompt_tokens and completion_tokens that came from the call cache: counted as if run."""
     tokens_per_correct: float | None
-    """Prompt and completion tokens per point of score; None without any point."""
+    """Prompt and completion tokens of the rows judged per point of score, each row taken as the mean; None without any point."""
     steps_mean: float | None
     """Steps per answered row; None without any."""
     active_mean: float | None
@@ -248,12 +250,17 @@ class EvaluationRow(TokenFields, _EvaluationRowHead):
     """How the scoring differs from the benchmark's original protocol; empty where it does not."""
     calls: int = 0
     """Calls of agents and the summarizer in all rows; 0 in older results."""
+    asked: int = 0
+    """Rows that tokens, calls, seconds and price are the sums of: those left out are among them, and those not judged yet; 0 in
+    older results."""
+    late: int = 0
+    """Rows that the deadline ended: failed, or with the answer of the steps before it."""
     bugs: int = 0
     """Calls and queries that failed because code is wrong (a tool's, an engine's, a policy's); any ends the command with 1."""
     price: float | None = None
     """What all rows cost; None where that of an answered row is not known."""
     price_per_correct: float | None = None
-    """Price per point of score; None without any point or price."""
+    """The same of the price; None without any point or price."""
     did_run: bool
     """Whether any query was answered. Where every one failed nothing is known: accuracy 0, interval 0..1, no comparison."""
 
@@ -269,6 +276,11 @@ class EvaluationRow(TokenFields, _EvaluationRowHead):
     def num_scored(self) -> int:
         """Rows whose reply could be judged."""
         return self.n - self.unscored - self.failed
+
+    def per_query(self, whole: float) -> float:
+        """Return the mean over all rows that were asked of what they took together; 0 without any."""
+        asked = self.asked or self.n + self.left_out
+        return whole / asked if asked else 0.0
 
 
 class PairedRow(ResultRecord):
@@ -443,7 +455,7 @@ def _robustness(folder: RunFolder, cells: Sequence[Cell]) -> list[RobustnessRow]
             accuracy=row.accuracy,
             low=row.low,
             high=row.high,
-            tokens=row.usage.total / row.n,
+            tokens=row.per_query(row.usage.total),
         )
         for path in folder.curve_runs()
         for part in [read_evaluation(path)]
@@ -486,7 +498,8 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
     n = len(values)
     did_run = answers.ok > 0 or scores.did_run
     found = interval(values if did_run else [])
-    tokens, points = answers.usage.total, found.value * n
+    points = found.value * n
+    judged = n / len(answers.seen) if answers.seen else 0.0  # of what all rows took
     price = mean(answers.price, 1) if answers.ok and len(answers.price) == answers.ok else None
     return EvaluationRow(
         benchmark=info.name,
@@ -503,7 +516,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         **flat(answers.usage),
         summarizer_tokens=answers.summarizer_tokens,
         memoised_tokens=answers.memoised_tokens,
-        tokens_per_correct=tokens / points if points else None,
+        tokens_per_correct=judged * answers.usage.total / points if points else None,
         steps_mean=answers.steps / answers.ok if answers.ok else None,
         active_mean=answers.active / answers.steps if answers.steps else None,
         wall_s=(mean(answers.wall_ms, 1) or 0.0) / 1e3,
@@ -519,9 +532,11 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         chance=info.chance,
         deviation=info.deviation,
         calls=answers.calls,
+        asked=len(answers.seen),
+        late=answers.late,
         bugs=answers.bugs,
         price=price,
-        price_per_correct=price / points if points and price is not None else None,
+        price_per_correct=judged * price / points if points and price is not None else None,
         did_run=did_run,
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from dmoa import __version__, sandbox
 from dmoa.dataflow import Watch
+from dmoa.engine_options import ENGINES
 from dmoa.errors import ConfigError
 from dmoa.evaluation import report, results
 from dmoa.evaluation.answering import Asking
@@ -26,10 +27,12 @@ from dmoa.evaluation.records import BenchmarkInfo, EvaluateOptions, PoolInfo, Ru
 from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import Evaluation
 from dmoa.evaluation.run_folder import RunFolder, read_record, write_whole
+from dmoa.plugins import Registry
+from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.provenance import code_revision, machine
 from dmoa.storage import only_one
 
-_FIXED = ("policies", "split", "limit", "seed", "limits", "match", "reference", "gate_version", "gates")
+_FIXED = ("policies", "split", "limit", "seed", "limits", "match", "reference", "repeats", "gate_version", "gates")
 """What a run that goes on must have in common with its beginning, beside its benchmarks, its pool and the difficulty."""
 _VERSIONS = ("transformers", "datasets", "math-verify", "pyarrow", "wandb")
 
@@ -73,7 +76,7 @@ def evaluate(session: Session) -> Evaluation:
 
 def _locked(session: Session) -> Evaluation:
     options, folder, names = session.options, session.folder, session.benchmarks
-    info = _begin(session)
+    info = begin_run(session)
     # A session that is killed leaves lines that are newer than this; `dmoa report` then reads the lines.
     folder.evaluation.unlink(missing_ok=True)
     dropped = forget(folder, names, info.policies, failed=options.retry_failed)
@@ -115,8 +118,8 @@ def finish_run(folder: RunFolder) -> Evaluation:
     return evaluation
 
 
-def _begin(session: Session) -> RunInfo:
-    """Prepare the rows of a new run, or check that a run that goes on is the same one."""
+def begin_run(session: Session) -> RunInfo:
+    """Prepare the rows of a new run, or check that a run that goes on is the same one. Raises ConfigError."""
     folder, options = session.folder, session.options
     if _runs_programs(session.benchmarks):
         require_sandbox(allow_weak=options.allow_weak_sandbox)
@@ -166,14 +169,28 @@ def _run_info(session: Session, benchmarks: Sequence[BenchmarkInfo]) -> RunInfo:
         limits=_limits(session.asking),
         match=matching.by if matching else "none",
         reference=matching.reference if matching else None,
+        repeats=getattr(options, "repeats", 1),
         gate_version=session.gate_version,
         gates=session.gates,
         engines=session.engines,
+        plugins=_plugins(session),
         isolation=sandbox.level() if _runs_programs(session.benchmarks) else "",
         machine=machine(),
         versions={name: metadata.version(name) for name in _VERSIONS},
         started_unix_s=time.time(),
     )
+
+
+def _plugins(session: Session) -> dict[str, str]:
+    """Return the SHA-256 of the files that policies, benchmarks and engines came from."""
+    engines = [str(llm["engine"]) for llm in session.pool.config.get("llms", {}).values()]
+    kinds: tuple[tuple[str, Registry[Any], Sequence[str]], ...] = (
+        ("policy", POLICIES, [split_policy(policy)[0] for policy in session.options.policies]),
+        ("benchmark", BENCHMARKS, session.benchmarks),
+        ("engine", ENGINES, ENGINES.resolve(engines, "llms")),
+    )
+    found = {f"{kind} {name}": registry.digest(name) for kind, registry, names in kinds for name in names}
+    return {name: digest for name, digest in found.items() if digest is not None}
 
 
 def _runs_programs(benchmarks: Sequence[str]) -> bool:
@@ -195,12 +212,22 @@ def _check_same(session: Session, before: RunInfo) -> None:
     pairs |= pool_differences(before.pool, now.pool)
     for name, default in (("difficulty", None), ("adversaries", 0), ("kind", "liar"), ("match_budget", None)):
         pairs[name] = (before.options.get(name, default), now.options.get(name, default))
+    pairs |= plugin_pairs(before.plugins, now.plugins or {})
     check_level(before.isolation, now.isolation)
     different = [f"{name}: begun with {then}, now {here}" for name, (then, here) in pairs.items() if then != here]
     if different:
         raise ConfigError(
             f"--resume: {'; '.join(different)}; repeat the settings of {str(session.folder.run)!r}, or begin in another folder"
         )
+
+
+def plugin_pairs(before: dict[str, str] | None, now: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Return what is to be equal of the files of plug-ins; nothing of a run whose beginning did not note them."""
+
+    def said(found: dict[str, str], name: str) -> str:
+        return f"a file of SHA-256 {found[name][:12]}" if name in found else "no file"
+
+    return {} if before is None else {name: (said(before, name), said(now, name)) for name in {**before, **now}}
 
 
 def check_level(begun: str, now: str) -> None:

@@ -6,11 +6,15 @@ answers/BENCHMARK.POLICY.jsonl          one line per answered row, written at on
 labels/gold/BENCHMARK.jsonl             what is right; opened by scoring alone
 labels/scores/BENCHMARK.POLICY.jsonl    how each answer was judged
 evaluation.json, report.html            the result
+repeat-N/                               a run of its own, of which the lines above are the mean (`dmoa compare --repeats`)
 curve/N-DEFENCE/                        the same run with N adversaries and a defence (`dmoa compare --curve`)
+
+Of a POLICY with many parameters the name of its files has the beginning, and a hash.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +32,9 @@ from dmoa.validation import describe
 
 R = TypeVar("R", bound=FileRecord)
 M = TypeVar("M", bound=BaseModel)
+_MAX_NAME_BYTES = 233
+"""Of a file's name without its ending: file systems take 255, of which a draft needs 16."""
+_SHOWN_BYTES = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +90,11 @@ class RunFolder:
 
     def answers(self, benchmark: str, policy: str) -> Path:
         """Answers of a policy to a benchmark."""
-        return self.root / "answers" / f"{benchmark}.{policy.replace('/', '%2F')}.jsonl"
+        return self.root / "answers" / _file_name(benchmark, policy)
 
     def scores(self, benchmark: str, policy: str) -> Path:
         """Scores of a policy on a benchmark."""
-        return self.root / "labels" / "scores" / f"{benchmark}.{policy.replace('/', '%2F')}.jsonl"
+        return self.root / "labels" / "scores" / _file_name(benchmark, policy)
 
     def read_tasks(self, benchmark: str) -> Iterator[Task]:
         """Yield the tasks of a benchmark, in the order of the sample."""
@@ -104,6 +111,15 @@ class RunFolder:
     def read_scores(self, benchmark: str, policy: str) -> Iterator[Scored]:
         """Yield how a policy's answers were judged; nothing where they have not been."""
         return read_lines(self.scores(benchmark, policy), Scored)
+
+
+def _file_name(benchmark: str, policy: str) -> str:
+    """Return the name of a policy's file; of one too long for a file system the beginning and a hash of the whole."""
+    name = f"{benchmark}.{policy.replace('/', '%2F')}"
+    whole = name.encode()
+    if len(whole) > _MAX_NAME_BYTES:
+        name = f"{whole[:_SHOWN_BYTES].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:16]}"
+    return f"{name}.jsonl"
 
 
 def read_record(path: Path, kind: type[M]) -> M:

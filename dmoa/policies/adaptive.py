@@ -125,6 +125,7 @@ class SymbolicOptions(PolicyOptions):
     cost="min(k, A) + 2",
     reads="min(k, A)",
     first_step_only=False,
+    answers_at_once=False,
 )
 class SymbolicPolicy:
     """Skills are the `tags` of agents in the pool, their names where they have none; of equally fit agents the first are taken.

@@ -109,6 +109,7 @@ class RandomPolicy:
     cost="2",
     reads="0",
     first_step_only=False,
+    answers_at_once=False,
 )
 def build_selector(context: PolicyContext) -> SelectorPolicy:
     """Return the policy with the agent that is named, or the pool's first, as the chooser."""

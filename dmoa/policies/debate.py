@@ -132,6 +132,7 @@ class GroupChatOptions(OneOptions):
     cost="2 * turns at most",
     reads="turns * (turns - 1) at most",
     first_step_only=False,
+    answers_at_once=False,
 )
 class GroupChatPolicy:
     """Manager and speaker in turns; where the manager names nobody the next agent in order speaks. The last message counts."""

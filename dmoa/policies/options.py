@@ -118,7 +118,7 @@ class Optioned:
 
 
 class Staged:
-    """Any policy of a set schedule, over queries with stages too."""
+    """Any policy that knows no stages, over queries that have some too."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -133,7 +133,10 @@ class Staged:
         return ended(self._policy, state)
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Return the policy's plan; at a stage the plan of its first step, whose agents see what the stage lets them see."""
+        """Return the policy's plan; at a stage the plan of its first step, whose agents see what the stage lets them see.
+
+        Raises RequestError where that step writes no answer.
+        """
         if not state.query.stages:
             return await self._policy.next_step(state)
         if state.stage is None:
@@ -142,6 +145,11 @@ class Staged:
         plan = await self._policy.next_step(replace(state, query=asked, steps=()))
         if isinstance(plan, Stop):
             return plan
+        if plan.fold == "keep":
+            raise RequestError(
+                f"policy: {self.name!r} writes no answer at its first step, and a query with stages asks each stage as that; "
+                "expected one that does; use another policy"
+            )
         activations = tuple(replace(x, history=None) for x in plan.activations)
         return replace(plan, activations=activations, fold="vote" if len(activations) > 1 else "pass", ends_with=None)
 

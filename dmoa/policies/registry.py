@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from dmoa.config import Config
 from dmoa.core.features import Preset
@@ -14,7 +14,7 @@ from dmoa.errors import DmoaError, PluginError, RequestError
 from dmoa.plugins import Registry, home_of
 from dmoa.policies.options import PolicyOptions, Staged
 from dmoa.protocols import Encoder, Policy, Router
-from dmoa.types import QueryState, StepPlan, Stop
+from dmoa.types import Fold, QueryState, StepPlan, Stop, StopReason
 from dmoa.validation import did_you_mean, short
 
 _LOG = logging.getLogger("dmoa.policies")
@@ -63,6 +63,8 @@ class PolicyEntry:
     """Earlier texts that the prompts of one query hold together, a formula as `cost`."""
     first_step_only: bool | None = None
     """Whether it asks each agent the query alone, once: what a pool of recorded replies can answer. None: seen at each step."""
+    answers_at_once: bool = True
+    """Whether its first step writes an answer, which is what it is asked for at every stage of a query that has some."""
 
     def options_of(self, words: str | None, config: Config) -> PolicyOptions:
         """Return the parameters that `words` name, of a policy that has some. Raises RequestError."""
@@ -127,15 +129,25 @@ LONGEST_SCHEDULE = 200
 """More steps than any policy of ours plans: `mcts` with 64 simulations has 129."""
 
 
-def has_schedule(policy: str) -> bool:
-    """Tell whether a policy plans its own end, so that limits on steps can only cut it; one that wraps another is as that one."""
+def _wrapped(policy: str) -> str | None:
+    """Return the policy that one wraps, None where it wraps none."""
     name, words = split_policy(policy)
     options = POLICIES[name].options if name in POLICIES else None
-    if options is None:
-        return False
-    inner = options.model_fields.get("inner")
+    inner = options.model_fields.get("inner") if options else None
     given = dict(word.partition("=")[::2] for word in (words or "").split(":"))
-    return inner is None or has_schedule(given.get("inner", inner.default))
+    return None if inner is None else str(given.get("inner", inner.default))
+
+
+def has_schedule(policy: str) -> bool:
+    """Tell whether a policy plans its own end, so that limits on steps can only cut it; one that wraps another is as that one."""
+    name, inner = split_policy(policy)[0], _wrapped(policy)
+    return (name in POLICIES and POLICIES[name].options is not None) if inner is None else has_schedule(inner)
+
+
+def can_do_stages(policy: str) -> bool:
+    """Tell whether a policy can answer a query with stages, as far as is known; one that wraps another is as that one."""
+    name, inner = split_policy(policy)[0], _wrapped(policy)
+    return (name not in POLICIES or POLICIES[name].answers_at_once) if inner is None else can_do_stages(inner)
 
 
 def needs_labels(name: str) -> bool:
@@ -170,6 +182,8 @@ def check_words(entry: PolicyEntry, words: str | None, config: Config) -> Policy
     return options
 
 
+_KNOW_STAGES = frozenset(("dmoa", "exploring", "single", "dense", "random"))
+"""Policies that ask for as many steps as a query has stages, each as its stage wants."""
 Build = TypeVar("Build", bound=Callable[[PolicyContext], Policy])
 
 
@@ -182,6 +196,7 @@ def policy(
     cost: str = "",
     reads: str = "",
     first_step_only: bool | None = None,
+    answers_at_once: bool = True,
 ) -> Callable[[Build], Build]:
     """Enter a policy under a name: its class, built from a `PolicyContext`, or a function that builds it.
 
@@ -192,12 +207,13 @@ def policy(
         cost: calls of one query, such as `layers * A + 1`; A: agents that take part.
         reads: earlier texts that its prompts hold together, such as `layers * A * A`.
         first_step_only: whether it asks each agent the query alone, once.
+        answers_at_once: whether its first step writes an answer.
     """
 
     about = partial(PolicyEntry, name=name, summary=summary, width=width, options=options, cost=cost, reads=reads)
 
     def enter(build: Build) -> Build:
-        return POLICIES.add(about(build=build, first_step_only=first_step_only), build)
+        return POLICIES.add(about(build=build, first_step_only=first_step_only, answers_at_once=answers_at_once), build)
 
     return enter
 
@@ -216,7 +232,7 @@ def build_policy(name: str, context: PolicyContext) -> Policy:
     entry = POLICIES[name]
     context = replace(context, options=check_words(entry, context.agent, context.config))
     built = entry.build(context) if name in POLICIES.builtin else PluginPolicy(entry, context)
-    return built if entry.options is None else Staged(built)
+    return built if name in _KNOW_STAGES else Staged(built)
 
 
 class PluginPolicy:
@@ -252,9 +268,12 @@ class PluginPolicy:
         except Exception as error:  # code of others
             raise self._raised(where, error) from error
         if isinstance(plan, Stop):
+            self._check_word(where, "reason", plan.reason, get_args(StopReason))
             return plan
         if not isinstance(plan, StepPlan) or not plan.activations:
             raise self._error(f"{where} is {short(plan)}; expected a Stop, or a StepPlan that asks somebody")
+        self._check_word(where, "fold", plan.fold, get_args(Fold))
+        self._check_word(where, "ends_with", plan.ends_with, (*get_args(StopReason), None))
         asked = dict.fromkeys(item.agent for item in (*plan.activations, *plan.reserves, *plan.explored))
         unknown = [name for name in asked if name not in self._agents]
         if unknown:
@@ -263,6 +282,13 @@ class PluginPolicy:
                 f"{where}: agent {seen} is not in the pool; expected {allowed}{did_you_mean(unknown, self._agents)}"
             )
         return plan
+
+    def _check_word(self, where: str, name: str, value: object, allowed: Sequence[str | None]) -> None:
+        if value not in allowed:
+            words = [word for word in allowed if word is not None]
+            expected = f"expected {', '.join(words)}{' or None' if None in allowed else ''}"
+            nearest = did_you_mean(value, words) if isinstance(value, str) else ""
+            raise self._error(f"{where}: {name} is {short(value)}; {expected}; write one of these{nearest}")
 
     def _raised(self, where: str, error: Exception) -> PluginError:
         _LOG.info("policy %s: %s failed", self._entry.name, where, exc_info=error)

@@ -6,6 +6,7 @@ rewards are labels, which the gate never needs: a table that holds such a router
 
 from __future__ import annotations
 
+import asyncio
 import random
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -159,30 +160,42 @@ class Predictor(Protocol):
 
 Fitted = TypeVar("Fitted")
 _FITTED: WeakKeyDictionary[Encoder, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
+_FITTING: WeakKeyDictionary[Encoder, dict[tuple[object, ...], asyncio.Task[Any]]] = WeakKeyDictionary()
 
 
 async def fitted_to_labels(context: PolicyContext, name: str, fit: Callable[[FloatArray, FloatArray], Fitted]) -> Fitted:
     """Return what `fit` makes of the embeddings [Q, D] and rewards [Q, A] of a policy's file, NaN where there is none.
 
-    Of several rewards of one reply the mean counts. It is fitted when it is asked for first, and kept as long as the encoder is.
+    Of several rewards of one reply the mean counts. It is fitted when it is asked for first, once for all who wait for it, and
+    kept as long as the encoder is.
     """
     options, encoder = context.options, context.encoder
     changed_ns, rows = judged_of(options.data, options.agents)
-    known = _FITTED.setdefault(encoder, {})
+    known, fitting = _FITTED.setdefault(encoder, {}), _FITTING.setdefault(encoder, {})
     key = (name, options, changed_ns)
+    running = (asyncio.get_running_loop(), *key)
     if key not in known:
-        queries = list(dict.fromkeys(row.query for row in rows))
-        place = {query: i for i, query in enumerate(queries)}
-        reward_QA = np.full((len(queries), len(options.agents)), np.nan, np.float32)
-        rewards = defaultdict[tuple[int, int], list[float]](list)
-        for row in rows:
-            if row.agent in options.agents:
-                rewards[place[row.query], options.agents.index(row.agent)].append(row.reward)
-        for cell, judged in rewards.items():
-            reward_QA[cell] = np.mean(judged)
-        known[key] = fit(np.stack(await encoder.embed(queries)), reward_QA)
+        if running not in fitting:
+            fitting[running] = asyncio.create_task(_fitted(rows, options.agents, encoder, fit))
+            fitting[running].add_done_callback(lambda _: fitting.pop(running))
+        known[key] = await asyncio.shield(fitting[running])  # who is cancelled leaves it to the others
     found: Fitted = known[key]
     return found
+
+
+async def _fitted(
+    rows: Sequence[Judged], agents: Sequence[str], encoder: Encoder, fit: Callable[[FloatArray, FloatArray], Fitted]
+) -> Fitted:
+    queries = list(dict.fromkeys(row.query for row in rows))
+    place = {query: i for i, query in enumerate(queries)}
+    reward_QA = np.full((len(queries), len(agents)), np.nan, np.float32)
+    rewards = defaultdict[tuple[int, int], list[float]](list)
+    for row in rows:
+        if row.agent in agents:
+            rewards[place[row.query], agents.index(row.agent)].append(row.reward)
+    for cell, judged in rewards.items():
+        reward_QA[cell] = np.mean(judged)
+    return fit(np.stack(await encoder.embed(queries)), reward_QA)
 
 
 class _Learnt(_Ranked):

@@ -9,10 +9,12 @@ from dmoa.agents.adversaries import Adversaries
 from dmoa.engines.gpus import pool_gpus
 from dmoa.errors import ConfigError
 from dmoa.evaluation import figures
+from dmoa.evaluation.registry import expand_names
+from dmoa.evaluation.results import read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.workflows.console import new_table, stdout_console
-from dmoa.workflows.evaluate import expand_policies, opened_ray, run_evaluation
+from dmoa.workflows.evaluate import check_ran, expand_policies, has_recorded, opened_ray, run_evaluation
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -24,6 +26,8 @@ BASELINES = ("self_moa", "self_consistency", "single")
 """What a claim of being better has to beat at equal budgets."""
 MOST_SAMPLES = 16
 _SAMPLING = ("self_consistency", "best_of_n")
+CACHED = "*"
+"""Follows seconds that leave out what came from the call cache."""
 
 
 def run_comparison(options: CompareOptions, config: Config | None, common: Common, command: str) -> Evaluation:
@@ -64,6 +68,16 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
     return finish_run(folder)
 
 
+def check_curve(options: CompareOptions) -> None:
+    """Raise DmoaError where a run with adversaries did not run, as `check_ran`, naming its folder."""
+    assert options.out is not None
+    folder = RunFolder(options.out.absolute())
+    for count in dict.fromkeys(options.curve):
+        for defence in options.curve_defences:
+            part = folder.curve(count, defence)
+            check_ran(read_evaluation(part), f"evaluation in {part.relative_to(folder.root)}")
+
+
 def print_curve(evaluation: Evaluation) -> None:
     """Print accuracy by policy, defence and number of adversaries."""
     counts = sorted({row.adversaries for row in evaluation.robustness})
@@ -77,13 +91,14 @@ def print_curve(evaluation: Evaluation) -> None:
 
 
 def with_baselines(options: CompareOptions, config: Config | None = None) -> tuple[str, ...]:
-    """Return the policies, `all` spelt out, with the baselines that are not among them.
+    """Return the policies, `all` spelt out, with the baselines that are not among them and that the pool's agents can run.
 
     Where a budget holds within steps, samplers without a number of their own may take `MOST_SAMPLES`: the budget ends them.
     """
-    given = expand_policies(options.policies, config)
+    given = expand_policies(options.policies, config, expand_names(options.benchmarks))
     named = {split_policy(policy)[0] for policy in given}
-    more = [name for name in BASELINES if name in POLICIES and name not in named] if options.baselines else []
+    fit = [name for name in BASELINES if name in POLICIES and (POLICIES[name].first_step_only or not has_recorded(config))]
+    more = [name for name in fit if name not in named] if options.baselines else []
     is_paced = options.match in ("tokens", "calls", "price") and options.url is None
     reference, *others = (*given, *more)
     raised = [f"{name}:k={MOST_SAMPLES}" if is_paced and name in _SAMPLING else name for name in others]
@@ -111,6 +126,20 @@ def print_matched(evaluation: Evaluation) -> None:
     console.print(
         f"per query{repeats}; {matched}; over 100 %: calls under way when the budget ran out were finished", soft_wrap=True
     )
+    for remark in remarks(evaluation):
+        console.print(remark, soft_wrap=True)
+
+
+def remarks(evaluation: Evaluation) -> list[str]:
+    """Return what the figures hide: whom the deadline did not hold for, whom it cut, and whose seconds are too few."""
+    run, found = evaluation.config, list[str]()
+    if run.match == "latency":
+        cut = [f"{row.policy} on {row.benchmark} {row.late} of {row.asked}" for row in evaluation.rows if row.late]
+        free = "" if run.options.get("match_budget") else f"{run.reference} set the deadline and answered without it; "
+        found.append(f"{free}rows that it cut: {', '.join(cut) or 'none'}")
+    if any(row.memoised_tokens for row in evaluation.rows):
+        found.append(f"{CACHED} part of the calls came from the call cache: their tokens count, their seconds do not")
+    return found
 
 
 def against(evaluation: Evaluation, row: EvaluationRow, reference: str) -> tuple[str, str]:
@@ -123,11 +152,12 @@ def against(evaluation: Evaluation, row: EvaluationRow, reference: str) -> tuple
 
 
 def taken(row: EvaluationRow) -> tuple[str, str, str, str]:
-    """Return tokens, calls, seconds and price per query."""
+    """Return tokens, calls, seconds and price per query; seconds are marked where calls came from the call cache."""
     if not row.n:
         return "-", "-", "-", "-"
-    price = None if row.price is None else row.price / row.n
-    return figures.count(row.usage.total / row.n), f"{row.calls / row.n:.1f}", f"{row.wall_s / row.n:.2f}", figures.money(price)
+    seconds = f"{row.per_query(row.wall_s):.2f}{CACHED if row.memoised_tokens else ''}"
+    price = None if row.price is None else row.per_query(row.price)
+    return figures.count(row.per_query(row.usage.total)), f"{row.per_query(row.calls):.1f}", seconds, figures.money(price)
 
 
 def share_of_budget(evaluation: Evaluation, row: EvaluationRow) -> str:
@@ -136,4 +166,4 @@ def share_of_budget(evaluation: Evaluation, row: EvaluationRow) -> str:
     spent = {"tokens": row.usage.total, "calls": row.calls, "latency": row.wall_s, "price": row.price}.get(
         evaluation.config.match
     )
-    return "-" if budget is None or spent is None or not row.n else f"{100 * spent / row.n / budget:.0f} %"
+    return "-" if budget is None or spent is None or not row.n else f"{100 * row.per_query(spent) / budget:.0f} %"

@@ -19,9 +19,9 @@ from dmoa.dataflow import OVERCOMMIT
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.records import EvaluateOptions
-from dmoa.evaluation.registry import expand_names
+from dmoa.evaluation.registry import STAGED, expand_names
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.policies.registry import POLICIES, check_words, needs_labels, split_policy, width_of
+from dmoa.policies.registry import POLICIES, can_do_stages, check_words, needs_labels, split_policy, width_of
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
 from dmoa.validation import did_you_mean
@@ -51,9 +51,11 @@ def run_evaluation(
     """
     from dmoa.storage import display_path, localized
 
-    expand_names(options.benchmarks)  # unknown ones are refused first
-    options = options.model_copy(update={"policies": POLICIES.resolve(expand_policies(options.policies, config), "--policies")})
+    names = expand_names(options.benchmarks)  # unknown ones are refused first
+    policies = POLICIES.resolve(expand_policies(options.policies, config, names), "--policies")
+    options = options.model_copy(update={"policies": policies})
     check_policies(options.policies, config, tuple(options.gates))
+    check_stages(options.policies, names)
     if config is not None and options.defence is not None:
         summarizer = config.summarizer.model_copy(update={"defence": options.defence})
         config = config.model_copy(update={"summarizer": summarizer})
@@ -87,7 +89,7 @@ def _evaluated(
     return evaluation
 
 
-def check_ran(evaluation: Evaluation) -> None:
+def check_ran(evaluation: Evaluation, what: str = "evaluation") -> None:
     """Raise DmoaError where a policy did not run on a benchmark, every query of it failed, or where code is wrong."""
     from dmoa.evaluation.results import not_run
 
@@ -95,7 +97,7 @@ def check_ran(evaluation: Evaluation) -> None:
     bugs = [f"{row.policy} on {row.benchmark} ({row.bugs})" for row in evaluation.rows if row.bugs]
     if bugs and not rows:
         raise DmoaError(
-            f"evaluation: code raised what says that it is wrong, a tool's, an engine's or a policy's: {'; '.join(bugs)}; its "
+            f"{what}: code raised what says that it is wrong, a tool's, an engine's or a policy's: {'; '.join(bugs)}; its "
             "traceback is in the log; mend it, then begin in another folder"
         )
     if not rows:
@@ -104,9 +106,7 @@ def check_ran(evaluation: Evaluation) -> None:
     cells = {(row.benchmark, row.policy) for row in rows}
     reason = next((found.error for found in evaluation.failures if (found.benchmark, found.policy) in cells), "")
     said = f"; the first error: {' '.join(reason.split())}" if reason else ""
-    raise DmoaError(
-        f"evaluation: did not run: {where}{said}; mend what failed, then repeat the command with --resume --retry-failed"
-    )
+    raise DmoaError(f"{what}: did not run: {where}{said}; mend what failed, then repeat the command with --resume --retry-failed")
 
 
 @contextmanager
@@ -137,12 +137,31 @@ def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
             ray.shutdown()
 
 
-def expand_policies(policies: tuple[str, ...], config: Config | None) -> tuple[str, ...]:
-    """Return the policies with `all` replaced by every one of ours that needs no labels and that the pool's agents can run."""
-    is_recorded = config is not None and any(config.llms[agent.llm].engine_entry.is_recorded for agent in config.agents)
+def expand_policies(policies: tuple[str, ...], config: Config | None, benchmarks: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the policies with `all` replaced by every one of ours that needs no labels and that the pool's agents can run.
+
+    `benchmarks`: where some have stages, those that can answer such queries.
+    """
     known = POLICIES.builtin if "all" in policies else ()
-    every = [name for name in known if not needs_labels(name) and (POLICIES[name].first_step_only or not is_recorded)]
+    every = [name for name in known if not needs_labels(name) and (POLICIES[name].first_step_only or not has_recorded(config))]
+    if not set(STAGED).isdisjoint(benchmarks):
+        every = [name for name in every if can_do_stages(name)]
     return tuple(dict.fromkeys(name for given in policies for name in (every if given == "all" else (given,))))
+
+
+def has_recorded(config: Config | None) -> bool:
+    """Tell whether a pool has agents with recorded replies."""
+    return config is not None and any(config.llms[agent.llm].engine_entry.is_recorded for agent in config.agents)
+
+
+def check_stages(policies: Sequence[str], benchmarks: Sequence[str]) -> None:
+    """Raise RequestError for a policy that can answer no query with stages, where a benchmark has such."""
+    staged, unfit = [name for name in benchmarks if name in STAGED], [name for name in policies if not can_do_stages(name)]
+    if staged and unfit:
+        raise RequestError(
+            f"--policies: {', '.join(unfit)} cannot answer {', '.join(staged)}, whose stages are each asked as a policy's first "
+            "step: there it only names who shall answer; expected policies whose first step answers; leave one of the two out"
+        )
 
 
 def check_policies(policies: tuple[str, ...], config: Config | None, gates: tuple[str, ...] = ()) -> None:
@@ -158,6 +177,8 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
                     f"--policies: no gate is named as in {policy!r}; gates given: {known}; add --gates {agent}=DIR{nearest}"
                 )
             continue
+        if name not in POLICIES and config is None:
+            continue  # of a server, which says what it has
         if name not in POLICIES:
             allowed = ", ".join((*POLICIES, "single:AGENT", "dmoa:GATE"))
             is_agent = config is not None and name in config.agent_names
@@ -262,7 +283,7 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     from dmoa.workflows.backends import OpenServer, open_client
 
     url = str(options.url)
-    staged = [name for name in expand_names(options.benchmarks) if name in ("chain", "relay")]
+    staged = [name for name in expand_names(options.benchmarks) if name in STAGED]
     if staged:
         raise ConfigError(
             f"--benchmarks: the stages of {', '.join(staged)} do not fit in an HTTP request; leave it out with --url"

@@ -74,7 +74,8 @@ def of_trace(trace: Trace, *, is_dpo: bool, margin: float) -> Iterator[Record]:
 def of_run(folder: Path, *, is_dpo: bool) -> Iterator[Record]:
     """Yield every right answer of a run, or for each row the first right answer and the first wrong one, by policy.
 
-    One that was right in some repeats only is neither.
+    One that was right in some repeats only is neither, nor is one that could not be judged. Tasks with stages are passed over:
+    agents read another text at each.
     """
     run, paths = read_evaluation(folder).config, RunFolder(folder)
     agents = [agent["name"] for agent in run.pool.config.get("agents", ())]
@@ -84,13 +85,13 @@ def of_run(folder: Path, *, is_dpo: bool) -> Iterator[Record]:
             policy: {x.row_id: x for x in paths.read_answers(benchmark, policy) if _is_whole(x)} for policy in run.policies
         }
         scores = {policy: {line.row_id: line for line in paths.read_scores(benchmark, policy)} for policy in run.policies}
-        for task in paths.read_tasks(benchmark):
+        for task in (task for task in paths.read_tasks(benchmark) if not task.stages):
             asked, right, wrong = [_message("user", task.text)], list[Answered](), list[Answered]()
             for policy in run.policies:
                 answer, score = answers[policy].get(task.row_id), scores[policy].get(task.row_id)
                 if not answer or not score or score.is_failed or score.is_left_out:
                     continue
-                if score.value == 0.0:
+                if score.value == 0.0 and score.is_scored:
                     wrong.append(answer)
                 elif score.value == 1.0 and not adversaries.intersection(*answer.active[-1:]):
                     right.append(answer)

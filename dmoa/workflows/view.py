@@ -131,7 +131,7 @@ def of_evaluation(evaluation: Evaluation) -> dict[str, Any]:
             "accuracy": row.accuracy,
             "low": row.low,
             "high": row.high,
-            "tokens": row.usage.total / row.n if row.n else 0.0,
+            "tokens": row.per_query(row.usage.total),
             "steps_mean": row.steps_mean,
             "active_mean": row.active_mean,
         }

@@ -17,12 +17,14 @@ from dmoa.config import Config, load
 from dmoa.engine_options import ENGINES
 from dmoa.errors import ConfigError, RequestError
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
-from dmoa.evaluation.data import prepare_rows
+from dmoa.evaluation.data import load_rows, prepare_rows
 from dmoa.evaluation.records import EvaluateOptions, Reply
 from dmoa.evaluation.registry import OpenScorers, expand_names
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, build_policy
+from dmoa.testing import scripted_pool
 from dmoa.workflows.backends import OpenPool
+from dmoa.workflows.evaluate import check_policies
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
 pytestmark = pytest.mark.contract  # runs the examples of the guide
@@ -141,6 +143,35 @@ def test_rows_of_a_file_are_asked_and_judged_in_another_process(shown: Path) -> 
     assert score(labels["Lima"], Reply(text="It is Lima.")).value == 1.0
     assert score(labels["Paris"], Reply(text="Lyon")).value == 0.0
     assert not score(labels["Paris"], Reply(text="")).is_scored
+
+
+def test_a_policy_of_a_file_may_have_parameters(tmp_path: Path) -> None:
+    text = """
+from dmoa import policy
+from dmoa.policies.options import PolicyOptions
+
+class Options(PolicyOptions):
+    k: int = 1
+
+@policy("mine", "x.", options=Options)
+class Mine:
+    name = "mine"
+"""
+    path = plugin(tmp_path, text)
+    given = (f"{path}:Mine:k=3:adder", "dmoa", f"{path}:Mine", "knn_router:data=a.py:k=3")
+    assert POLICIES.resolve(given, "--policies") == ("mine:k=3:adder", "dmoa", "mine", "knn_router:data=a.py:k=3")
+    check_policies(("mine:k=3:adder",), scripted_pool(("adder", "echo")))
+
+
+def test_a_row_of_a_benchmark_of_a_file_is_explained(dmoa: Any, shown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shown)
+    named = ("--benchmarks", "capitals.py:CapitalRow", "--data-dir", "rows", "--reply", "It is Lima.", "--json", "found.json")
+    expand_names(["capitals.py:CapitalRow"])
+    row = next(row for row in load_rows("capitals", "test", data_dir=Path("rows")).rows if "Peru" in row.task.text)
+    del BENCHMARKS["capitals"]  # as in the process of a command
+    found = dmoa("evaluate", "--explain", row.task.row_id, *named)
+    assert found.exit_code == 0, found.stdout + found.stderr
+    assert json.loads((shown / "found.json").read_text(encoding="utf-8"))[0]["verdict"] == "right"
 
 
 def test_a_benchmark_without_a_hub_says_where_rows_are_needed(shown: Path) -> None:

@@ -55,6 +55,15 @@ def policy_file(
         ({"step": "return {}['who']"}, "next_step of step 1 raised KeyError('who'); mend it, -v shows where"),
         ({"step": "return None"}, "next_step of step 1 is None; expected a Stop, or a StepPlan that asks somebody"),
         ({"step": "return StepPlan(activations=())"}, "expected a Stop, or a StepPlan that asks somebody"),
+        ({"step": "return Stop(reason='done')"}, "next_step of step 1: reason is 'done'; expected summarizer, agreement, sure"),
+        (
+            {"step": "return StepPlan(activations=(Activation(agent='adder'),), fold='votes')"},
+            "fold is 'votes'; expected summarizer, pass, vote, surest, keep; write one of these; did you mean 'vote'?",
+        ),
+        (
+            {"step": "return StepPlan(activations=(Activation(agent='adder'),), ends_with='done')"},
+            "stages, schedule or None; write one of these",
+        ),
         ({"init": "context.nothing"}, "building it raised AttributeError(\"'PolicyContext' object has no attribute 'nothing'\")"),
     ],
 )

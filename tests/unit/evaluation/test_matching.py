@@ -10,10 +10,10 @@ import pytest
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation.answering import Asking, query_of_task
-from dmoa.evaluation.figures import curves
+from dmoa.evaluation.figures import curves, overall
 from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, Matching, Task
 from dmoa.evaluation.repeats import merge_repeats
-from dmoa.evaluation.report import pareto
+from dmoa.evaluation.report import accuracy_against, pareto, render_report
 from dmoa.evaluation.results import build_evaluation, read_evaluation
 from dmoa.evaluation.run import finish_run
 from dmoa.policies.registry import POLICIES
@@ -33,10 +33,11 @@ from dmoa.testing import (
     scripted_pool,
     write_run,
 )
+from dmoa.testing import failed as lost
 from dmoa.types import Limits, Price
-from dmoa.workflows.compare import against, run_comparison, share_of_budget, taken, with_baselines
+from dmoa.workflows.compare import against, check_curve, remarks, run_comparison, share_of_budget, taken, with_baselines
 from dmoa.workflows.console import Common
-from dmoa.workflows.evaluate import expand_policies
+from dmoa.workflows.evaluate import check_policies, expand_policies
 
 TASK = Task(row_id="gsm8k/test/1", benchmark="gsm8k", text="?")
 
@@ -91,6 +92,8 @@ def test_a_matched_budget_lowers_the_limits_of_its_benchmark_alone() -> None:
     matched = query_of_task(TASK, "dense", asking).limits
     assert (matched.budget_tokens, matched.deadline_s, matched.within_steps) == (50, 2.0, True)
     assert query_of_task(TASK.model_copy(update={"benchmark": "svamp"}), "dense", asking).limits == limits
+    calls = query_of_task(TASK, "dense", replace(asking, budgets={"gsm8k": {"budget_calls": 2}})).limits
+    assert (calls.budget_calls, calls.within_steps) == (2, False), "the pool's own budgets are the reference's too"
 
 
 # A call takes 10 + 4 tokens; its price is 1 + 2.
@@ -122,6 +125,18 @@ async def test_a_call_that_was_lost_says_nothing_of_what_the_others_take(limits:
     orchestrator = orchestrator_of(agents, "abcd", price=Price(prompt_per_1m=1e5, completion_per_1m=5e5))
     await answer_of(orchestrator, query(within_steps=True, max_steps=1, **limits), Schedule(asks(*"abcd")))
     assert [call.agent for call in agents.calls] == list(asked)
+
+
+@pytest.mark.parametrize("limits", [{"budget_tokens": 29}, {"budget_price": 6.5}])
+async def test_a_matched_budget_cuts_no_reply(limits: dict[str, float]) -> None:
+    """The budget is a mean, and half of the reference's own replies are longer: whoever is asked may say as much."""
+    agents = FakeAgents({name: Say(text=name) for name in "abc"})
+    orchestrator = orchestrator_of(agents, "abc", price=Price(prompt_per_1m=1e5, completion_per_1m=5e5))
+    for asked in (query(within_steps=True, max_steps=2, **limits), query(max_steps=1)):
+        await answer_of(orchestrator, asked, Schedule(asks(*"abc")))
+    *paced, free_a, _, _ = agents.calls
+    assert [call.agent for call in paced] == ["a", "b"]
+    assert {call.sampling for call in paced} == {free_a.sampling}, "else the call cache would not find what others asked"
 
 
 async def test_a_paced_budget_of_price_goes_by_what_each_agent_costs() -> None:
@@ -185,6 +200,46 @@ def test_the_table_says_what_each_policy_took_and_how_it_differs_from_the_refere
     assert share_of_budget(found, single) == "50 %"
 
 
+def test_figures_per_query_are_over_all_rows_that_were_asked() -> None:
+    """Six of ten rows can be judged here; all ten were asked, and took 110 tokens each."""
+    budgets = {"ds1000": {"budget_tokens": 110}}
+    info = run_info([BenchmarkInfo(name="ds1000", rows=10)], match="tokens", reference="dmoa", budgets=budgets)
+    lines = [answered("ds1000", row, policy, calls=2, price=0.5) for policy in info.policies for row in range(10)]
+    scores = [
+        scored("ds1000", row, policy, float(row >= 4), is_left_out=row < 4, is_scored=row >= 4)
+        for policy in info.policies
+        for row in range(10)
+    ]
+    found = build_evaluation(info, lines, scores)
+    row = found.rows[1]
+    assert (row.n, row.left_out, row.asked) == (6, 4, 10)
+    assert (taken(row), share_of_budget(found, row)) == (("110", "2.0", "0.25", "0.5"), "100 %")
+    assert (row.tokens_per_correct, row.price_per_correct) == (110.0, 0.5)
+    assert overall(found)[1].tokens == "110"
+    older = row.model_copy(update={"asked": 0})
+    assert taken(older) == taken(row)
+
+
+def test_seconds_of_calls_from_the_cache_are_marked_and_not_drawn() -> None:
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=2)], reference="dmoa", match="tokens")
+    cells = [(policy, row) for policy in info.policies for row in (0, 1)]
+    lines = [answered("gsm8k", row, policy, memoised_tokens=9 * (policy == "single")) for policy, row in cells]
+    found = build_evaluation(info, lines, [scored("gsm8k", row, policy, 1.0) for policy, row in cells])
+    assert [taken(row)[2] for row in found.rows] == ["0.25", "0.25*"]
+    assert remarks(found) == ["* part of the calls came from the call cache: their tokens count, their seconds do not"]
+    assert "Left out where calls came from the call cache, which take no time: single." in render_report(found)
+    seconds, tokens = (accuracy_against(found, measure) or "" for measure in ("seconds", "tokens"))
+    assert ("single" in tokens, "single" in seconds, "dmoa" in seconds) == (True, False, True)
+
+
+def test_rows_that_a_matched_deadline_cut_are_told() -> None:
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=3)], reference="dmoa", match="latency")
+    lines = [answered("gsm8k", row, "dmoa") for row in range(3)]
+    lines += [answered("gsm8k", 0, "single"), answered("gsm8k", 1, "single", stop_reason="deadline"), lost("gsm8k", 2, "single")]
+    found = build_evaluation(info, lines, [])
+    assert remarks(found) == ["dmoa set the deadline and answered without it; rows that it cut: single on gsm8k 2 of 3"]
+
+
 def test_schedules_are_run_to_their_end_and_the_gates_steps_are_as_ever() -> None:
     asking = Asking(seed=0, limits=Limits(max_steps=3), ends_schedules=True)
     steps = {
@@ -245,6 +300,33 @@ def test_baselines_are_added_once() -> None:
     assert policies(policies="self_consistency,best_of_n:k=3", baselines=False) == ("self_consistency", "best_of_n:k=3")
     assert "single" not in policies(policies="dmoa,single:a")
     assert policies(policies="dense", baselines=False) == ("dense",)
+
+
+def test_baselines_that_recorded_replies_cannot_answer_are_not_added() -> None:
+    generated = scripted_pool(("a", "b"))
+    llms = {name: llm.model_copy(update={"engine": "recorded"}) for name, llm in generated.llms.items()}
+    recorded = generated.model_copy(update={"llms": llms})
+    options = CompareOptions.parse({"benchmarks": "arith", "policies": "dmoa,majority_k"})
+    added = with_baselines(options, recorded)
+    assert added == ("dmoa", "majority_k", "single")
+    check_policies(added, recorded)
+
+
+def test_a_run_with_adversaries_that_did_not_run_is_told_by_its_folder(tmp_path: Path) -> None:
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=("dmoa",))
+    folder = write_run(tmp_path, info, [answered("gsm8k", 0, "dmoa")], [scored("gsm8k", 0, "dmoa", 1.0)])
+    write_run(folder.curve(0, "none"), info, [answered("gsm8k", 0, "dmoa")], [scored("gsm8k", 0, "dmoa", 1.0)])
+    unjudged = scored("gsm8k", 0, "dmoa", 0.0, is_scored=False, is_failed=True)
+    write_run(folder.curve(2, "none"), info, [lost("gsm8k", 0, "dmoa")], [unjudged])
+    check_curve(CompareOptions.parse({"benchmarks": "gsm8k", "out": str(tmp_path), "curve": "0"}))
+    with pytest.raises(DmoaError, match=r"^evaluation in curve/2-none: did not run: dmoa on gsm8k \(1 of 1 queries failed\)"):
+        check_curve(CompareOptions.parse({"benchmarks": "gsm8k", "out": str(tmp_path), "curve": "0,2"}))
+
+
+def test_what_a_server_has_is_not_known_here() -> None:
+    check_policies(("review", "review:a"), None)
+    with pytest.raises(DmoaError, match="'review' is not known"):
+        check_policies(("review",), scripted_pool(("a", "b")))
 
 
 def test_all_names_every_policy_that_the_pool_can_run_without_labels() -> None:

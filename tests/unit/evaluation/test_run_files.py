@@ -123,3 +123,15 @@ def test_an_answer_whose_line_was_taken_out_is_judged_anew(tmp_path: Path) -> No
     assert forget(folder, ["arith"], ["dmoa", "single"], failed=True) == 1
     assert list(folder.read_scores("arith", "dmoa")) == [scores[0]]
     assert list(folder.read_answers("arith", "dmoa")) == [row(1)]
+
+
+def test_a_policy_of_many_words_has_files_of_its_own(tmp_path: Path) -> None:
+    folder, agents = RunFolder(tmp_path), "+".join(f"agent-of-skill-{number:02}" for number in range(15))
+    for policy in (f"moa:layers=2:agents={agents}", f"moa:layers=2:agents={agents}+ä"):
+        line = row(1).model_copy(update={"policy": policy})
+        append(folder.answers("arith", policy), [line])
+        write_lines(folder.answers("arith", policy), [line])  # by way of a draft, whose name is longer
+        assert list(folder.read_answers("arith", policy)) == [line]
+    assert len({path.name[:100] for path in (tmp_path / "answers").iterdir()}) == 1
+    assert len(list((tmp_path / "answers").iterdir())) == 2
+    assert folder.scores("arith", "moa:a/b").name == "arith.moa:a%2Fb.jsonl"

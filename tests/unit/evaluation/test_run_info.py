@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -13,9 +14,12 @@ import pytest
 from dmoa.agents.pool import fingerprint, load_pool
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import EvaluateOptions, PoolInfo, pool_differences
-from dmoa.evaluation.run import check_level, evaluate
-from dmoa.evaluation.run_folder import RunFolder
+from dmoa.evaluation.records import CompareOptions, EvaluateOptions, PoolInfo, RunInfo, pool_differences
+from dmoa.evaluation.repeats import evaluate_repeatedly
+from dmoa.evaluation.results import read_evaluation
+from dmoa.evaluation.run import check_level, evaluate, plugin_pairs
+from dmoa.evaluation.run_folder import RunFolder, read_record
+from dmoa.policies.registry import POLICIES
 from dmoa.testing import scripted_pool
 from dmoa.workflows.console import Bars, Common
 from dmoa.workflows.evaluate import build_evaluation
@@ -66,7 +70,9 @@ def test_what_scripted_agents_do_may_change_and_a_server_has_no_settings() -> No
 
     assert pool_differences(scripted(failing=["a"]), scripted(failing=[])) == {}
     server = PoolInfo(name="default", fingerprint="", config={"url": "http://127.0.0.1:8000"})
-    assert pool_differences(server, server) == {}
+    assert pool_differences(server, server.model_copy(update={"config": {"url": "http://127.0.0.1:8000/"}})) == {}
+    other = server.model_copy(update={"config": {"url": "http://127.0.0.1:9000"}})
+    assert pool_differences(server, other) == {"url": ("http://127.0.0.1:8000", "http://127.0.0.1:9000")}
 
 
 @pytest.mark.contract  # asks git for the revision
@@ -88,3 +94,74 @@ def test_a_run_that_answered_nothing_may_begin_anew(tmp_path: Path) -> None:
     folder.answers("arith", "dmoa").touch()
     with pytest.raises(ConfigError, match="holds a run; go on with it by --resume"):
         evaluate(session)
+
+
+@pytest.mark.contract  # asks git for the revision
+def test_repeats_are_one_run_that_is_kept_and_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+
+    def nowhere() -> AbstractContextManager[None]:
+        raise ConfigError("--address: nobody answers")
+
+    def run(repeats: int, *, resume: bool = False) -> None:
+        options = CompareOptions(benchmarks=("arith",), out=folder.root, limit=2, repeats=repeats, resume=resume)
+        with Bars(-1) as bars:
+            made = build_evaluation(options, scripted_pool(), ("arith",), folder, Common(verbosity=-1), bars, "dmoa compare")
+        evaluate_repeatedly(replace(made, open_ray=nowhere), repeats)
+
+    with pytest.raises(ConfigError, match="nobody answers"):
+        run(2)
+    assert read_evaluation(folder.root).config.repeats == 2, "what was killed is told"
+    answers = RunFolder(folder.root / "repeat-1").answers("arith", "dmoa")
+    answers.parent.mkdir(parents=True)
+    answers.touch()
+    with pytest.raises(ConfigError, match="holds a run; go on with it by --resume"):
+        run(2)
+    with pytest.raises(ConfigError, match="--resume: repeats: begun with 2, now 3"):
+        run(3, resume=True)
+    with pytest.raises(ConfigError, match="nobody answers"):
+        run(2, resume=True)
+
+
+def test_an_engine_may_lie_elsewhere_and_not_be_another() -> None:
+    def pool(engine: str) -> PoolInfo:
+        return PoolInfo(name="p", fingerprint="f", config={"llms": {"v": {"engine": engine, "model": "m"}}})
+
+    assert pool_differences(pool("/a/shout.py:Shout"), pool("/b/c/shout.py:Shout")) == {}
+    changed = pool_differences(pool("/a/shout.py:Shout"), pool("/a/shout.py:Loud"))
+    assert changed == {"llms.v.engine": ("shout.py:Shout", "shout.py:Loud")}
+    assert plugin_pairs(None, {"engine shout": "ab"}) == {}, "an older run noted none"
+    pairs = plugin_pairs({"engine shout": "a" * 64, "policy mine": "b" * 64}, {"engine shout": "c" * 64, "policy mine": "b" * 64})
+    assert pairs["engine shout"] == (f"a file of SHA-256 {'a' * 12}", f"a file of SHA-256 {'c' * 12}")
+    assert len(set(pairs["policy mine"])) == 1
+
+
+@pytest.mark.contract  # asks git for the revision
+def test_the_file_of_a_policy_is_noted_and_an_edited_one_does_not_go_on(tmp_path: Path) -> None:
+    text = 'from dmoa import policy\n@policy("mine", "x.")\nclass Mine:\n    name = "mine"\n'
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    folder = RunFolder(tmp_path / "out")
+
+    def nowhere() -> AbstractContextManager[None]:
+        raise ConfigError("--address: nobody answers")
+
+    def run(*, resume: bool) -> None:
+        names = POLICIES.resolve((f"{tmp_path / 'mine.py'}:Mine",), "--policies")
+        options = EvaluateOptions(benchmarks=("arith",), policies=names, out=folder.root, limit=2, resume=resume)
+        with Bars(-1) as bars:
+            made = build_evaluation(options, scripted_pool(), ("arith",), folder, Common(verbosity=-1), bars, "dmoa evaluate")
+        try:
+            evaluate(replace(made, open_ray=nowhere))
+        finally:
+            del POLICIES["mine"]  # as in the next process
+
+    with pytest.raises(ConfigError, match="nobody answers"):
+        run(resume=False)
+    noted = read_record(folder.run, RunInfo).plugins
+    assert noted == {"policy mine": hashlib.sha256(text.encode()).hexdigest()}
+    with pytest.raises(ConfigError, match="nobody answers"):
+        run(resume=True)
+    (tmp_path / "mine.py").write_text(text + "# changed\n", encoding="utf-8")
+    begun = noted["policy mine"][:12]
+    with pytest.raises(ConfigError, match=f"--resume: policy mine: begun with a file of SHA-256 {begun}, now"):
+        run(resume=True)

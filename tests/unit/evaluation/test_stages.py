@@ -9,10 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from dmoa.errors import NoAgentError
+from dmoa.errors import DeadlineError, NoAgentError, PluginError
 from dmoa.evaluation.answering import Asking, failed, query_of_task, score_answer
 from dmoa.evaluation.pipeline import AnswerStage, RunWriter
 from dmoa.evaluation.records import Answered, Label, Reply, Score, Task
+from dmoa.evaluation.repeats import mean_answer
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.flat import flat
 from dmoa.policies.registry import split_policy
@@ -131,3 +132,10 @@ def test_every_query_of_a_shard_becomes_a_record() -> None:
     assert (good.summarizer_tokens, good.memoised_tokens, good.wall_ms) == (1, 13, 7.0)
     assert (good.right_probability, lost.right_probability) == (0.9, None)
     assert good.entropy_nats == 0.333333, "of the active agents alone, to 6 digits, as a server tells it"
+
+
+def test_a_policy_whose_code_is_wrong_is_a_bug_in_every_repeat() -> None:
+    wrong = failed(TASK, "review", PluginError("policy 'review' (review.py): next_step of step 1 raised KeyError('x')"), 1.0)
+    slow = failed(TASK, "review", DeadlineError("too late"), 1.0)
+    assert (wrong.bugs, slow.bugs) == (1, 0)
+    assert mean_answer([slow, wrong, wrong]).bugs == 2

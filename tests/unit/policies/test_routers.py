@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,10 @@ import numpy as np
 import pytest
 
 from dmoa.errors import RequestError
-from dmoa.policies.registry import build_policy, split_policy
-from dmoa.policies.routers import mean_rewards
-from dmoa.testing import query, state_of
-from dmoa.types import StepPlan
+from dmoa.policies.registry import POLICIES, build_policy, split_policy
+from dmoa.policies.routers import fitted_to_labels, mean_rewards
+from dmoa.testing import FakeEncoder, query, scripted_pool, state_of
+from dmoa.types import FloatArray, StepPlan
 from tests.unit.policies.schedules import context_of
 
 
@@ -111,3 +113,38 @@ async def test_rewards_of_others_alone_are_refused_and_signs_that_look_like_line
 def test_a_router_without_its_file_is_refused() -> None:
     with pytest.raises(RequestError, match="policy: knn_router: data: missing; add it"):
         build_policy("knn_router", context_of("knn_router"))
+
+
+class SlowEncoder(FakeEncoder):
+    """Takes turns of the event loop, as one behind a queue does, and fails where it is told to."""
+
+    error: Exception | None = None
+
+    async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
+        await asyncio.sleep(0)
+        if self.error:
+            raise self.error
+        return await super().embed(texts)
+
+
+async def test_queries_in_flight_together_fit_a_router_once(tmp_path: Path) -> None:
+    data = write(tmp_path / "judged.jsonl", [("x", "a", 1.0), ("y", "b", 1.0)])
+    encoder, fits = SlowEncoder(), 0
+    words = f"data={data}:agents=a+b"
+    options = POLICIES["kmeans"].options_of(words, scripted_pool(tuple("abcd")))
+    context = replace(context_of(f"kmeans:{words}"), encoder=encoder, options=options)
+
+    def fit(query_QD: FloatArray, reward_QA: FloatArray) -> int:
+        nonlocal fits
+        fits += 1
+        return fits
+
+    encoder.error = OSError("busy")
+    lost = await asyncio.gather(*(fitted_to_labels(context, "x", fit) for _ in range(2)), return_exceptions=True)
+    assert [str(error) for error in lost] == ["busy", "busy"]
+    encoder.error = None
+    asked = [asyncio.create_task(fitted_to_labels(context, "x", fit)) for _ in range(8)]
+    await asyncio.sleep(0)
+    asked.pop(0).cancel()
+    assert await asyncio.gather(*asked) == [1] * 7
+    assert await fitted_to_labels(context, "x", fit) == 1

@@ -11,12 +11,12 @@ import pytest
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import BenchmarkInfo, Task
-from dmoa.evaluation.run_folder import write_lines
+from dmoa.evaluation.run_folder import RunFolder, write_lines
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.testing import answered, decision, failed, query, run_info, scored, write_run
 from dmoa.trace import trace_of, write_traces
 from dmoa.training.options import ExportOptions
-from dmoa.types import AgentReply, Message, StepRecord, SummarizerRecord
+from dmoa.types import AgentReply, Message, Stage, StepRecord, SummarizerRecord
 from dmoa.workflows.export import export
 
 
@@ -116,6 +116,24 @@ def test_what_was_right_in_some_repeats_only_is_rejected_by_nobody(tmp_path: Pat
     run = run_of(tmp_path, {"dmoa": {}, "moa": {}, "dense": {}}, {"dmoa": 1.0, "moa": 0.5, "dense": 0.0}, repeats=2)
     (pair,) = lines(tmp_path, format="dpo", run=str(run))
     assert pair["dmoa"]["rejected"]["policy"] == "dense"
+
+
+def test_what_could_not_be_judged_is_rejected_by_nobody(tmp_path: Path) -> None:
+    run = run_of(tmp_path, {"dmoa": {}, "moa": {}, "dense": {}}, {"dmoa": 1.0, "dense": 0.0})
+    broken = scored("gsm8k", 0, "moa", 0.0, is_scored=False, reason="the checker itself failed: timed out")
+    write_lines(RunFolder(run).scores("gsm8k", "moa"), [broken])
+    (pair,) = lines(tmp_path, format="dpo", run=str(run))
+    assert pair["dmoa"]["rejected"]["policy"] == "dense"
+
+
+def test_tasks_with_stages_are_passed_over(tmp_path: Path) -> None:
+    """Their text is the same for all rows: what is asked lies in the stages."""
+    run = run_of(tmp_path, {"dmoa": {}}, {"dmoa": 1.0})
+    folder = RunFolder(run)
+    (task,) = folder.read_tasks("gsm8k")
+    assert len(lines(tmp_path, format="sft", run=str(run))) == 1
+    write_lines(folder.tasks("gsm8k"), [task.model_copy(update={"stages": (Stage(part="Wait."),)})])
+    assert lines(tmp_path, format="sft", run=str(run)) == []
 
 
 def test_cut_answers_and_pairs_of_the_same_text_are_left_out(tmp_path: Path) -> None:

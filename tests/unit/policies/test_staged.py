@@ -1,0 +1,52 @@
+"""Policies that know no stages, over queries that have some: each stage is asked as their first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dmoa.errors import RequestError
+from dmoa.policies.options import ask
+from dmoa.policies.registry import POLICIES, PolicyContext, can_do_stages, policy
+from dmoa.testing import query
+from dmoa.types import QueryState, Stage, StepPlan, Stop
+from dmoa.workflows.evaluate import check_stages, expand_policies
+from tests.unit.policies.schedules import run
+
+
+async def test_a_policy_of_a_file_is_asked_at_every_stage() -> None:
+    """It plans its own end, after its first step, and knows nothing of stages."""
+
+    @policy("once", "Asks all once.")
+    class Once:
+        name = "once"
+
+        def __init__(self, context: PolicyContext) -> None:
+            pass
+
+        async def next_step(self, state: QueryState) -> StepPlan | Stop:
+            return Stop(reason="single") if state.steps else StepPlan(activations=ask("ab"), fold="pass", ends_with="single")
+
+    asked = replace(query(), stages=(Stage(part="one?"), Stage(part="two?", has_history=False)))
+    try:
+        answer, calls = await run("once", asked=asked)
+    finally:
+        del POLICIES["once"]
+    assert (answer.stop_reason, len(answer.steps), len(calls)) == ("stages", 2, 4)
+
+
+@pytest.mark.parametrize("name", ["selector", "symbolic", "group_chat", "capacity_aware:inner=group_chat"])
+async def test_a_policy_that_only_names_who_answers_does_no_stages(name: str) -> None:
+    assert not can_do_stages(name)
+    with pytest.raises(RequestError, match="writes no answer at its first step, and a query with stages asks each stage as that"):
+        await run(name, asked=replace(query(), stages=(Stage(part="one?"),)))
+    check_stages((name, "dmoa"), ("arith",))
+    with pytest.raises(RequestError, match=f"--policies: {name} cannot answer chain, whose stages"):
+        check_stages((name, "dmoa"), ("arith", "chain"))
+
+
+def test_all_other_policies_of_ours_do_stages() -> None:
+    assert {name for name in POLICIES.builtin if not can_do_stages(name)} == {"selector", "symbolic", "group_chat"}
+    assert set(POLICIES.builtin) - set(expand_policies(("all",), None, ("relay",))) >= {"selector", "symbolic", "group_chat"}
+    assert "selector" in expand_policies(("all",), None, ("arith",))
