@@ -266,7 +266,7 @@ BACKTRACKS = r"([\w.]+)+!"
         ({"layers_pattern": [BACKTRACKS], "layers_to_transform": [0, 1]}, "layers_pattern"),
         ({"rank_pattern": {BACKTRACKS: 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 8, BACKTRACKS: 8}}, "alpha_pattern"),
-        ({"target_modules": "(?i)" + "[\0-\U0010fffe]" * 400}, "target_modules"),
+        ({"target_modules": "(?i)" + "[\0-\U0010fffe]" * 4_000}, "target_modules"),
         ({"target_modules": "(" * 5_000}, "target_modules"),
         ({"target_modules": "a{99999999999}"}, "target_modules"),
     ],

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from dmoa.config import Config
-from dmoa.feedback import write_feedback
-from dmoa.serving import actors
-from dmoa.serving import feedback as serving
+from dmoa.feedback import FILE, write_feedback
 from dmoa.serving.actors import end_actors, pack_record
 from dmoa.serving.feedback import FeedbackActor, FeedbackStore, buffer_of
 from dmoa.testing import scripted_pool
@@ -27,9 +28,8 @@ class _Context:
 
 @pytest.fixture(autouse=True)
 def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_internal_kv_get", lambda name: None)
-    monkeypatch.setattr(serving.ray, "get_runtime_context", _Context)
-    monkeypatch.setattr(serving.os, "nice", lambda by: by)
+    monkeypatch.setattr(ray, "get_runtime_context", _Context)
+    monkeypatch.setattr(os, "nice", lambda by: by)
 
 
 def config_at(place: Path, **router: Any) -> Config:
@@ -56,16 +56,20 @@ async def put_and_save(actor: FeedbackActor, number: int) -> None:
     await actor.save()
 
 
-async def test_a_redeploy_writes_nothing_over_feedback_that_could_not_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def unreadable(place: Path) -> Iterator[None]:
+    """Have what is kept at a place answer with an error, as a mount does whose server is away."""
+    file, away = place / "feedback" / FILE, place / "away"
+    file.rename(away)
+    file.symlink_to("/proc/self/mem")  # a file that is there, and whose first byte cannot be read
+    yield
+    file.unlink()
+    away.rename(file)
+
+
+async def test_a_redeploy_writes_nothing_over_feedback_that_could_not_be_read(tmp_path: Path) -> None:
     keep(tmp_path, 1, 2)
-
-    def away(store: FeedbackStore) -> None:
-        raise OSError("the mount is away")
-
-    with monkeypatch.context() as gone:
-        gone.setattr(FeedbackStore, "load", away)
+    with unreadable(tmp_path):
         actor = FeedbackActor(config_at(tmp_path).model_dump_json(), "dmoa")
         await actor.configure(config_at(tmp_path, explore=0.1).model_dump_json())
         await put_and_save(actor, 3)
@@ -113,7 +117,7 @@ def _ray_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Ray]:
     def ray_of(*names: str, fails: RayError | None = None) -> _Ray:
         found = _Ray(*names, fails=fails)
         for name in ("get_actor", "get", "kill"):
-            monkeypatch.setattr(actors.ray, name, getattr(found, name))
+            monkeypatch.setattr(ray, name, getattr(found, name))
         return found
 
     return ray_of
@@ -123,13 +127,13 @@ def _ray_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Ray]:
 def test_the_feedback_is_saved_before_the_actors_of_an_app_end(
     ray_of: Callable[..., _Ray], caplog: pytest.LogCaptureFixture, fails: RayError | None
 ) -> None:
-    ray = ray_of("dmoa-traces-a", "dmoa-feedback-a", "dmoa-router-a", fails=fails)
+    swarm = ray_of("dmoa-traces-a", "dmoa-feedback-a", "dmoa-router-a", fails=fails)
     end_actors("a", 3.0)
-    assert ray.done == ["save dmoa-feedback-a within 3 s", *ENDED]
+    assert swarm.done == ["save dmoa-feedback-a within 3 s", *ENDED]
     assert len(caplog.messages) == (fails is not None)
 
 
 def test_an_app_without_feedback_ends_too(ray_of: Callable[..., _Ray]) -> None:
-    ray = ray_of("dmoa-router-a")
+    swarm = ray_of("dmoa-router-a")
     end_actors("a")
-    assert ray.done == ["kill dmoa-router-a"]
+    assert swarm.done == ["kill dmoa-router-a"]
