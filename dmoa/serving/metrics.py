@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
+from prometheus_client.registry import Collector
 from ray.util import metrics as ray_metrics
 
 from dmoa.types import Answer, RouterStatus
@@ -49,10 +51,23 @@ class QueryMetrics:
             self._hurried.inc(calls)
 
 
+class _Undated(Collector):
+    """What a registry tells, without the moments at which its counters were made."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if sample.name != f"{family.name}_created"]
+            yield family
+
+
 def exposition(status: RouterStatus | None) -> str:
     """Return the router's account of itself as Prometheus text; None while the router is away.
 
-    Its counters start at 0 whenever the router actor is started anew, as Prometheus expects of a process.
+    Its counters start at 0 whenever the router actor is started anew, as Prometheus expects of a process. When they did is not
+    told: the registry, made for this account alone, would name this moment (`_created`).
     """
     registry = CollectorRegistry()
     Gauge("dmoa_router_up", "1 while the router actor answers.", registry=registry).set(0 if status is None else 1)
@@ -68,7 +83,7 @@ def exposition(status: RouterStatus | None) -> str:
             active.labels(agent=agent).inc(times)
         if status.adaptation.get("mode", "off") != "off":
             _adaptation(status.adaptation, registry)
-    return generate_latest(registry).decode()
+    return generate_latest(_Undated(registry)).decode()
 
 
 def _adaptation(told: dict[str, Any], registry: CollectorRegistry) -> None:

@@ -53,6 +53,7 @@ def test_the_exposition_tells_the_counters_or_that_the_router_is_away() -> None:
         'dmoa_router_activations_total{agent="d"} 2.0',
     ):
         assert line in lines
+    assert "_created" not in exposition(status), "the moment of a scrape is not when a counter began"
     assert [line for line in exposition(None).splitlines() if not line.startswith("#")] == ["dmoa_router_up 0.0"]
 
 
