@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import pickle
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -119,14 +120,18 @@ def unpack_record(packed: bytes) -> Any:
 def end_actors(app: str, patience_s: float = SAVE_PATIENCE_S) -> None:
     """End the actors of an app, those that are there; they do not restart. Blocks: not for an event loop.
 
-    The feedback is asked to save first what it answered for, for `patience_s` at most.
+    Traces and feedback are asked to save first what they answered for, both at once, for `patience_s` at most.
     """
+    give_up, saving = time.monotonic() + patience_s, {}
     with contextlib.suppress(ValueError):
-        feedback = ray.get_actor(feedback_name(app), namespace=NAMESPACE)
+        saving["traces"] = ray.get_actor(traces_name(app), namespace=NAMESPACE).end.remote()
+    with contextlib.suppress(ValueError):
+        saving["feedback"] = ray.get_actor(feedback_name(app), namespace=NAMESPACE).save.remote()
+    for what, saved in saving.items():
         try:
-            ray.get(feedback.save.remote(), timeout=max(0.0, patience_s))
+            ray.get(saved, timeout=max(0.0, give_up - time.monotonic()))
         except RayError as error:
-            _LOG.warning("feedback of the last seconds was not saved: %s", type(error).__name__)
+            _LOG.warning("%s: the last seconds were not saved: %s", what, type(error).__name__)
     for name in (traces_name(app), feedback_name(app), router_name(app)):
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))

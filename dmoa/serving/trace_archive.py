@@ -1,13 +1,15 @@
 """Traces on any Ray file system: segments of a few seconds each, so that a restart loses no more than those.
 
 `SEGMENT.jsonl` holds a trace per line, as `dmoa run --replay` reads them; `SEGMENT.index.jsonl` what a list needs of each, its
-owner, and where its line is. Both are written whole; secrets are taken out of all texts. A segment goes with its last trace.
+owner, and where its line is. Both are written whole; secrets are taken out of all texts. A segment goes with its last trace,
+and what no index tells of, because it is damaged or its writer died, once it is as old as traces may become.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
 import time
 from collections import Counter
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import fs as arrow_fs
+from pyarrow.lib import ArrowException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.reading import MAX_LINE_BYTES
@@ -25,6 +28,9 @@ from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.traces")
 _LINES, _INDEX = ".jsonl", ".index.jsonl"
+_OURS = re.compile(r"\.?((\d{15})-[0-9a-f]{6})(?:\.index)?\.jsonl(?:\.[0-9a-f]{8}\.draft)?")
+"""Files of a segment and drafts of them; the digits are the milliseconds at which it was written."""
+_FAILURES = (OSError, ArrowException)
 _TEXTS = frozenset(("text", "content", "answer", "reasoning", "error", "summary", "user", "question"))
 """Fields of a trace that hold somebody's words."""
 _WORDS = frozenset(("query", "metadata", "choices"))
@@ -46,6 +52,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
 class Place:
     """Where a trace's line is."""
 
+    archive: TraceArchive
     segment: str
     offset: int
     length: int
@@ -82,6 +89,8 @@ class TraceArchive:
         """Open the place. Raises ConfigError for a URI that no file system serves."""
         self._fs, self._root = place_of(uri, "router.trace_uri")
         self._held: Counter[str] = Counter()
+        self._stray: dict[str, float] = {}
+        """Files that belong to no trace, and when they were written; 0 for those that should be gone already."""
 
     def write(self, batch: Sequence[Written]) -> list[Place]:
         """Write one segment and return where each trace is. Raises OSError."""
@@ -91,11 +100,15 @@ class TraceArchive:
             line = b"" if one.trace is None else json.dumps(without_secrets(one.trace), ensure_ascii=False).encode() + b"\n"
             summary = TraceSummary.model_validate(without_secrets(one.summary.model_dump()))
             kept = Indexed(owner=one.owner, offset=len(lines), length=len(line), summary=summary, calls=one.calls)
-            places.append(Place(segment=segment, offset=len(lines), length=len(line)))
+            places.append(Place(archive=self, segment=segment, offset=len(lines), length=len(line)))
             index.append(kept.model_dump_json().encode())
             lines += line
-        write_at(self._fs, self._path(segment, _LINES), bytes(lines))
-        write_at(self._fs, self._path(segment, _INDEX), b"\n".join(index))
+        try:
+            write_at(self._fs, self._path(segment, _LINES), bytes(lines))
+            write_at(self._fs, self._path(segment, _INDEX), b"\n".join(index))
+        except BaseException:
+            self._stray[segment + _LINES] = 0.0
+            raise
         self._held[segment] += len(batch)
         return places
 
@@ -111,7 +124,8 @@ class TraceArchive:
     def load(self) -> Iterator[tuple[Indexed, Place]]:
         """Yield all that is there, oldest first; a segment that cannot be read is left out with a warning. Raises OSError."""
         found = self._fs.get_file_info(arrow_fs.FileSelector(self._root, allow_not_found=True))
-        there = (one.base_name for one in found if one.type == arrow_fs.FileType.File and one.size <= MAX_LINE_BYTES)
+        files = [one for one in found if one.type == arrow_fs.FileType.File]
+        there = (one.base_name for one in files if one.size <= MAX_LINE_BYTES)
         for segment in sorted(name.removesuffix(_INDEX) for name in there if name.endswith(_INDEX)):
             try:
                 with self._fs.open_input_stream(self._path(segment, _INDEX)) as stream:
@@ -122,15 +136,42 @@ class TraceArchive:
                 continue
             self._held[segment] = len(kept)
             for one in kept:
-                yield one, Place(segment=segment, offset=one.offset, length=one.length)
+                yield one, Place(archive=self, segment=segment, offset=one.offset, length=one.length)
+        for ours in filter(None, (_OURS.fullmatch(one.base_name) for one in files)):
+            if ours[0].startswith(".") or not self._held[ours[1]]:
+                self._stray[ours[0]] = int(ours[2]) / 1e3
 
     def drop(self, places: Sequence[Place]) -> None:
-        """Forget traces; a segment of which none is left is removed. Raises OSError."""
+        """Forget traces; a segment of which none is left is removed, or tried again by `sweep`."""
         self._held.subtract(place.segment for place in places)
-        for segment in {place.segment for place in places if self._held[place.segment] <= 0}:
+        gone = {place.segment for place in places if self._held[place.segment] <= 0}
+        for segment in gone:
             del self._held[segment]
-            for ending in (_INDEX, _LINES):
-                self._fs.delete_file(self._path(segment, ending))
+        self._remove([segment + ending for segment in gone for ending in (_INDEX, _LINES)])
+
+    def sweep(self, oldest_unix_s: float) -> None:
+        """Remove what is older and belongs to no trace, and what could not be removed before."""
+        self._remove([name for name, unix_s in list(self._stray.items()) if unix_s < oldest_unix_s])
+
+    def _remove(self, names: Sequence[str]) -> None:
+        failed: list[BaseException] = []
+        for name in names:
+            self._stray.pop(name, None)
+            try:
+                self._delete(f"{self._root}/{name}")
+            except _FAILURES as error:
+                failed.append(error)
+                self._stray[name] = 0.0
+        if failed:
+            _LOG.warning("%d files of old traces stay where they are for now: %s", len(failed), failed[0])
+
+    def _delete(self, path: str) -> None:
+        """Remove a file, unless it is gone already. Raises OSError."""
+        try:
+            self._fs.delete_file(path)
+        except _FAILURES:
+            if self._fs.get_file_info(path).type != arrow_fs.FileType.NotFound:
+                raise
 
     def _path(self, segment: str, ending: str) -> str:
         return f"{self._root}/{segment}{ending}"

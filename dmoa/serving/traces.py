@@ -12,6 +12,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,10 @@ BATCH_S = 0.1
 """How long an ingress gathers answered queries."""
 SAVE_S = 2.0
 """How often what is new is written."""
+SPANS_S = 1.0
+"""How long a store that ends may take to send spans."""
+TEND_S = 60.0
+"""How often what is too old goes, and what could not be read, written or removed is tried again, also where nobody asks."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,40 +75,85 @@ class TraceOutbox:
 class TraceStore:
     """Keeps the newest queries of an app, each with the tenant whose key made it."""
 
-    def __init__(self, bounds: RouterConfig, tracing: TracingConfig | None = None, app: str | None = None) -> None:
+    def __init__(
+        self,
+        bounds: RouterConfig,
+        tracing: TracingConfig | None = None,
+        app: str | None = None,
+        *,
+        tend_s: float = TEND_S,
+    ) -> None:
         """`app` is whose actor this is; where Ray restarted it, the settings are those that the app served last."""
         served = None if app is None else served_before_restart(app)
         if served is not None:
             config = Config.model_validate(served["config"])
             bounds, tracing = config.router, config.tracing
-        self._bounds = bounds
+        self._bounds, self._tend_s = bounds, tend_s
         self._exporter = Exporter(tracing or TracingConfig())
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._bytes = 0
         self._sender: FeedbackSender | None = None
+        self._archives: list[TraceArchive] = []
+        """Where kept traces may be: the places of this actor's life."""
         self._archive: TraceArchive | None = None
+        self._is_read = False
+        self._writing = asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
-        self._open()
+        self._tender: asyncio.Task[None] | None = None
+        self._open(bounds)
+        with suppress(RuntimeError):  # no loop runs yet
+            self._tend_often()
 
-    def _open(self) -> None:
-        self._archive = TraceArchive(self._bounds.trace_uri) if self._bounds.trace_uri else None
-        if self._archive is None:
-            return
-        try:
-            for one, place in self._archive.load():
-                self._add(_Kept(owner=one.owner, summary=one.summary, calls=one.calls, size=one.length, place=place))
-        except OSError as error:
-            _LOG.warning("traces of %s are not read: %s", redact_text(self._bounds.trace_uri or ""), error)
+    def _open(self, bounds: RouterConfig) -> None:
+        """Take these bounds, and what lies at their place. Raises ConfigError for a URI that no file system serves."""
+        self._archive = TraceArchive(bounds.trace_uri) if bounds.trace_uri else None
+        self._bounds, self._is_read = bounds, self._archive is None
+        if self._archive is not None:
+            self._archives.append(self._archive)
+        self._read()
+
+    def _read(self) -> None:
+        if self._archive is not None:
+            try:
+                for one, place in self._archive.load():
+                    self._add(_Kept(owner=one.owner, summary=one.summary, calls=one.calls, size=one.length, place=place))
+                self._is_read = True
+            except OSError as error:
+                _LOG.warning("traces of %s are not read: %s", redact_text(self._bounds.trace_uri or ""), error)
+            # What was there may be older than what came since.
+            self._kept = OrderedDict(sorted(self._kept.items(), key=lambda item: item[1].summary.created_unix_s))
+        self._shrink()
+        self._sweep()
+
+    def _tend_often(self) -> None:
+        if self._tender is None or self._tender.done():
+            self._tender = asyncio.get_running_loop().create_task(self._tend())
+
+    async def _tend(self) -> None:
+        while True:
+            await asyncio.sleep(self._tend_s)
+            async with self._writing:
+                if not self._is_read:
+                    self._read()
+                await self._write()
+            self._shrink()
+            self._sweep()
+
+    def _sweep(self) -> None:
+        for archive in self._archives:
+            archive.sweep(self._oldest_unix_s())
 
     async def configure(self, bounds: RouterConfig, tracing: TracingConfig) -> None:
-        """Take the settings of a configuration; what was kept goes on being kept."""
+        """Take the settings of a configuration; what was kept goes on being kept, and is read where it lies."""
         self._exporter.configure(tracing)
         if bounds.trace_uri != self._bounds.trace_uri:
             await self.save()
-            self._bounds = bounds
-            self._open()
+            async with self._writing:  # what is being written belongs to no trace yet
+                self._open(bounds)
         self._bounds = bounds
         self._shrink()
+        self._save_soon()
+        self._tend_often()
 
     async def put_all(self, packed: Sequence[tuple[bytes, str]], learner: str | None = None) -> None:
         """Keep packed `AnsweredQuery` records, each with its key's hash; the oldest go when there are too many.
@@ -136,14 +186,14 @@ class TraceStore:
     async def get(self, trace_id: str, key_hash: str | None) -> str | None:
         """Return the trace of a query made with the same key as JSON, else None; without a key, anybody's."""
         kept = self._kept.get(trace_id)
-        if kept is None or (key_hash is not None and kept.owner != tenant_of(key_hash)):
+        if kept is None or self._is_old(kept) or (key_hash is not None and kept.owner != tenant_of(key_hash)):
             return None
         if kept.packed:
             found: AnsweredQuery = unpack_record(kept.packed)
             return found.trace().model_dump_json()
-        if kept.place is None or self._archive is None or not kept.place.length:
+        if kept.place is None or not kept.place.length:
             return None
-        return await asyncio.to_thread(self._archive.read, kept.place)
+        return await asyncio.to_thread(kept.place.archive.read, kept.place)
 
     async def listed(self, wanted: TraceFilter, key_hash: str | None) -> str:
         """Return a page of the traces of a key, newest first, as JSON; without a key, everybody's."""
@@ -158,7 +208,14 @@ class TraceStore:
 
     def _of(self, key_hash: str | None) -> Iterator[_Kept]:
         owner = None if key_hash is None else tenant_of(key_hash)
-        return (kept for kept in reversed(self._kept.values()) if owner is None or kept.owner == owner)
+        newest_first = (kept for kept in reversed(self._kept.values()) if not self._is_old(kept))
+        return (kept for kept in newest_first if owner is None or kept.owner == owner)
+
+    def _oldest_unix_s(self) -> float:
+        return time.time() - self._bounds.trace_days * 86_400
+
+    def _is_old(self, kept: _Kept) -> bool:
+        return kept.summary.created_unix_s < self._oldest_unix_s()
 
     def _add(self, kept: _Kept) -> None:
         before = self._kept.pop(kept.summary.trace_id, None)
@@ -168,21 +225,16 @@ class TraceStore:
     def _shrink(self, gone: Sequence[Place] = ()) -> None:
         """Let the oldest go: over the bounds, or too old; and the lines of what is `gone` already."""
         bounds, gone = self._bounds, list(gone)
-        oldest_unix_s = time.time() - bounds.trace_days * 86_400
         while self._kept:
             first = next(iter(self._kept.values()))
-            is_old = first.summary.created_unix_s < oldest_unix_s
-            if not is_old and len(self._kept) <= bounds.num_traces and self._bytes <= bounds.trace_mb * 2**20:
+            if not self._is_old(first) and len(self._kept) <= bounds.num_traces and self._bytes <= bounds.trace_mb * 2**20:
                 break
             self._kept.popitem(last=False)
             self._bytes -= first.size
             if first.place is not None:
                 gone.append(first.place)
-        if gone and self._archive is not None:
-            try:
-                self._archive.drop(gone)
-            except OSError as error:
-                _LOG.warning("old traces stay where they are: %s", error)
+        for archive in self._archives if gone else ():
+            archive.drop([place for place in gone if place.archive is archive])
 
     def _save_soon(self) -> None:
         if self._archive is not None and (self._saver is None or self._saver.done()):
@@ -193,7 +245,11 @@ class TraceStore:
         await self.save()
 
     async def save(self) -> None:
-        """Write what is new, in one segment; what cannot be written stays in memory and is tried again with the next."""
+        """Write what is new, in one segment; what cannot be written stays in memory and is tried again."""
+        async with self._writing:  # nothing is written twice
+            await self._write()
+
+    async def _write(self) -> None:
         archive, new = self._archive, [kept for kept in self._kept.values() if kept.place is None]
         if archive is None or not new:
             return
@@ -208,6 +264,17 @@ class TraceStore:
                 self._bytes += place.length - kept.size
                 kept.size = place.length
         self._shrink([kept.place for kept in new if kept.place and self._kept.get(kept.summary.trace_id) is not kept])
+
+    async def end(self) -> None:
+        """Write what is new, and send the spans that wait, for a moment: the actor is about to end."""
+        await asyncio.gather(self.save(), self._send_spans())
+
+    async def _send_spans(self) -> None:
+        try:
+            async with asyncio.timeout(SPANS_S):
+                await self._exporter.flush()
+        except TimeoutError:
+            _LOG.warning("spans of the last seconds were not taken in time")
 
 
 def _written(kept: _Kept) -> Written:

@@ -98,7 +98,8 @@ class _Ray:
     def get_actor(self, name: str, namespace: str) -> Any:
         if name not in self.names:
             raise ValueError(f"no actor {name}")
-        return SimpleNamespace(name=name, save=SimpleNamespace(remote=lambda: f"save {name}"))
+        calls = {call: SimpleNamespace(remote=lambda call=call: f"{call} {name}") for call in ("end", "save")}
+        return SimpleNamespace(name=name, **calls)
 
     def get(self, what: str, timeout: float) -> None:
         self.done.append(f"{what} within {timeout:.0f} s")
@@ -124,13 +125,13 @@ def _ray_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Ray]:
 
 
 @pytest.mark.parametrize("fails", [None, GetTimeoutError("too slow"), ActorDiedError()])
-def test_the_feedback_is_saved_before_the_actors_of_an_app_end(
+def test_traces_and_feedback_are_saved_before_the_actors_of_an_app_end(
     ray_of: Callable[..., _Ray], caplog: pytest.LogCaptureFixture, fails: RayError | None
 ) -> None:
     swarm = ray_of("dmoa-traces-a", "dmoa-feedback-a", "dmoa-router-a", fails=fails)
     end_actors("a", 3.0)
-    assert swarm.done == ["save dmoa-feedback-a within 3 s", *ENDED]
-    assert len(caplog.messages) == (fails is not None)
+    assert swarm.done == ["end dmoa-traces-a within 3 s", "save dmoa-feedback-a within 3 s", *ENDED]
+    assert len(caplog.messages) == (0 if fails is None else 2)
 
 
 def test_an_app_without_feedback_ends_too(ray_of: Callable[..., _Ray]) -> None:

@@ -181,6 +181,17 @@ async def test_a_collector_gets_the_spans_of_a_query(collector: Any, monkeypatch
     assert part.resource.attributes[0].value.string_value == "dmoa"
 
 
+async def test_a_store_that_ends_sends_the_spans_that_wait(collector: Any) -> None:
+    url, taken, *_ = collector
+    store = TraceStore(RouterConfig(), TracingConfig(otlp_endpoint=url))
+    kept = AnsweredQuery(
+        query=asked(), answer=answer(), pool="tiny", fingerprint="f", user=None, metadata={}, created_unix_s=time.time()
+    )
+    await store.put_all([(pack_record(kept), "k")])
+    await store.end()
+    assert [path for path, *_ in taken] == ["/v1/traces"]
+
+
 async def test_what_is_answered_while_spans_are_sent_is_sent_too(collector: Any) -> None:
     url, taken, answers = collector
     answers.clear()

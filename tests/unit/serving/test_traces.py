@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,8 @@ import pytest
 import ray
 from ray.experimental import internal_kv
 
-from dmoa.config import RouterConfig
-from dmoa.errors import RequestError
+from dmoa.config import RouterConfig, TracingConfig
+from dmoa.errors import ConfigError, RequestError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.trace_list import TraceFilter, TraceSummary, statistics_of, summarise
@@ -48,8 +50,12 @@ def words_in(folder: Path) -> str:
     return "".join(path.read_text() for path in folder.iterdir())
 
 
+def newest_in(folder: Path) -> Path:
+    return max(folder.glob("*.index.jsonl"))
+
+
 def break_newest(folder: Path) -> None:
-    max(folder.glob("*.index.jsonl")).write_text("{")
+    newest_in(folder).write_text("{")
 
 
 def answered(trace_id: str, *, text: str = "What is 12 + 7?", wall_ms: float = 12.5, at_s: float = 0.0) -> AnsweredQuery:
@@ -303,6 +309,139 @@ async def test_a_segment_goes_with_its_last_trace_and_a_broken_one_is_left_out(t
     assert len(names_in(tmp_path)) == 4  # those of t2 and t3
     break_newest(tmp_path)
     assert await ids(TraceStore(bounds)) == ["t2"]
+
+
+@contextmanager
+def days_later(monkeypatch: pytest.MonkeyPatch, days: float) -> Iterator[None]:
+    """Within the block it is so many days later."""
+    now = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() + days * 86_400)
+        yield
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not is_so():  # noqa: ASYNC110 - the store's own task
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("moves_to", ["b", None])
+async def test_traces_are_kept_when_their_place_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, moves_to: str | None
+) -> None:
+    """And go when their time has come, there and here."""
+    (tmp_path / "b").mkdir()
+    store = TraceStore(RouterConfig(trace_uri=(tmp_path / "a").as_uri(), num_traces=3))
+    await put(store, "t1")
+    await store.save()
+    moved = RouterConfig(trace_uri=(tmp_path / moves_to).as_uri() if moves_to else None, num_traces=3)
+    await store.configure(moved, TracingConfig())
+    for number in range(2, 4):
+        await put(store, f"t{number}", at_s=number)
+        await store.save()
+    assert await ids(store) == ["t3", "t2", "t1"]
+    assert all([await store.get(f"t{number}", "k") for number in range(1, 4)])
+    await put(store, "t4")
+    assert (await ids(store), names_in(tmp_path / "a")) == (["t4", "t3", "t2"], [])
+    with days_later(monkeypatch, 40):
+        await store.configure(moved, TracingConfig())
+    assert (names_in(tmp_path / "b"), caplog.messages) == ([], [])
+
+
+async def test_a_place_that_comes_back_holds_what_it_held(tmp_path: Path) -> None:
+    """What lies there may be older than what came since, and is the first to go."""
+    here, there = (RouterConfig(trace_uri=(tmp_path / name).as_uri(), num_traces=3) for name in "ab")
+    store = TraceStore(here)
+    for bounds, number in ((here, 1), (there, 2), (here, 3), (here, 4)):
+        await store.configure(bounds, TracingConfig())
+        await put(store, f"t{number}", at_s=number)
+        await store.save()
+    assert await ids(store) == ["t4", "t3", "t2"]
+    assert all([await store.get(f"t{number}", "k") for number in (2, 3, 4)])
+    assert (len(names_in(tmp_path / "a")), len(names_in(tmp_path / "b"))) == (4, 2)
+
+
+async def test_a_place_that_cannot_be_opened_changes_nothing(tmp_path: Path) -> None:
+    store = TraceStore(RouterConfig(trace_uri=tmp_path.as_uri()))
+    with pytest.raises(ConfigError, match=r"^router\.trace_uri is 'nowhere://x'"):
+        await store.configure(RouterConfig(trace_uri="nowhere://x"), TracingConfig())
+    await put(store, "t1")
+    await store.save()
+    assert await store.get("t1", "k") is not None
+
+
+async def test_too_old_a_trace_is_gone_though_nobody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = RouterConfig(trace_uri=tmp_path.as_uri(), trace_days=30)
+    store = TraceStore(bounds, tend_s=0.01)
+    await put(store, "old")
+    await store.save()
+    with days_later(monkeypatch, 40):
+        assert (await store.get("old", "k"), await ids(store), json.loads(await store.statistics((), "k"))) == (None, [], [])
+        await until(lambda: not names_in(tmp_path))
+
+
+async def test_too_old_a_trace_is_gone_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is what no index tells of: of a writer that died, or damaged. What is younger, or not ours, stays."""
+    bounds = RouterConfig(trace_uri=tmp_path.as_uri(), trace_days=30)
+    store = TraceStore(bounds)
+    for trace_id in ("t1", "t2"):
+        await put(store, trace_id)
+        await store.save()
+    break_newest(tmp_path)
+    half = "000000000000001-abcdef.jsonl"
+    for name in (half, f".{half}.01234567.draft", "notes.jsonl", "1-a.index.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert await ids(TraceStore(bounds)) == ["t1"]
+    assert len(names_in(tmp_path)) == 4 + 2, "damaged, but young: somebody may mend it"
+    with days_later(monkeypatch, 40):
+        assert await ids(TraceStore(bounds)) == []
+    assert names_in(tmp_path) == ["1-a.index.jsonl", "notes.jsonl"]
+
+
+async def test_a_file_that_cannot_be_removed_is_tried_again_and_one_that_is_gone_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = TraceStore(RouterConfig(trace_uri=tmp_path.as_uri(), num_traces=1), tend_s=0.05)
+    await put(store, "t1")
+    await store.save()
+    index = newest_in(tmp_path)
+    index.unlink()
+    index.mkdir()  # no file any more, so that it cannot be removed
+    await put(store, "t2")
+    assert names_in(tmp_path) == [index.name], "what belongs to it is removed nevertheless"
+    assert "files of old traces stay where they are for now" in caplog.text
+    index.rmdir()
+    caplog.clear()
+    await asyncio.sleep(0.2)
+    await store.save()
+    newest_in(tmp_path).unlink()
+    await put(store, "t3")
+    assert (names_in(tmp_path), caplog.messages) == ([], [])
+
+
+async def test_a_place_that_cannot_be_read_yet_is_read_later(tmp_path: Path) -> None:
+    bounds = RouterConfig(trace_uri=(tmp_path / "traces").as_uri())
+    store = TraceStore(bounds)
+    await put(store, "t1")
+    await store.save()
+    (tmp_path / "traces").rename(tmp_path / "away")
+    (tmp_path / "traces").write_text("no folder")
+    restarted = TraceStore(bounds, tend_s=0.01)
+    await put(restarted, "t2", at_s=1)
+    await restarted.save()
+    assert await ids(restarted) == ["t2"]
+    (tmp_path / "traces").unlink()
+    (tmp_path / "away").rename(tmp_path / "traces")
+    await until(lambda: len(names_in(tmp_path / "traces")) == 4)
+    assert await ids(restarted) == await ids(TraceStore(bounds)) == ["t2", "t1"]
+
+
+async def test_what_is_written_twice_at_once_is_written_once(tmp_path: Path) -> None:
+    store = TraceStore(RouterConfig(trace_uri=tmp_path.as_uri()))
+    await put(store, "t1")
+    await asyncio.gather(store.save(), store.save(), store.end())
+    assert len(names_in(tmp_path)) == 2
 
 
 class Calls:
