@@ -61,22 +61,25 @@ class CallStore:
                 if self._connection.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
                     raise OSError("it holds programs (views, triggers), which no cache of ours does")
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"--call-cache: cannot open {str(path)!r}: {error}; name a folder that can be written") from error
+            is_damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+            advice = "remove that file to begin anew" if is_damaged else "name a folder that can be written"
+            raise ConfigError(f"--call-cache: cannot open {str(path)!r}: {error}; {advice}") from error
 
     def get(self, key: str) -> AgentReply | None:
-        """Return the reply kept under a key, None if there is none or it is not one: a number as text, NaN tokens, any status."""
+        """Return the reply kept under a key, None if there is none or it is not one: a number as text, NaN tokens, any status.
+
+        What is not one is given up, so that the next reply is kept in its place.
+        """
+        row = None
         try:
             with self._lock:
                 row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-            if row is None:
-                return None
-            flat = json.loads(row[0])
-            numbers = [x for name, x in flat.items() if isinstance(x, int | float) and not name.endswith("slack_nats")]
-            if not all(isinstance(x, bool) or (is_finite(x) and x >= 0) for x in numbers):
-                return None
-            return _REPLY.validate_json(json.dumps(asdict(reply_of(flat))), strict=True)
+            return None if row is None else _reply_in(row[0])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, sqlite3.DataError):
             # Written by another version, or by nobody of ours; or larger than any.
+            found = "" if row is None else " AND reply IS ?"  # not what another process has kept meanwhile
+            with self._lock:
+                self._connection.execute(f"DELETE FROM replies WHERE key = ?{found}", (key, *(row or ())))  # noqa: S608
             return None
 
     def put(self, key: str, reply: AgentReply) -> None:
@@ -89,6 +92,15 @@ class CallStore:
         """Close the file."""
         with self._lock:
             self._connection.close()
+
+
+def _reply_in(text: str) -> AgentReply:
+    """Return the reply that an entry holds. Raises ValueError, TypeError, KeyError, AttributeError, RecursionError."""
+    flat = json.loads(text)
+    numbers = [x for name, x in flat.items() if isinstance(x, int | float) and not name.endswith("slack_nats")]
+    if not all(isinstance(x, bool) or (is_finite(x) and x >= 0) for x in numbers):
+        raise ValueError("a number is negative, or none")
+    return _REPLY.validate_json(json.dumps(asdict(reply_of(flat))), strict=True)
 
 
 class CachedAgents:

@@ -129,8 +129,8 @@ async def test_what_is_no_reply_is_not_believed(tmp_path: Path, changes: dict[st
     await cache.call(call_of())
     assert (await cache.call(call_of())).is_memoised
     spoil(tmp_path, lambda text: json.dumps(json.loads(text) | changes))
-    again = await cache.call(call_of())
-    assert (again.text, again.is_memoised) == ("asked again", False)
+    again = [await cache.call(call_of()) for _ in range(2)]
+    assert [(reply.text, reply.is_memoised) for reply in again] == [("asked again", False), ("asked again", True)]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "7", "", '{"agent": "a"}'])
@@ -139,7 +139,13 @@ async def test_json_that_holds_no_reply_is_not_believed(tmp_path: Path, text: st
     cache = cached(agents, tmp_path)
     await cache.call(call_of())
     spoil(tmp_path, lambda _: text)
-    assert (await cache.call(call_of())).text == "asked again"
+    assert [(await cache.call(call_of())).is_memoised for _ in range(2)] == [False, True], "it is kept in place of that"
+
+
+def test_a_file_that_is_damaged_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"no database at all" * 100)
+    with pytest.raises(ConfigError, match=r"calls.sqlite3': file is not a database; remove that file to begin anew"):
+        CallStore(tmp_path)
 
 
 @pytest.mark.parametrize(
