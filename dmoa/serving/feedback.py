@@ -38,7 +38,7 @@ from dmoa.serving.actors import (
     unpack_record,
 )
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
-from dmoa.storage import place_of, under, write_at
+from dmoa.storage import is_draft, place_of, under, write_at
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Query
 from dmoa.validation import redact_text
@@ -76,6 +76,15 @@ class FeedbackStore:
         """Keep a snapshot. Raises OSError."""
         write_at(self._fs, f"{self._root}/{FILE}", records)
         write_at(self._fs, f"{self._root}/{STATE}", state)
+
+    def sweep(self) -> None:
+        """Remove the drafts of writers that died; call when nobody else writes here."""
+        try:
+            for found in self._fs.get_file_info(arrow_fs.FileSelector(self._root, allow_not_found=True)):
+                if found.type == arrow_fs.FileType.File and is_draft(found.base_name):
+                    self._fs.delete_file(found.path)
+        except OSError as error:
+            _LOG.warning("unfinished files of feedback stay where they are: %s", error)
 
     def load(self) -> tuple[list[Feedback], bytes] | None:
         """Return the records and the state, None where there are none. Raises ConfigError where they cannot be read."""
@@ -151,6 +160,7 @@ class FeedbackActor:
         except OSError as error:
             _LOG.warning("feedback that was kept cannot be read, and none is saved until it can: %s", error)
             return False
+        self._store.sweep()
         self._life = os.urandom(8).hex()
         return True
 

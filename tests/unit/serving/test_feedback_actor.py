@@ -88,6 +88,16 @@ async def test_feedback_that_lies_where_an_app_moves_to_is_taken_up(tmp_path: Pa
     assert kept_at(tmp_path / "here") == ["mine3"]
 
 
+def test_what_a_killed_writer_left_half_written_is_removed(tmp_path: Path) -> None:
+    keep(tmp_path, 1)
+    kept_in = tmp_path / "feedback"
+    for name in (f".{FILE}.0a1b2c3d.draft", "notes.draft"):
+        (kept_in / name).write_bytes(b"half")
+    FeedbackActor(config_at(tmp_path).model_dump_json(), "dmoa")
+    assert sorted(path.name for path in kept_in.iterdir()) == ["feedback.json", "notes.draft", FILE]
+    assert kept_at(tmp_path) == ["mine1"]
+
+
 class _Ray:
     """Named actors, and what was done to them in order."""
 
