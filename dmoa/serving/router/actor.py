@@ -48,6 +48,7 @@ from dmoa.types import FloatArray, RouteRequest, RouterStatus, is_untrained, sup
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
+    from dmoa.serving.router.state import RouterState
     from dmoa.serving.router.versions import Change
 
 
@@ -125,13 +126,16 @@ class RouterActor:
         config = Config.model_validate_json(config_json)
         async with self._changing:
             if (config, configured) != (self._config, self._configured):
-                self._configure(config, configured)
+                self._configure(config, configured, before=self._state)
         self._begin()
         return self._local.current
 
-    def _configure(self, config: Config, configured: str | None, *, is_patient: bool = False) -> None:
+    def _configure(
+        self, config: Config, configured: str | None, *, is_patient: bool = False, before: RouterState | None = None
+    ) -> None:
+        """Serve a configuration; `before`: the state that was served from, which moves along with the pool."""
         from dmoa.routing import LocalRouter
-        from dmoa.serving.router.adaptation import Adaptation
+        from dmoa.serving.router.adaptation import FILE, Adaptation
         from dmoa.serving.router.state import RouterState
         from dmoa.serving.router.versions import GateVersions
 
@@ -139,6 +143,8 @@ class RouterActor:
         state = RouterState(uri, ClusterMemory(self._app, uri), is_patient=is_patient)
         try:
             state.sweep()
+            if before is not None and before.place != state.place and self._fingerprint == fingerprint(config):
+                state.take_over(before, FILE)
             versions = GateVersions(state, config, configured)
             adaptation = Adaptation(state, config, versions)
         except OSError as error:
@@ -147,7 +153,7 @@ class RouterActor:
         self._config, self._configured = config, configured
         served = {"config": config.model_dump(mode="json"), "configured": configured}
         _internal_kv_put(f"dmoa/config/{self._app}".encode(), json.dumps(served).encode(), overwrite=True)
-        self._fingerprint = fingerprint(config)
+        self._fingerprint: str = fingerprint(config)
         self._pool_version = pool_version(config)
         self._state, self._versions, self._adaptation = state, versions, adaptation
         handles = {name: serve.get_deployment_handle(where, self._app) for name, where in deployment_names(config).items()}

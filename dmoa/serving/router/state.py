@@ -124,6 +124,30 @@ class RouterState:
             if is_ours and found.base_name not in wanted:
                 self._fs.delete_dir(found.path)
 
+    def take_over(self, before: RouterState, *names: str) -> None:
+        """Where nothing is kept here, keep what another place of the same pool does: versions, the state, and those of `names`.
+
+        What cannot be read there is left out, and the log says so. Raises OSError where it cannot be written here.
+        """
+        if self.load() is not None:
+            return
+        try:
+            states = {name: state for name in (*names, "state.json") if (state := before.load(name)) is not None}
+            versions = {one.base_name for one in before._list("versions") if _VERSION.fullmatch(one.base_name)}
+        except (CheckpointError, OSError) as error:
+            _LOG.warning("%s is not taken over, and %s begins anew: %s", before.place, self.place, error)
+            return
+        for version in sorted(versions | {str(states.get("state.json", {}).get("current"))}):
+            try:
+                files = before.read_version(version)
+            except OSError as error:
+                _LOG.warning("gate %s is not taken over: %s", version, error)
+                continue
+            for name in FILES:
+                self._put(f"versions/{version}/{name}", files[name])
+        for name, state in states.items():  # the state last: nothing is taken over by halves
+            self.save(state, name)
+
     def sweep(self) -> None:
         """Remove the drafts of writers that died; call when nobody else writes here. What lies behind a link is not ours."""
         kept = [one.base_name for one in self._list("versions") if one.type == arrow_fs.FileType.Directory]

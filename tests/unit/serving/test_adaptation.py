@@ -591,6 +591,16 @@ def test_an_operator_who_goes_back_in_a_trial_ends_it_and_changes_nothing_else(r
     assert updated.adaptation.rollback(None, "").version == good  # and not the update before the last
 
 
+def test_a_freeze_and_the_ledger_move_along_to_another_place(root: Path, tmp_path: Path) -> None:
+    found = swarm(root, "on")
+    found.offer(found.files(HOME, seed=1), 3)
+    found.took(found.adaptation.freeze("release day"))
+    there = RouterState((tmp_path / "there").as_uri())
+    there.take_over(RouterState(root.as_uri()), FILE)
+    again = Adaptation(there, found.config, GateVersions(there, found.config, None)).status()
+    assert (again["frozen"], again["ledger"]) == ("release day", 3)
+
+
 def test_a_freeze_outlasts_the_deploy_of_another_gate(root: Path) -> None:
     found = swarm(root, "on")
     found.offer(found.files(HOME, seed=1), 3)

@@ -6,13 +6,17 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray import serve
+from ray.experimental import internal_kv
 
 from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, fingerprint
@@ -21,6 +25,7 @@ from dmoa.config import Config
 from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.errors import CheckpointError
 from dmoa.routing import build_gate
+from dmoa.serving.router.actor import RouterActor
 from dmoa.serving.router.state import RouterState
 from dmoa.serving.router.versions import MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, _line
 from tests.examples import examples
@@ -94,6 +99,36 @@ def test_an_installed_version_is_current_recorded_and_taken_up_after_a_restart(r
         assert again.history()[-1]["note"] == "why not"
         weights = again.gate.state_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in checkpoint.load(folder)[0].state_dict().items())
+
+
+def test_what_was_installed_moves_along_to_an_empty_place(root: Path, tmp_path: Path) -> None:
+    found = opened(root)
+    first, folder = found.version, trained(tmp_path, 1)
+    found.install(files_of(folder), "why not", [])
+    (root / "versions" / "gone").mkdir()  # never finished
+    there = RouterState((tmp_path / "there").as_uri())
+    there.take_over(RouterState(root.as_uri()))
+    moved = GateVersions(there, pool(), None)
+    assert (moved.version, moved.history()) == (version_of(folder), found.history())
+    assert moved.rollback(None, "").version == first
+    there.take_over(RouterState(root.as_uri()))
+    assert GateVersions(there, pool(), None).version == first, "what is there already stays"
+
+
+def test_a_place_that_is_gone_is_not_taken_over_but_for_what_is_remembered(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = RouterState(root.as_uri())
+    GateVersions(here, pool(), None).install(files_of(trained(tmp_path, 1)), "", [])
+    shutil.rmtree(root)
+    there = RouterState((tmp_path / "there").as_uri())
+    there.take_over(here)
+    assert GateVersions(there, pool(), None).version == version_of(tmp_path / "checkpoint-1")
+    (root / "state.json").write_text("{")
+    (root / "state.json.last").write_text("{")
+    RouterState((tmp_path / "elsewhere").as_uri()).take_over(RouterState(root.as_uri()))
+    assert "is not taken over, and" in caplog.text
+    assert not (tmp_path / "elsewhere" / "state.json").exists()
 
 
 def test_installing_the_current_version_changes_nothing(root: Path, tmp_path: Path) -> None:
@@ -373,3 +408,38 @@ def test_a_state_that_cannot_be_written_changes_nothing(root: Path, tmp_path: Pa
         found.install(files_of(trained(tmp_path, 1)), "", [])
     assert (found.version, found.history()) == (first, history)
     assert not [path for path in root.rglob("*") if path.name.endswith(".draft")]
+
+
+class _Cluster:
+    """A cluster's key-value store."""
+
+    def __init__(self) -> None:
+        self.kept: dict[bytes, bytes] = {}
+
+    def internal_kv_get(self, key: bytes, namespace: bytes | None) -> bytes | None:
+        return self.kept.get(key)
+
+    def internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes | None) -> int:
+        self.kept[key] = value
+        return 1
+
+    def internal_kv_del(self, prefix: bytes, by_prefix: bool, namespace: bytes | None) -> int:
+        return len([self.kept.pop(key) for key in list(self.kept) if key.startswith(prefix)])
+
+
+@pytest.mark.parametrize("is_same_pool", [True, False])
+async def test_a_deploy_with_another_place_serves_the_gate_that_was_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same_pool: bool
+) -> None:
+    """Of the same pool: another pool's gates stay where they are."""
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=False))
+    monkeypatch.setattr(internal_kv, "global_gcs_client", _Cluster())
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app: SimpleNamespace(options=lambda **_: name))
+    here, there = (pool(router={"state_uri": (tmp_path / name).as_uri()}) for name in ("here", "there"))
+    if not is_same_pool:
+        singers = [{"name": name, "llm": "tiny", "profile": "Sing."} for name in AGENTS]
+        there = pool(router=there.router.model_dump(), agents=singers)
+    actor = RouterActor(here.model_dump_json(), "app", watch_interval_s=60.0)
+    await actor.install(files_of(trained(tmp_path, 1)))
+    current = await actor.configure(there.model_dump_json())
+    assert (current == version_of(tmp_path / "checkpoint-1"), len(await actor.history())) == (is_same_pool, 1 + is_same_pool)
