@@ -61,7 +61,8 @@ _TOKEN = re.compile(
     r"|(?P<mark>[-+*/^(){}\[\]|!_]))"
 )
 _SIDE = re.compile(r"\A\s*[a-zA-Z]\w?(?:\([a-zA-Z]\))?\s*(?:=|\\in\b|\u2208)\s*(?=\S)")
-_EDGES = " .,;:*`\"'"
+# Marks around an expression; the point of .5 is none.
+_EDGES = re.compile(r"\A(?:[ ,;:*`\"']|\.(?!\d))+|[ .,;:*`\"']+\Z")
 # Letters that stand for a unit beside a number (12 m^2, 5 km/h) are no variables there.
 _SYMBOLIC = re.compile(
     r"\\(?:pi|infty|cup|sin|cos|tan|log|ln|sqrt)(?![a-z])|[\u03c0\u221e\u222a\u221a]|\b(?:pi|sqrt|sin|cos|tan|log|ln)\b|\^\{[^{}]*/"
@@ -97,11 +98,11 @@ def expression_key(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    text = text.strip(_EDGES)
+    text = _EDGES.sub("", text)
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     for pattern, new in _PLAIN:
         text = pattern.sub(new, text)
-    return _SIDE.sub("", text.strip(_EDGES))
+    return _SIDE.sub("", _EDGES.sub("", text))
 
 
 def _key(plain: str) -> str:
@@ -261,7 +262,8 @@ class _Parser:
             return 1j
         if name == "e":
             return complex(math.e)
-        return complex(0.3 + math.modf(ord(name) * (0.618 + 0.131 * self.point))[0])
+        value = 0.3 + math.modf(ord(name) * (0.618 + 0.131 * self.point))[0]
+        return complex(-1 - value if self.point == 0 and "|" in self.text else value)  # |x| is not x
 
     def _applied(self, word: str) -> complex:
         if word == "\\frac":

@@ -20,7 +20,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    ValidationError,
+    model_validator,
+)
 
 from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engine_options import RecordedOptions
@@ -62,8 +71,12 @@ class RecordedReply(BaseModel):
     """The whole reply, unchanged."""
     reasoning: str | None = None
     """Thoughts that came apart from the text."""
-    entropy: Annotated[NonNegativeFloat | list[NonNegativeFloat] | None, BeforeValidator(_known)] = None
-    """Mean entropy of the text in nats per token, or that of every token."""
+    entropy: Annotated[NonNegativeFloat | list[NonNegativeFloat] | None, BeforeValidator(_known)] = Field(
+        default=None, validation_alias=AliasChoices("entropy", "entropy_nats")
+    )
+    """Mean entropy of the text in nats per token, or that of every token; `entropy_nats` is the same."""
+    entropy_tokens: Count = None
+    """Tokens that a mean entropy is of; else the generated ones, the reasoning's left out."""
     top_logprobs: list[list[float]] | None = None
     """Per token its listed natural log-probabilities: entropies are bounded by them where `entropy` is absent."""
     prompt_tokens: Count = None
@@ -152,7 +165,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
     try:
         with open_table(path) as table:
-            known = [name for name in table.schema_arrow.names if name in RecordedReply.model_fields]
+            known = [name for name in table.schema_arrow.names if name in {*RecordedReply.model_fields, "entropy_nats"}]
             number = 0
             for batch in table.iter_batches(_BATCH_ROWS, columns=known):
                 for row in batch.to_pylist():
@@ -311,5 +324,6 @@ def entropy_of(reply: RecordedReply, tokens: int, vocab_size: int) -> EntropySum
     if isinstance(reply.entropy, list):
         return EntropySum.of_tokens(reply.entropy)
     if reply.entropy is not None:
+        tokens = reply.entropy_tokens or tokens
         return EntropySum(sum_nats=reply.entropy * tokens, sq_sum=reply.entropy * reply.entropy * tokens, tokens=tokens)
     return sum((listed_entropy(listed, vocab_size) for listed in reply.top_logprobs or ()), EntropySum())

@@ -27,6 +27,18 @@ _MAX_SHORT_WORDS = 8
 _VERIFY_S = 2
 _PROSE = re.compile(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}")
 _OPERATORS = re.compile(r"[\\^*/+<>,;|\u2264\u2265]|(?<=\d)\s*-")
+# What makes an equation more than "name = value": a list, a relation, a word between values.
+_SEVERAL = re.compile(r"[,;<>\u2260\u2264\u2265]|\\(?:leq?|geq?|neq?|lt|gt|in)(?![a-z])|\b(?:or|and)\b", re.IGNORECASE)
+_NAME = re.compile(r"[a-zA-Z\u03b1-\u03c9](?:_\{?\w+\}?|'+)?(?:\([^()]*\))?|[a-zA-Z\\\s]{2,}")
+_FUNCTION = re.compile(r"\\?\b(?:sin|cos|tan|sec|csc|cot|log|ln|exp|angle)(?![a-z])")
+_IN_BASE = re.compile(r"[0-9a-fA-F]\s*_\s*\{?\s*(?:\d+|\\text\s*\{[^{}]*\})\s*\}?\W*\Z")
+# A unit behind a value, in LaTeX's words or in the plain text that they become; a lone m has a space before it and a power.
+_UNIT = re.compile(
+    r"(?:(?<=[0-9}])|(?<=pi)|(?<=\u03c0))(?:\\[ ,;:!]|[\s~])*(?:(?:\\(?:text|mathrm|mbox)\s*\{[a-zA-Z.\s]+\}"
+    r"|mm|cm|dm|km|in|ft|yd|mi|inch(?:es)?|feet|yards?|miles?|units?)(?:\s*\^\s*\{?\s*[23]\s*\}?)?"
+    r"|(?<=[\s~])m\s*\^\s*\{?\s*[23]\s*\}?)\W*\Z"
+)
+_MIXED = re.compile(r"(-?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)")
 # A list, a variable or a word: no number, whatever a part of it is.
 _BETWEEN = re.compile(r"\W*(?:it is )?(?:somewhere )?between\b[^\n]*\band\b", re.IGNORECASE)
 _NO_NUMBER = re.compile(r"[,;]|(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])|\\(?:cos|sin|tan)\b|\bmod\b")
@@ -125,7 +137,7 @@ def _gold_key(label: Label) -> str:
 
 def _key(span: str) -> str:
     """Return what equal answers share as far as it can be told without algebra."""
-    span = span.strip(" _")
+    span = _UNIT.sub("", span.strip(" _"))
     number = _number(span)
     return (
         spelled(number) if number is not None else expression_key(span) or re.sub(r"[\s{}$\\]+", "", span).casefold().rstrip(".")
@@ -134,10 +146,13 @@ def _key(span: str) -> str:
 
 def _number(span: str) -> Fraction | None:
     """Return the number that a span is, with a unit or in a sentence; None where it is more than that."""
-    bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", span.strip(" .$"))
+    bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", span.strip(" $").rstrip(" .$"))
+    bare = re.sub(r"(?<=\d)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\u00b0)\Z", "", bare)
     bare = re.sub(r"\A(\d+),(\d{1,2})(?=\s?[a-zA-Z\u20ac])", r"\1.\2", bare)  # 1,25 euros
     if (value := expression_value(bare)) is not None:
         return value
+    if (mixed := _MIXED.fullmatch(bare)) and int(mixed[4]):
+        return (int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))) * (-1 if mixed[1] else 1)
     is_sentence = _PROSE.search(bare) is not None and "\\" not in bare and "^" not in bare
     if is_symbolic(bare) or (not is_sentence and (len(find_numbers(bare)) != 1 or _OPERATORS.search(bare))):
         return None
@@ -156,12 +171,32 @@ def _score(label: Label, reply: Reply) -> Score:
 def is_equivalent(said: str, gold: str) -> bool:
     """Tell whether a reply's span is the right answer in LaTeX. Never raises."""
     right = plain_text(gold)
-    result = said.rpartition("=")[2] if not _PROSE.search(said) else said
-    if _key(right) in {_key(said), _key(result)}:
+    result = _result(said)
+    if _key(right) in {_key(said), _key(result or said)}:
         return True
+    if _IN_BASE.search(said) or _IN_BASE.search(gold):
+        return False  # math-verify drops the base
+    if result is None and "=" not in gold:
+        return False
     if _number(right) is not None and (_number(said) is not None or _PROSE.search(said) or _NO_NUMBER.search(said)):
         return False
     return _verified(said[:_MAX_SPAN_CHARS].encode("ascii", "ignore").decode(), gold)
+
+
+def _result(said: str) -> str | None:
+    """Return what an equation gives for its left side; the text itself where it is none; None where it gives no one value.
+
+    "x = 3 or x = 5" gives two, and "2x + 1 = 0" is an equation in one unknown that is still to be solved.
+    """
+    first, equals, _ = said.partition("=")
+    if not equals or _PROSE.search(re.sub(r"\\[a-zA-Z]+", " ", said)):
+        return said
+    if _SEVERAL.search(re.sub(r"\([^()]*\)", "", said.rpartition("=")[0])):
+        return None
+    left = plain_text(first).strip(" $")
+    unknowns = set(re.findall(r"[a-zA-Z]", _FUNCTION.sub("", left)))
+    is_open = len(unknowns) == 1 and not _NAME.fullmatch(left) and not _FUNCTION.search(left)
+    return None if is_open else said.rpartition("=")[2]
 
 
 @lru_cache(maxsize=4096)

@@ -71,7 +71,7 @@ class HumanEvalRow(UpstreamRow):
         return self.model_dump(include={"prompt", "test", "entry_point", "canonical_solution"})
 
 
-LIMITS = SandboxLimits(wall_s=10.0, cpu_s=10)
+LIMITS = SandboxLimits(wall_s=10.0, cpu_s=10, output_bytes=4 << 20)  # what a right program prints is no fault
 _BODY_INDENT = 4
 _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 

@@ -58,6 +58,8 @@ PASSING = {
     "a fence in the docstring": f"```python\n{WITH_FENCE}```\nThat is all.",
     "a thought with another program": f"<think>\n```python\nx = 0\n```\n</think>\n```python\n{WHOLE}```",
     "imports from the future": f"```python\nfrom __future__ import annotations\n{WHOLE}```",
+    "a script's part that would end it": f"```python\n{WHOLE}\nif __name__ == '__main__':\n    raise SystemExit(input())\n```",
+    "prints much": f"```python\n{WHOLE.replace('result = 0', 'result = len(str(print(200_000 * chr(65)))) - 4')}```",
     "an indented block in a list": "1. Write\n" + "".join(f"   {line}\n" for line in ["```python", *WHOLE.splitlines(), "```"]),
 }
 FAILING = {

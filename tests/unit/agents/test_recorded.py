@@ -125,6 +125,18 @@ async def test_thoughts_that_an_endpoint_counts_apart_are_generated_tokens_too(t
     await engine.close()
 
 
+@pytest.mark.parametrize("name", ["r.jsonl", "r.parquet"])
+def test_a_mean_entropy_has_two_names_and_may_say_of_how_many_tokens(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [line(entropy_nats=0.3, entropy_tokens=6, completion_tokens=40)])
+    (reply,) = read_replies(path)
+    with closing(ReplyIndex(path)) as index:
+        found = index.find("a", reply.keys)
+    assert found is not None
+    for one in (reply, found):
+        known = entropy_of(one, 40, 50_000)
+        assert (known.tokens, known.sum_nats) == (6, pytest.approx(1.8))
+
+
 def test_entropies_are_of_tokens_of_a_mean_or_bounded_by_what_is_listed() -> None:
     def known(**more: Any) -> Any:
         return entropy_of(RecordedReply.model_validate(line(**more)), 4, 2)
