@@ -287,9 +287,11 @@ def _disputed(start: LabelModel, witnesses: Witnesses) -> tuple[LabelModel, Arra
     """Return the model in which pairs of a dispute are one witness each, and who may be right in rows of one [R, Z].
 
     Learnt from its own belief the side that is believed first would soon be right for certain. So each is taken to be right on
-    half of the rows there, as far as competence is learnt, and with outcomes as often as these say. All other rows are 0.
+    half of the rows there, as far as competence is learnt, and with outcomes as often as these say; where several disputes meet
+    in a row, all its sides share it. All other rows are 0.
     """
     copy_AA, side_RZ = start.copy_AA.copy(), np.zeros((len(witnesses.answer_RA), start.num_agents + 1))
+    count_RZ = np.zeros(side_RZ.shape)
     for found in disputes(witnesses.answer_RA, witnesses.doubt_RA - start.doubt_mean_A):
         copy_AA[found.a, found.b] = copy_AA[found.b, found.a] = ONE_WITNESS
         told_R2 = witnesses.outcome_RA[found.rows][:, [found.a, found.against]]
@@ -300,8 +302,13 @@ def _disputed(start: LabelModel, witnesses: Witnesses) -> tuple[LabelModel, Arra
         share_2 = (1.0 + told_R2[judged_R].sum(axis=0)) / (2.0 + judged_R.sum())
         share_2 /= max(1.0, share_2.sum())
         rows = found.rows[~judged_R]
-        side_RZ[rows[:, None], witnesses.answer_RA[rows][:, [found.a, found.against]]] = share_2
-        side_RZ[rows, -1] = 1.0 - side_RZ[rows, :-1].sum(axis=1)
+        sides_R2 = witnesses.answer_RA[rows][:, [found.a, found.against]]
+        side_RZ[rows[:, None], sides_R2] += share_2
+        count_RZ[rows[:, None], sides_R2] += 1.0
+    side_RZ /= np.maximum(count_RZ, 1.0)  # a side of several disputes has the mean of their shares
+    is_open_R, is_shared_R = count_RZ.any(axis=1), (count_RZ.sum(axis=1) > 2)
+    side_RZ[is_shared_R] /= np.maximum(side_RZ[is_shared_R].sum(axis=1, keepdims=True), 1.0)
+    side_RZ[is_open_R, -1] = 1.0 - side_RZ[is_open_R, :-1].sum(axis=1)
     return replace(start, copy_AA=copy_AA), side_RZ
 
 

@@ -194,13 +194,20 @@ def _changed(trained: Gate, ablation: Ablation) -> Gate:
     gate.load_state_dict(trained.state_dict())
     if ablation.is_blind:
         with torch.no_grad():
-            gate.weight_ih[:, spec.embedding_dim : 2 * spec.embedding_dim] = 0.0
+            _input_weights(gate)[:, spec.embedding_dim : 2 * spec.embedding_dim] = 0.0
     return gate
+
+
+def _input_weights(gate: Gate) -> torch.Tensor:
+    """Return the weights [.., X] that the gate's input meets first."""
+    if gate.spec.core == "linear":
+        return gate.head_weight if gate.spec.head == "linear" else gate.query_weight
+    return gate.layer_weight if gate.spec.core == "mlp" else gate.weight_ih
 
 
 def write_changed(rollouts: Path, out: Path, rows: Rows, *, seed: int, preset: str | None = None) -> None:
     """Write a copy of rollouts with changed rows, in one part; a copy that is there is left alone."""
-    folder = RolloutFolder(out)
+    folder, asked = RolloutFolder(out), RolloutFolder(rollouts).queries
     if folder.manifest.exists():
         return
     manifest: Manifest = read_manifest(rollouts)
@@ -209,6 +216,8 @@ def write_changed(rollouts: Path, out: Path, rows: Rows, *, seed: int, preset: s
     buffer = io.BytesIO()
     pq.write_table(changed, buffer, write_page_checksum=True)
     write_whole(folder.parts / "part-00000.parquet", buffer.getvalue())
+    if asked.exists():  # answers are read by what was asked
+        write_whole(folder.queries, asked.read_bytes())
     if preset is not None:
         manifest = manifest.model_copy(update={"preset": preset})
     write_whole(folder.manifest, (manifest.model_dump_json(indent=2) + "\n").encode())

@@ -26,9 +26,10 @@ from dmoa.core.inference import one_thread
 from dmoa.core.label_model import MIN_ROWS
 from dmoa.core.scores import CONSTANT_PENALTY, USUAL_SHARE, fit_eta, same_reply_shares, scores
 from dmoa.core.told import OutcomeTable
+from dmoa.core.witnesses import NOT_ASKED
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK, Feedback
-from dmoa.training.dataset import EpisodeBuilder, Episodes
+from dmoa.training.dataset import EpisodeBuilder, Episodes, asked_of
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.judging import fit_judge, judged, witnesses_of_steps
 from dmoa.training.loop import Learner, TrainJob
@@ -304,7 +305,10 @@ class Adapter:
             earlier=spec.anchors,
         )
         if spec.score == "posterior":
-            judge = fit_judge(kept, everything, spec, seed=self._options.seed, earlier=self._deployed.label_model)
+            try:
+                judge = fit_judge(kept, everything, spec, seed=self._options.seed, earlier=self._deployed.label_model)
+            except ConfigError:  # no answer can be read from what is kept
+                return False
             scale = dataclasses.replace(scale, label_model=judge)
         self._scale, self._is_own_scale, self._refits, self._point = scale, is_first, self._refits + 1, None
         self._table = self._new_table()
@@ -461,10 +465,8 @@ def episodes_of(lesson: Lesson, spec: GateSpec) -> Episodes | str:
 
 def episodes_of_table(table: pa.Table, query: RolloutQuery, spec: GateSpec) -> Episodes:
     """Return the rows of one query as an episode of a gate. Raises ConfigError for numbers that cannot be learned from."""
-    asked = {(query.query_id, -1): query.text}
-    asked |= {(query.query_id, at): stage.part for at, stage in enumerate(query.stages) if stage.part is not None}
-    known = asked if spec.score == "posterior" else None
-    builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=known)
+    asked = [asked_of([query])] if spec.score == "posterior" else None
+    builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=asked)
     builder.add(table, 0)
     return builder.build()
 
@@ -480,7 +482,7 @@ def with_credit(episode: Episodes, outcomes: Mapping[str, float]) -> Episodes:
 
 def _is_comparable(episode: Episodes) -> bool:
     """Tell whether some step has two replies that a target can be made of: an entropy each, or an answer that can be judged."""
-    replied_NA = episode.ran_NA if episode.said is None else episode.ran_NA | (episode.said.length_NA > 0)
+    replied_NA = episode.ran_NA if episode.said is None else episode.ran_NA | (episode.said.answer_NA != NOT_ASKED)
     return bool((replied_NA.sum(axis=1) >= 2).any())
 
 

@@ -274,6 +274,8 @@ class CollectSession:
     """As a new collection would begin with it, its sources still empty."""
     prepare: Callable[[], CollectedQueries]
     """Gathers the queries; called for a new collection alone."""
+    recheck: Callable[[Manifest], None] = lambda before: None
+    """Refuses to go on with a collection whose queries have changed since; called with its manifest."""
     asking: RolloutAsking
     workers: CollectWorkers
     say: Callable[[str], None]
@@ -314,6 +316,7 @@ def _begin(session: CollectSession) -> Manifest:
     if folder.manifest.exists():
         before = read_manifest(folder.root)
         _check_same(session, before)
+        session.recheck(before)
         if before.engines != session.manifest.engines:
             session.say(f"note: begun with engines {', '.join(before.engines)}, now {', '.join(session.manifest.engines)}")
         return before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from dmoa.core.in_step import read_classes
 from dmoa.core.scores import Array, BoolArray, reply_key
 from dmoa.dataflow import on_this_node, quiet, stopped_by
 from dmoa.errors import ConfigError
+from dmoa.feedback import MARK
 from dmoa.reading import offsets
 from dmoa.training.rollouts import (
     LEARNED,
@@ -55,6 +56,10 @@ _CELL = np.dtype(
 """What training keeps of a row: its measures by their columns' names, and what follows from the other columns."""
 
 
+Asked = Mapping[tuple[str, int], str]
+"""By query and step, what was asked; at step -1 what the query asks, as every step beyond its stages does."""
+
+
 class EpisodeKey(NamedTuple):
     """What tells two episodes apart; the order of episodes is the order of their keys."""
 
@@ -71,7 +76,7 @@ class Said(NamedTuple):
     answer_NA: npt.NDArray[np.int64]
     """Equality class of the answer within its step (`core/witnesses`)."""
     length_NA: Array
-    """Characters of the reply; 0 where there is none."""
+    """Characters of the reply; 0 where there is none, NaN in traffic, whose texts are tokens (`dmoa/feedback`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,11 +201,11 @@ class EpisodeBuilder:
     """Collects rows, in any order, into episodes. Not safe to use from two threads at once."""
 
     def __init__(
-        self, agents: tuple[str, ...], input_dim: int, *, has_feedback: bool, asked: Mapping[tuple[str, int], str] | None = None
+        self, agents: tuple[str, ...], input_dim: int, *, has_feedback: bool, asked: Sequence[Asked] | None = None
     ) -> None:
         """`input_dim`: X of the gate that is to learn; `has_feedback`: whether its preset reads the feedback features.
 
-        `asked`: by query and step, what was asked where that is known; with it `Episodes.said` is filled.
+        `asked`: what each folder asked, where that is known; with it `Episodes.said` is filled.
         """
         self._agents = agents
         self._asked = asked
@@ -269,12 +274,8 @@ class EpisodeBuilder:
 
     def _questions(self, keys: tuple[EpisodeKey, ...]) -> list[str]:
         """Return what was asked at every step, in order; empty where that is not known."""
-        known = self._asked or {}
-        return [
-            known.get((key.query_id, step), known.get((key.query_id, -1), ""))
-            for key in keys
-            for step in range(self._num_steps[key])
-        ]
+        known = [(self._asked[key.folder] if self._asked else {}, key.query_id, self._num_steps[key]) for key in keys]
+        return [asked.get((query, step), asked.get((query, -1), "")) for asked, query, num in known for step in range(num)]
 
     def _pack(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Episodes:
         place = {name: a for a, name in enumerate(self._agents)}
@@ -301,31 +302,32 @@ class EpisodeBuilder:
             propensity_NA=cell_NA["propensity"].copy(),
             probability_NA=cell_NA["probability"].copy(),
             reply_NA=np.where(ran_NA, cell_NA["reply"], 0),
-            said=None if self._asked is None else _said(self._agents, steps, self._questions(keys)),
+            said=None if self._asked is None else self._said(keys, steps),
         )
 
+    def _said(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Said:
+        is_told_N = [not key.query_id.startswith(MARK) for key in keys for _ in range(self._num_steps[key])]
+        answers, lengths = [], []
+        for step, asked, is_told in zip(steps, self._questions(keys), is_told_N, strict=True):
+            texts = [step.texts.get(name) for name in self._agents]
+            are_cut = [name in step.cells and bool(step.cells[name]["cut"]) for name in self._agents]
+            answers.append(read_classes(texts, are_cut, asked))
+            lengths.append([float(len(text or "")) if is_told else math.nan for text in texts])
+        return Said(np.array(answers, dtype=np.int64), np.array(lengths))
 
-def _asked_questions(folders: Sequence[Path]) -> dict[tuple[str, int], str]:
-    """Return what each query of the folders asks at each step; of folders without a list of queries nothing is known.
 
-    A step beyond the stages asks what the query does, which stands at step -1.
-    """
+def asked_of(queries: Iterable[RolloutQuery]) -> Asked:
+    """Return what queries ask at each step."""
     found: dict[tuple[str, int], str] = {}
-    for folder in folders:
-        for _, line in offsets(RolloutFolder(folder).queries):
-            query = RolloutQuery.model_validate_json(line)
-            found[query.query_id, -1] = query.text
-            found |= {(query.query_id, step): stage.part for step, stage in enumerate(query.stages) if stage.part is not None}
+    for query in queries:
+        found[query.query_id, -1] = query.text
+        found |= {(query.query_id, step): stage.part for step, stage in enumerate(query.stages) if stage.part is not None}
     return found
 
 
-def _said(agents: tuple[str, ...], steps: list[_Step], asked_N: list[str]) -> Said:
-    answers, lengths = [], []
-    for step, asked in zip(steps, asked_N, strict=True):
-        texts = [step.texts.get(name) for name in agents]
-        answers.append(read_classes(texts, [name in step.cells and bool(step.cells[name]["cut"]) for name in agents], asked))
-        lengths.append([float(len(text or "")) for text in texts])
-    return Said(np.array(answers, dtype=np.int64), np.array(lengths))
+def _asked_questions(folder: Path) -> Asked:
+    """Return what the queries of a folder ask; of one without a list of queries nothing is known."""
+    return asked_of(RolloutQuery.model_validate_json(line) for _, line in offsets(RolloutFolder(folder).queries))
 
 
 def _cells(table: pa.Table, columns: Mapping[str, list[Any]]) -> npt.NDArray[np.void]:
@@ -410,7 +412,7 @@ def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, 
     Raises ConfigError for files that are damaged, missing or hold what cannot be used.
     """
     parts = _parts(folders)
-    asked = _asked_questions(folders) if spec.score == "posterior" else None
+    asked = [_asked_questions(folder) for folder in folders] if spec.score == "posterior" else None
     builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=asked)
     for table in _stream(parts, fingerprint) if on_ray else (read_rollout_rows(*part, fingerprint) for part in parts):
         for place in table[FOLDER].unique().to_pylist():

@@ -57,19 +57,31 @@ def with_outcomes(
 ) -> tuple[Episodes, int]:
     """Return the episodes with what outcomes say of the replies to first steps, and how many outcomes that were.
 
+    An outcome that is of replies in several folders counts once.
+
     Raises ConfigError where none of them is about these rollouts.
     """
     outcome_NA = np.full(episodes.ran_NA.shape, np.nan)
-    used = 0
+    used: set[int] = set()
     for place, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
         found = credit_replies(outcomes, read_table(folder), seed=manifest.seed, round_=manifest.round)
-        used += found.used
+        used |= found.places
         mine_Q = np.array([key.folder == place for key in episodes.key_Q], dtype=np.bool_)
         queries = [key.query_id for key in episodes.key_Q if key.folder == place]
         outcome_NA[episodes.start_Q[:-1][mine_Q]] = found.array(queries, episodes.agents)
     if not used:
         raise no_outcome_fits(len(outcomes))
-    return replace(episodes, outcome_NA=outcome_NA), min(used, len(outcomes))
+    return replace(episodes, outcome_NA=outcome_NA), len(used)
+
+
+def are_readable(episodes: Episodes, steps: IntArray) -> bool:
+    """Tell whether answers can be read in enough of some steps to learn from, or there are too few steps to tell."""
+    return len(steps) < MIN_ROWS or _num_answered(episodes, steps) >= min(MIN_ROWS, len(steps) / 2)
+
+
+def _num_answered(episodes: Episodes, steps: IntArray) -> int:
+    assert episodes.said is not None
+    return int((episodes.said.answer_NA[steps] >= 0).any(axis=1).sum())
 
 
 def fit_judge(
@@ -78,18 +90,24 @@ def fit_judge(
     """Return the label model of the dense first steps of some episodes; `earlier` where there are too few of them.
 
     First steps, because in later ones the agents read a summary and agree with it. Raises ConfigError for too few steps and no
-    earlier model.
+    earlier model, and where hardly any reply has an answer.
     """
-    dense = episodes.dense_steps(among_Q)
+    dense, steps = episodes.dense_steps(among_Q), episodes.steps_of(among_Q)
     first = dense[np.isin(dense, episodes.start_Q)]
     rows = first if len(first) >= MIN_ROWS else dense
-    if len(rows) >= MIN_ROWS:
+    if len(rows) >= MIN_ROWS and are_readable(episodes, rows):
         return fit_label_model(witnesses_of_steps(episodes, rows, spec), seed=seed)
-    if earlier is not None:
+    if earlier is not None and are_readable(episodes, steps):
         return earlier
+    if earlier is None and len(rows) < MIN_ROWS:
+        raise ConfigError(
+            f"score is 'posterior'; it needs {MIN_ROWS} dense steps to learn from, and these rollouts have {len(rows)}; add a "
+            "folder collected with --dense, start from a checkpoint of that score, or use score 'anchored'"
+        )
+    seen = rows if earlier is None else steps
     raise ConfigError(
-        f"score is 'posterior'; it needs {MIN_ROWS} dense steps to learn from, and these rollouts have {len(rows)}; add a folder "
-        "collected with --dense, start from a checkpoint of that score, or use score 'anchored'"
+        f"score is 'posterior'; no answer can be read from these replies: in {_num_answered(episodes, seen)} of {len(seen)} "
+        "steps an agent gives one; use --score anchored, which goes by entropies, or ask for a last line such as `Answer: 12`"
     )
 
 

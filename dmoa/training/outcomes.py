@@ -23,14 +23,14 @@ from dmoa.engines.recorded import agent_name, read_lines
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK
 from dmoa.training.rollouts import RolloutModel
-from dmoa.types import AgentReply, Answer, EntropySum
+from dmoa.types import AgentReply, Answer, EntropySum, is_untrained
 from dmoa.validation import describe
 
 Credit = Mapping[tuple[str, str], float]
 """(query_id, agent) -> reward of the agent's reply to the first step, 0 to 1."""
 _COLUMNS = (
     "query_id", "step", "agent", "is_selected", "text", "status", "finish_reason", "entropy_sum_nats", "entropy_tokens",
-    "entropy_kind",
+    "entropy_kind", "gate_version", "final_text",
 )  # fmt: skip
 
 
@@ -94,7 +94,10 @@ class Credited:
     used: int
     """Outcomes that credit some reply."""
     unknown: int
-    """Outcomes of queries or agents that the rollouts do not have, of answers that no agent gave, and of later steps."""
+    """Outcomes of queries or agents that the rollouts do not have, of answers that no agent gave or that are not known, and of
+    later steps."""
+    places: frozenset[int]
+    """Which outcomes credit some reply, by their place among those given."""
 
     def array(self, queries: Sequence[str], agents: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the rewards as an array [R, A] of float64, NaN where nothing is known."""
@@ -112,22 +115,24 @@ def credit_replies(outcomes: Iterable[Outcome], rollouts: pa.Table, *, seed: int
     """Join outcomes with a table of rollouts that was collected with that seed and in that round.
 
     An outcome of an agent is that of its reply to the first step. One of the final answer, agent null, credits the selected
-    agents whose reply to the first step gives that answer; what the final answer was follows from the last step, by the rule
-    of summarizer mode `select` over raw scores.
+    agents whose reply to the first step gives that answer. Files from before `final_text` do not hold it: of an untrained gate
+    it follows from the last step, by the rule of summarizer mode `select` over raw scores; of a trained one it is not known.
     """
     queries = _replies_by_query(rollouts)
     by_trace = {rollout_trace_id(query, seed, round_): query for query in queries}
     by_trace |= {query.removeprefix(MARK): query for query in queries if query.startswith(MARK)}
     rewards: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    used = unknown = 0
-    for outcome in outcomes:
+    places, unknown = set[int](), 0
+    for place, outcome in enumerate(outcomes):
         query = outcome.query_id if outcome.query_id is not None else by_trace.get(outcome.trace_id or "")
         steps = queries.get(query or "", {})
         names = [] if outcome.step else _credited(steps, outcome.agent)
         for name in names:
             rewards[query or "", name].append(outcome.reward)
-        used, unknown = used + bool(names), unknown + (not names)
-    return Credited(credit={key: float(np.mean(values)) for key, values in rewards.items()}, used=used, unknown=unknown)
+        unknown += not names
+        places |= {place} if names else set()
+    credit = {key: float(np.mean(values)) for key, values in rewards.items()}
+    return Credited(credit=credit, used=len(places), unknown=unknown, places=frozenset(places))
 
 
 def no_outcome_fits(count: int, of: str = "these rollouts", remedy: str = "collect rollouts of those queries") -> ConfigError:
@@ -162,7 +167,13 @@ def _credited(steps: _Steps, agent: str | None) -> list[str]:
 
 
 def _final_answer(steps: _Steps) -> str | None:
+    """Return what the query was answered with; None where that is not known."""
+    for row in steps.get(0, []):
+        if row["final_text"]:
+            return str(row["final_text"])
     last = steps.get(max(steps, default=0), [])
+    if any(not is_untrained(row["gate_version"]) for row in last):
+        return None
     replies = [
         AgentReply(
             agent=row["agent"],

@@ -30,6 +30,8 @@ _MANY = 1000
 _ALLOWED = 'a line is a text, or a JSON object such as {"query": "What is 12 + 7?"}, {"prompt": TEXT} or {"messages": [...]}'
 _FIELDS = ("query", "prompt", "messages")
 """Where the text of a row is looked for, in this order; of messages it is the user's last one."""
+_MORE = "\0more"
+"""Under which the values of a CSV row beyond the names of the header lie."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +77,13 @@ def read_queries(
         raise ConfigError(f"--queries: {str(path)!r} holds no query; {_ALLOWED}")
     twice = next((name for name, count in Counter(query.query_id for query in queries).items() if count > 1), None)
     if twice is not None:
-        raise ConfigError(f"--queries: {path}: query_id {twice!r} names two texts; give each query an id of its own, or none")
+        raise names_two_texts(twice, str(path))
     return OwnQueries(queries=tuple(queries), num_bad=num_bad)
+
+
+def names_two_texts(query_id: str, where: str) -> ConfigError:
+    """Return the error of an id that two different queries have."""
+    return ConfigError(f"--queries: {where}: query_id {query_id!r} names two texts; give each query an id of its own, or none")
 
 
 def _items(path: Path) -> Iterator[tuple[int, bytes | dict[str, Any] | _Found]]:
@@ -93,7 +100,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows of a CSV file by the names of its first line; of one column whatever it is called. Raises ConfigError."""
     try:
         with open(path, encoding="utf-8-sig", newline="", opener=regular) as file:
-            reader = csv.DictReader(lines_of(file, path))
+            reader = csv.DictReader(lines_of(file, path), restkey=_MORE)
             for row in reader:
                 only = next(iter(row.values())) if len(row) == 1 else None
                 yield reader.line_num, {"query": only} if isinstance(only, str) else dict(row)
@@ -137,6 +144,9 @@ def _query(line: bytes | dict[str, Any], field: str | None) -> _Found:
     """Return the query of a line or row, its id first. Raises ValueError."""
     if isinstance(line, dict):
         tree: Any = line
+        if _MORE in line:
+            named = len(line) - 1
+            raise ValueError(f"{named + len(line[_MORE])} values, the header names {named}; quote a text that holds commas")
     else:
         text = line.decode("utf-8-sig").strip()
         if not text.startswith("{"):
@@ -152,9 +162,16 @@ def _query(line: bytes | dict[str, Any], field: str | None) -> _Found:
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"{name} is {short(query)}; expected a text that is not blank")
     query.encode("utf-8")
-    name = tree.get("query_id")
-    name = str(name) if isinstance(name, int) else name
-    return (name if isinstance(name, str) and name else _id_of(query.strip())), query.strip()
+    return _name(tree.get("query_id")) or _id_of(query.strip()), query.strip()
+
+
+def _name(name: object) -> str:
+    """Return the id that a line gives its query, empty where it gives none. Raises ValueError for what is no id."""
+    if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
+        raise ValueError(f"query_id is {short(name)}; expected a text or a whole number, or none")
+    found = "" if name is None else str(name)
+    found.encode("utf-8")
+    return found
 
 
 def _last_question(messages: list[Any]) -> str | None:

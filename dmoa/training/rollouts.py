@@ -97,6 +97,8 @@ class RolloutRow(TokenFields, _RolloutRowHead):
     """Of the collection."""
     pool_fingerprint: str
     schema_version: int
+    final_text: str = ""
+    """What the query was answered with, in the rows of its first step; empty in others, and in files from before this column."""
 
 
 def columns_with(*marks: str) -> tuple[str, ...]:
@@ -202,6 +204,9 @@ def table_of(asked: RolloutQuery, answer: Answer, *, preset: Preset, seed: int, 
         "schema_version": SCHEMA_VERSION,
     }
     rows = [common | row for step in answer.steps for row in _rows(step, preset)]
+    final_text = storable(answer.text)
+    for row in rows:
+        row["final_text"] = "" if row["step"] else final_text
     columns = [
         _lists([row[field.name] for row in rows])
         if pa.types.is_list(field.type)

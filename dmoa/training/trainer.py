@@ -78,6 +78,8 @@ class TrainingSet:
     evidence: FittedTargets
     trained_on: dict[str, Any]
     """As the checkpoint records it."""
+    outcomes: tuple[int, int] | None = None
+    """How many outcomes are of these rollouts, and how many were handed over."""
 
 
 def build_start(options: TrainOptions, config: Config) -> InitialGate:
@@ -124,12 +126,13 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
     """Read the rollouts and make of them what training needs. Raises ConfigError for what cannot be learned from."""
     spec = start.gate.spec
     episodes = read_episodes(options.rollouts, spec, start.fingerprint, on_ray=on_ray)
-    supervision = supervision_of(start.parent or "")
+    supervision, outcomes = supervision_of(start.parent or ""), None
     if options.outcomes is not None:
         if spec.score != "posterior":
             raise ConfigError(f"--outcomes: score is {spec.score!r}, which reads none; add --score posterior, or leave them out")
-        episodes, used = with_outcomes(episodes, read_outcomes(options.outcomes), options.rollouts, manifests)
-        supervision = f"outcomes({used})"
+        given = read_outcomes(options.outcomes)
+        episodes, used = with_outcomes(episodes, given, options.rollouts, manifests)
+        supervision, outcomes = f"outcomes({used})", (used, len(given))
     split = split_episodes(episodes, options.holdout)
     sample, anchors_of = anchor_sample(episodes, split.train_Q, spec.embedding_dim), "rollouts"
     if options.anchor_rollouts is not None:
@@ -171,7 +174,17 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
         "supervision": supervision,
     }
     job = TrainJob(options=options, spec=spec, weights=weights, data=data, eta=scale.eta, identity=identity)
-    return TrainingSet(job=job, evidence=FittedTargets(episodes=episodes, data=data, scale=scale), trained_on=trained_on)
+    evidence = FittedTargets(episodes=episodes, data=data, scale=scale)
+    return TrainingSet(job=job, evidence=evidence, trained_on=trained_on, outcomes=outcomes)
+
+
+def tell_outcomes(training_set: TrainingSet) -> list[str]:
+    """Return a line on how many of the outcomes count, if there are any."""
+    if training_set.outcomes is None:
+        return []
+    used, given = training_set.outcomes
+    rest = "; the others are of other queries, agents or later steps, or of a final answer that no first reply is known to give"
+    return [f"{used} of {given} outcomes are of these rollouts{rest if used < given else ''}"]
 
 
 def tell_constant(training_set: TrainingSet) -> list[str]:
@@ -361,8 +374,8 @@ class FittedTargets:
 def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tuple[GateSpec, dict[str, float]]:
     """Return the gate's spec with tau, theta and anchors as the held-back dense steps give them, and the point's metrics.
 
-    Without such steps tau and theta stay as they are, and there are no metrics. theta is fitted on finished replies only, and
-    left out in the `paper` preset, whose steps end by the summarizer. Source: ours.
+    Without such steps (with score posterior: without an answer in them) tau and theta stay as they are, and there are no metrics.
+    theta is fitted on finished replies only, and left out in the `paper` preset, whose steps end by the summarizer. Source: ours.
     """
     spec, episodes, scale = gate.spec, evidence.episodes, evidence.scale
     anchors = tuple(float(value) for value in scale.used_anchors) if scale.used_anchors is not None else None
@@ -373,10 +386,13 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
     is_dense_N = np.isin(episodes.steps_of(evidence.data.held_Q), dense)
     logits_NA = logits_of(gate, _float32_batches(evidence.data), evidence.data.held_Q)[is_dense_N].astype(np.float32)
     if scale.label_model is not None and scale.right_NA is not None:
+        witnesses = witnesses_of_steps(episodes, dense, spec)
+        if not (witnesses.answer_RA >= 0).any():
+            return spec, {}
         point, shares = fit_judged_point(
             spec,
             scale.label_model,
-            witnesses_of_steps(episodes, dense, spec),
+            witnesses,
             logits_NA,
             scale.right_NA[dense],
             alphas=options.alphas,
@@ -541,7 +557,7 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
     on_ray = options.workers != 0
     with context.open_ray() if on_ray else nullcontext():
         training_set = prepare_training(options, start, manifests, on_ray=on_ray)
-        for line in (*tell_constant(training_set), *tell_trusted(training_set)):
+        for line in (*tell_outcomes(training_set), *tell_constant(training_set), *tell_trusted(training_set)):
             context.say(line)
         before = _progress_before(store, training_set.job)
         if before is not None:

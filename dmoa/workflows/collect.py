@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmoa import __version__
 from dmoa.config import Config
@@ -30,8 +31,8 @@ from dmoa.storage import write_whole
 from dmoa.swarm import limits_for
 from dmoa.training.collect import CollectedQueries
 from dmoa.training.options import RolloutOptions, Weighted, share_out
-from dmoa.training.queries import read_queries, sample_queries, take_turns
-from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo
+from dmoa.training.queries import names_two_texts, read_queries, sample_queries, take_turns
+from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo, part_paths
 from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.backends import fetch_models
 from dmoa.workflows.console import Bars
@@ -93,11 +94,7 @@ def prepare_queries(options: RolloutOptions, say: Callable[[str], None]) -> Coll
         quotas = [*shared]
         if sum(shared) < options.limit:
             say(f"note: the sources hold {sum(shared)} queries, fewer than the {options.limit} of --limit")
-    seen: set[str] = set()
-    taken: list[list[Asked]] = []
-    for source, quota in zip(found, quotas, strict=True):
-        taken.append([asked for asked in source.take(quota) if asked[0].query_id not in seen])
-        seen.update(query.query_id for query, _ in taken[-1])
+    taken = _distinct((source.name, source.take(quota)) for source, quota in zip(found, quotas, strict=True))
     if options.labels is not None:
         _write_labels(options.labels, taken)
     sources = [
@@ -105,6 +102,19 @@ def prepare_queries(options: RolloutOptions, say: Callable[[str], None]) -> Coll
         for source, those in zip(found, taken, strict=True)
     ]
     return CollectedQueries(queries=[query for query, _ in take_turns(taken)], sources=sources)
+
+
+def _distinct(sources: Iterable[tuple[str, list[Asked]]]) -> list[list[Asked]]:
+    """Return what each source gives that none before it gave. Raises ConfigError for an id that names two texts."""
+    text_of: dict[str, str] = {}
+    taken = []
+    for name, given in sources:
+        for query, _ in given:
+            if text_of.get(query.query_id, query.text) != query.text:
+                raise names_two_texts(query.query_id, f"{name}, and a source before it")
+        taken.append([asked for asked in given if asked[0].query_id not in text_of])
+        text_of.update((query.query_id, query.text) for query, _ in given)
+    return taken
 
 
 def _expanded(sources: tuple[Weighted, ...]) -> dict[str, float]:
@@ -125,10 +135,29 @@ def _own(source: Weighted, options: RolloutOptions, say: Callable[[str], None]) 
     return _Source(
         name=path.name,
         weight=source.weight,
-        origin={str(file): hash_file(file) for file in (replies_files(path) if path.is_dir() else [path])},
+        origin=_origin(path),
         size=len(found.queries),
         take=lambda limit: [(query, None) for query in sample_queries(found.queries, limit, options.seed, _QUERY_ID)],
     )
+
+
+def _origin(path: Path) -> dict[str, str]:
+    return {str(file): hash_file(file) for file in (replies_files(path) if path.is_dir() else [path])}
+
+
+def check_unchanged(options: RolloutOptions, before: Manifest) -> None:
+    """Raise ConfigError for a file of queries that is no longer what a collection was begun with; one that is gone is not missed.
+
+    The collection has its queries in a file of its own, so that those of a changed file would never be asked.
+    """
+    for source, begun in zip(options.queries, before.sources, strict=False):
+        path = Path(source.name)
+        changed = sorted(set(_origin(path).items()) ^ set(begun.origin.items())) if path.exists() else []
+        if changed:
+            raise ConfigError(
+                f"--queries: {changed[0][0]!r} has changed since the collection in {str(options.out)!r} was begun; restore it, "
+                "or collect into another folder"
+            )
 
 
 def _benchmark(name: str, weight: float, options: RolloutOptions, say: Callable[[str], None]) -> _Source:
@@ -243,6 +272,7 @@ def build_collection(options: RolloutOptions, config: Config, common: Common, ba
         folder=RolloutFolder(options.out.absolute()),
         manifest=manifest,
         prepare=partial(prepare_queries, options, common.say),
+        recheck=partial(check_unchanged, options),
         asking=RolloutAsking(
             seed=options.seed, round=options.round, limits=limits, preset=preset, fingerprint=manifest.pool_fingerprint
         ),
@@ -350,20 +380,30 @@ _BINS, _MAX_NATS = 30, 3.0
 
 
 def _log_samples(tracker: Tracker, folder: RolloutFolder) -> None:
-    """Log a table of the first rows, and how the replies of each agent are spread over mean entropy in nats per token."""
+    """Log a table of the first rows, and how the replies of each agent are spread over mean entropy in nats per token.
+
+    Part by part: texts are read of the first rows alone.
+    """
     import numpy as np
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    rows = [
-        row for path in sorted(folder.parts.glob("*.parquet")) for row in pq.read_table(path, columns=list(_SAMPLES)).to_pylist()
-    ]
-    tracker.table("samples", _SAMPLES, [[row[name] for name in _SAMPLES] for row in rows[:_MAX_SAMPLES]])
-    for agent in sorted({row["agent"] for row in rows}):
-        own = [row for row in rows if row["agent"] == agent and row["entropy_tokens"]]
-        sums = np.array([row["entropy_sum_nats"] for row in own], dtype=float)  # NaN where it is not known
-        means = (sums / np.array([row["entropy_tokens"] for row in own], dtype=float))[np.isfinite(sums)]
-        counts, edges = np.histogram(np.clip(means, 0.0, _MAX_NATS), _BINS, (0.0, _MAX_NATS))
-        tracker.histogram(f"entropy/{agent}", counts.tolist(), edges.tolist())
+    rows: list[dict[str, Any]] = []
+    counts: dict[str, Any] = {}
+    edges = np.linspace(0.0, _MAX_NATS, _BINS + 1)
+    for path in part_paths(folder.root):
+        with pq.ParquetFile(path) as file:
+            for batch in islice(file.iter_batches(_MAX_SAMPLES, columns=list(_SAMPLES)), len(rows) < _MAX_SAMPLES):
+                rows += batch.slice(0, _MAX_SAMPLES - len(rows)).to_pylist()
+            part = file.read(columns=["agent", "entropy_sum_nats", "entropy_tokens"])
+        for agent in part["agent"].unique().to_pylist():
+            own = part.filter(pc.and_(pc.equal(part["agent"], agent), pc.greater(part["entropy_tokens"], 0)))
+            means = own["entropy_sum_nats"].to_numpy() / own["entropy_tokens"].to_numpy()
+            known = np.clip(means[np.isfinite(means)], 0.0, _MAX_NATS)  # NaN where it is not known
+            counts[agent] = counts.get(agent, 0) + np.histogram(known, edges)[0]
+    tracker.table("samples", _SAMPLES, [[row[name] for name in _SAMPLES] for row in rows])
+    for agent in sorted(counts):
+        tracker.histogram(f"entropy/{agent}", counts[agent].tolist(), edges.tolist())
 
 
 def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) -> None:
@@ -373,6 +413,8 @@ def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) ->
     """
     from dmoa import tracking
 
+    if options.track == "none":
+        return
     name = folder.root.name
     counts = {f"rollouts/{key}": float(value) for key, value in manifest.counts.model_dump().items()}
     if tracking.is_logged(folder.root, "log", metrics=counts, step=manifest.round):

@@ -93,7 +93,7 @@ def of_run(folder: Path, *, is_dpo: bool) -> Iterator[Record]:
                     continue
                 if score.value == 0.0 and score.is_scored:
                     wrong.append(answer)
-                elif score.value == 1.0 and not adversaries.intersection(*answer.active[-1:]):
+                elif score.value == 1.0 and adversaries.isdisjoint(chain.from_iterable(answer.active)):
                     right.append(answer)
             about = {"row_id": task.row_id, "split": run.split}
             for line in right if not is_dpo else ():

@@ -6,7 +6,7 @@ Every round is a folder of rollouts and one of training; a job that was stopped 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import goes_on
 
 if TYPE_CHECKING:
+    from dmoa.training.options import TrainOptions
     from dmoa.training.trainer import TrainResult
 
 _SET_HERE = ("out", "round", "rollouts", "start_from", "address")
@@ -61,7 +62,7 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
 
 
 def _rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
-    from dmoa.training.options import RolloutOptions, TrainOptions
+    from dmoa.training.options import RolloutOptions
     from dmoa.workflows.collect import run_rollouts
     from dmoa.workflows.evaluate import opened_ray
     from dmoa.workflows.train import run_train
@@ -75,13 +76,22 @@ def _rounds(options: RoundsOptions, config: Config, common: Common, command: str
             values = {**options.rollouts, "out": folder / "rollouts", "round": number}
             if number == 0:
                 values |= {"epsilon": None, "dense": True}
-            run_rollouts(RolloutOptions.parse(values), _with_gate(config, result), common, command)
+            config = _with_gate(config, result)
+            run_rollouts(RolloutOptions.parse(values), config, common, command)
             collected.append(folder / "rollouts")
-            training = {**options.train, "rollouts": tuple(collected), "out": folder / "gate"}
-            training |= {} if result is None else {"start_from": result.checkpoint}
-            result = run_train(TrainOptions.parse(training), config, common, command)
+            result = run_train(training_of(options, config, collected, folder / "gate"), config, common, command)
     assert result is not None
     return result
+
+
+def training_of(options: RoundsOptions, config: Config, collected: Sequence[Path], out: Path) -> TrainOptions:
+    """Return the options of a round's training, which begins with the gate of `config`, untrained weights where it has none."""
+    from dmoa.training.options import TrainOptions
+
+    values = {**options.train, "rollouts": tuple(collected), "out": out}
+    if config.gate.checkpoint is not None:
+        values["start_from"] = config.gate.checkpoint
+    return TrainOptions.parse(values)
 
 
 def _with_gate(config: Config, result: TrainResult | None) -> Config:

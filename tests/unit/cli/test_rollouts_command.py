@@ -18,7 +18,8 @@ from dmoa.evaluation.registry import SUITES
 from dmoa.testing import scripted_pool
 from dmoa.training.collect import width
 from dmoa.training.options import RolloutOptions
-from dmoa.workflows.collect import build_collection, prepare_queries, read_labels, track
+from dmoa.training.rollouts import part_paths
+from dmoa.workflows.collect import build_collection, check_unchanged, prepare_queries, read_labels, track
 from dmoa.workflows.console import Bars, Common
 from tests.unit.training.rollout_samples import manifest, rows, write_rollouts
 
@@ -152,3 +153,41 @@ def test_the_jobs_file_is_read_and_its_mistakes_are_named(
             collect_rollouts_job()
         assert ended.value.code == 2
         assert re.search(message, capsys.readouterr().err)
+
+
+def own(path: Path, *texts: str) -> str:
+    path.write_text("".join(f'{{"query": "{text}", "query_id": {at}}}\n' for at, text in enumerate(texts)), encoding="utf-8")
+    return str(path)
+
+
+def test_an_id_that_two_files_give_to_different_texts_is_refused_and_the_same_query_is_asked_once(tmp_path: Path) -> None:
+    files = [own(tmp_path / "one.jsonl", "One?", "Two?"), own(tmp_path / "two.jsonl", "One?", "Two?", "Three?")]
+    options = RolloutOptions.parse({"out": tmp_path / "o", "queries": files})
+    prepared = prepare_queries(options, quiet)
+    assert sorted(query.text for query in prepared.queries) == ["One?", "Three?", "Two?"]
+    assert [source.queries for source in prepared.sources] == [2, 1]
+    own(tmp_path / "two.jsonl", "One?", "Another?")
+    with pytest.raises(ConfigError, match=r"two\.jsonl, and a source before it: query_id '1' names two texts; give each query"):
+        prepare_queries(options, quiet)
+
+
+def test_a_collection_goes_on_only_with_the_files_that_it_was_begun_with(tmp_path: Path) -> None:
+    options = RolloutOptions.parse(
+        {"out": tmp_path / "o", "queries": [own(tmp_path / "one.jsonl", "One?")], "benchmarks": "arith:1"}
+    )
+    before = manifest(sources=[source.model_dump() for source in prepare_queries(options, quiet).sources])
+    check_unchanged(options, before)
+    own(tmp_path / "one.jsonl", "One?", "Two?")
+    with pytest.raises(
+        ConfigError, match=r"--queries: '.*one\.jsonl' has changed since the collection in '.*o' was begun; restore"
+    ):
+        check_unchanged(options, before)
+    (tmp_path / "one.jsonl").unlink()  # what was asked lies in the collection
+    check_unchanged(options, before)
+
+
+def test_nothing_of_a_collection_is_read_where_nothing_is_logged(tmp_path: Path) -> None:
+    folder = write_rollouts(tmp_path / "collection", [rows(0)])
+    part_paths(folder.root)[0].write_bytes(b"not read")
+    track(manifest(), folder, RolloutOptions.parse({"out": folder.root, "benchmarks": "arith", "track": "none"}))
+    assert not (folder.root / "metrics.jsonl").exists()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dmoa.core.label_model import LabelModel, _two_kinds, fit_label_model
+from dmoa.core.label_model import LabelModel, _disputed, _start, _two_kinds, fit_label_model
 from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, Truth, held_open, nodes, truth_posterior, unbacked
 from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, disputes, witnesses_of
@@ -139,6 +139,19 @@ def test_a_dispute_is_left_open_until_outcomes_settle_it() -> None:
     outcome[:5, :3] = (np.nan, 1.0, np.nan)  # of one of the pair alone, for it
     other = fit_label_model(replace(given, outcome_RA=outcome), seed=0)
     assert other.right_probability(given)[home == 0, 1].mean() > 0.8
+
+
+def test_where_two_pairs_are_disputed_in_one_row_their_sides_share_it() -> None:
+    """Three camps: agents 0 and 1, agents 2 and 3, agent 4; the pairs are refuted most often by the same one."""
+    answer = np.array([[0, 0, 1, 1, 2]] * 8 + [[0, 0, 1, 2, 3]] * 4 + [[0, 1, 2, 3, 4]] * 12)
+    doubt = np.where(np.arange(24)[:, None] < 12, np.full(5, -4.0), 2.0)
+    doubt[6:8, :2], doubt[8:12, 2:4] = 2.0, 2.0
+    given = witnesses(answer, doubt=doubt)
+    _, side = _disputed(_start(given, 1, 1.5, 0), given)
+    np.testing.assert_allclose(side[:6], [[1 / 3, 1 / 3, 1 / 3, 0, 0, 0]] * 6)
+    assert side[6:8].tolist() == [[0.0, 0.5, 0.5, 0, 0, 0]] * 2
+    assert side[8:12].tolist() == [[0.5, 0, 0, 0.5, 0, 0]] * 4
+    assert not side[12:].any()
 
 
 def test_no_answer_is_wrong_and_not_asked_says_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ import torch
 
 from dmoa import checkpoint
 from dmoa.config import Config
-from dmoa.core.gate import Gate
+from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.testing import AGENTS, domain_rows, write_rollouts
 from dmoa.testing import CONTEXT_DIM as DIM
 from dmoa.testing import scripted_pool as pool
-from dmoa.training.ablations import ABLATIONS, as_paper, train_ablation, without_summary
-from dmoa.training.rollouts import read_manifest, read_table
+from dmoa.training.ablations import ABLATIONS, _changed, as_paper, train_ablation, without_summary, write_changed
+from dmoa.training.rollouts import RolloutFolder, RolloutQuery, read_manifest, read_table
 from tests.unit.training.in_process import AROUND
 
 
@@ -98,3 +99,27 @@ def test_an_ablation_that_is_there_is_taken(rollouts: Path, config: Config, tmp_
     assert (tmp_path / "shuffled-across" / "rollouts" / "rollouts.json").stat().st_mtime_ns == written
     assert torch.equal(first.weight_ih, again.weight_ih)
     assert read_manifest(tmp_path / "shuffled-across" / "rollouts").agents == list(AGENTS)
+
+
+@pytest.mark.parametrize(("core", "head"), [("linear", "linear"), ("linear", "profile"), ("mlp", "linear"), ("reset", "linear")])
+def test_gates_of_every_core_can_be_blinded(core: str, head: str) -> None:
+    embedding = np.eye(3, DIM, dtype=np.float32)
+    base = pool(gate=f"{{hidden: 16, core: {core}, head: {head}, activation: {{max_agents: 2}}}}").gate
+    spec = GateSpec.from_config(base, AGENTS)
+    gate = _changed(init_gate(spec, seed=3, profile_AD=torch.from_numpy(embedding)), ABLATIONS["no-summary"])
+    x_BX = torch.ones(2, spec.input_dim)
+    x_BX[1, DIM : 2 * DIM] += 5.0
+    with torch.no_grad():
+        logits_BA = gate(x_BX, torch.zeros(2, spec.hidden)).logits_BA
+    assert logits_BA[0].any()
+    assert torch.equal(logits_BA[0], logits_BA[1])
+
+
+def test_changed_rollouts_ask_the_same(rollouts: Path, tmp_path: Path) -> None:
+    """Answers are read by the form of what was asked."""
+    source = tmp_path / "source"
+    shutil.copytree(rollouts, source)
+    query = RolloutQuery(query_id="q000", source="s", split="train", text="Why?\u2028")
+    RolloutFolder(source).queries.write_text(query.model_dump_json() + "\n", encoding="utf-8")
+    write_changed(source, tmp_path / "changed", without_summary, seed=0)
+    assert RolloutFolder(tmp_path / "changed").queries.read_bytes() == RolloutFolder(source).queries.read_bytes()

@@ -15,7 +15,7 @@ from dmoa.core.gate import Gate, init_gate
 from dmoa.core.label_model import MIN_ROWS, LabelModel
 from dmoa.core.losses import LossSums
 from dmoa.core.scores import CONSTANT_PENALTY
-from dmoa.feedback import Feedback
+from dmoa.feedback import MARK, Feedback
 from dmoa.training.adapt import Adapter, Lesson, episodes_of
 from dmoa.training.dataset import Episodes
 from dmoa.training.distributed import GlobalLoss, Shared, SingleWorker, WorkerGroup
@@ -347,3 +347,25 @@ def test_a_score_that_reads_no_outcomes_counts_none(start: tuple[Gate, Checkpoin
     adapter.learn([dataclasses.replace(lesson(2, 0), outcomes={"three": 1.0})])
     assert (adapter.used, adapter.outcomes) == (1, 0)
     assert (adapter.candidate()[1].trained_on or {})["supervision"] == "none"
+
+
+def test_traffic_teaches_without_entropies_and_without_lengths() -> None:
+    gate, _ = judging()
+    base = without_entropies(0, 1)
+    found = episodes_of(dataclasses.replace(base, query_id=f"{MARK}{base.query_id}"), gate.spec)
+    assert isinstance(found, Episodes)
+    assert found.said is not None
+    assert np.isnan(found.said.length_NA).all()
+
+
+def test_a_shift_to_replies_without_answers_refits_nothing() -> None:
+    gate, record = judging()
+    adapter = Adapter(gate, record, None, AdaptSettings(), SingleWorker(CPU))
+    prose = "It happens since light scatters.\n\nShorter waves scatter more than longer ones do.\n\nI hope this helps, {}!"
+    for number in range(10):
+        base = lesson(2, number)
+        step = base.answer.steps[0]
+        replies = tuple(dataclasses.replace(one, text=prose.format(one.agent)) for one in step.replies)
+        answer = dataclasses.replace(base.answer, steps=(dataclasses.replace(step, replies=replies),))
+        assert not adapter.learn([dataclasses.replace(base, answer=answer)], shift=True).refitted
+    assert adapter.candidate()[0].label_model is gate.label_model

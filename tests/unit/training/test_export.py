@@ -112,6 +112,12 @@ def test_what_an_adversary_had_a_part_in_is_never_chosen(tmp_path: Path) -> None
     assert (pair["dmoa"]["chosen"]["policy"], pair["dmoa"]["rejected"]["policy"]) == ("single", "moa")
 
 
+def test_what_an_adversary_said_in_an_earlier_step_counts(tmp_path: Path) -> None:
+    answers = {"moa": {"active": (("adder", "echo"), ("adder",))}, "single": {"active": (("adder",), ("adder",))}}
+    run = run_of(tmp_path, answers, {"moa": 1.0, "single": 1.0}, options={"adversaries": 1, "kind": "verbose"})
+    assert [line["messages"][-1]["content"] for line in lines(tmp_path, format="sft", run=str(run))] == ["single says"]
+
+
 def test_what_was_right_in_some_repeats_only_is_rejected_by_nobody(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"dmoa": {}, "moa": {}, "dense": {}}, {"dmoa": 1.0, "moa": 0.5, "dense": 0.0}, repeats=2)
     (pair,) = lines(tmp_path, format="dpo", run=str(run))

@@ -14,13 +14,15 @@ import pytest
 
 from dmoa import checkpoint
 from dmoa.agents.embedder import HashEncoder
+from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.core.gate import Gate, init_gate
 from dmoa.core.in_step import judge
 from dmoa.core.label_model import fit_label_model
 from dmoa.core.scores import posterior_scores
-from dmoa.core.witnesses import Witnesses, usual_doubts
+from dmoa.core.witnesses import NO_ANSWER, Witnesses, usual_doubts
 from dmoa.errors import CheckpointError, ConfigError
+from dmoa.feedback import MARK
 from dmoa.replay import replay_routing
 from dmoa.swarm import Swarm
 from dmoa.testing import (
@@ -36,10 +38,13 @@ from dmoa.testing import (
     write_rollouts,
 )
 from dmoa.trace import Trace, read_traces, trace_of, write_traces
-from dmoa.training.dataset import EpisodeBuilder, Episodes
+from dmoa.training.dataset import EpisodeBuilder, Episodes, read_episodes
 from dmoa.training.judging import competence_bias, fit_judge, judged, learnt, witnesses_of_steps
 from dmoa.training.objective import Scale, Split, build_data
-from dmoa.training.trainer import FittedTargets, _credit_competence
+from dmoa.training.options import TrainOptions
+from dmoa.training.rollouts import RolloutFolder, RolloutQuery
+from dmoa.training.state import StateStore
+from dmoa.training.trainer import FittedTargets, TrainContext, _credit_competence, fit_spec, run_training
 from dmoa.types import Answer, Limits, Query, supervision_of
 from tests.unit.core.test_label_model import by_hand
 from tests.unit.training.in_process import train
@@ -95,7 +100,7 @@ def episodes_of(lines: list[dict[str, Any]], asked: Mapping[tuple[str, int], str
     from dmoa.training.dataset import COLUMNS
     from dmoa.training.rollouts import LATER_COLUMNS, SCHEMA
 
-    builder = EpisodeBuilder(AGENTS, 2 * CONTEXT_DIM + 4, has_feedback=True, asked=asked or {})
+    builder = EpisodeBuilder(AGENTS, 2 * CONTEXT_DIM + 4, has_feedback=True, asked=[asked or {}])
     columns = {name: pa.array([(LATER_COLUMNS | line)[name] for line in lines], SCHEMA.field(name).type) for name in COLUMNS}
     builder.add(pa.table(columns), 0)
     return builder.build()
@@ -390,3 +395,62 @@ def test_outcomes_decide_where_nobody_agrees_and_the_gate_says_so(tmp_path: Path
     (tmp_path / "strange.jsonl").write_text('{"query_id": "elsewhere", "reward": 1}', encoding="utf-8")
     with pytest.raises(ConfigError, match="--outcomes: none of 1 outcomes is of a query and an agent of these rollouts"):
         train(tmp_path / "none", folder, pool(), outcomes=tmp_path / "strange.jsonl")
+
+
+def test_an_outcome_that_is_of_two_folders_counts_once_and_what_matched_is_told(tmp_path: Path) -> None:
+    first, second = (write_rollouts(tmp_path / f"r{number}", rows(24), pool(), round=number) for number in (0, 1))
+    known = [{"query_id": f"{name}{number:03d}", "agent": "good", "reward": 1} for name in ("q", "z") for number in range(5)]
+    (tmp_path / "outcomes.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in known), encoding="utf-8")
+    lines: list[str] = []
+    values = {"outcomes": tmp_path / "outcomes.jsonl", "rollouts": f"{first},{second}", "out": tmp_path / "gate", "epochs": 1}
+    context = TrainContext(say=lines.append)
+    told = run_training(TrainOptions.parse({**values, "workers": 0, "track": "none"}), pool(), context)
+    assert told.record.supervision == "outcomes(5)"
+    assert any(line.startswith("5 of 10 outcomes are of these rollouts; the others are of other queries") for line in lines)
+
+
+def test_two_folders_may_ask_different_things_by_one_name(tmp_path: Path) -> None:
+    lines = rows(1)
+    for line, text in zip(lines, ("Answer: 'a'", "Answer: 'A'", 'Answer: "a"'), strict=True):
+        line["text"] = text
+    folders = []
+    for name, asked in (("code", "assert f(1) == ??"), ("letters", "Which letter?")):
+        folder = RolloutFolder(write_rollouts(tmp_path / name, lines, pool()))
+        query = RolloutQuery(query_id="q000", source="s", split="train", text=asked)
+        folder.queries.write_text(query.model_dump_json() + "\n", encoding="utf-8")
+        folders.append(folder.root)
+    said_ = read_episodes(folders, Gate(replace_spec()).spec, fingerprint(pool()), on_ray=False).said
+    assert said_ is not None
+    assert said_.answer_NA.tolist() == [[0, 1, 0], [0, 0, 0]]
+
+
+def test_lengths_are_not_known_in_traffic() -> None:
+    """A reply's text is a token of its answer there."""
+    episodes = episodes_of([line | {"query_id": f"{MARK}{line['query_id']}"} for line in rows(3)])
+    witnesses = witnesses_of_steps(episodes, np.arange(3), Gate(replace_spec()).spec)
+    assert np.isnan(witnesses.length_RA).all()
+    assert (witnesses.answer_RA == [0, 0, 1]).all()
+
+
+def test_replies_without_answers_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    prose = "It happens since light scatters.\n\nShorter waves scatter more than longer ones do.\n\nI hope this helps you, {}!"
+    lines = [line | {"text": prose.format(line["agent"])} for line in rows(24)]
+    folder = write_rollouts(tmp_path / "prose", lines, pool())
+    with pytest.raises(ConfigError, match=r"no answer can be read from these replies: in 0 of \d+ steps .*use --score anchored"):
+        train(tmp_path / "gate", folder, pool())
+    assert StateStore(str(tmp_path / "gate" / "state")).read_progress() is None
+    assert train(tmp_path / "anchored", folder, pool(), score="anchored", epochs=1).record.metrics["agents"] >= 1
+
+
+def test_held_back_replies_without_answers_leave_tau_and_theta() -> None:
+    episodes, spec = episodes_of(rows(24)), Gate(replace_spec()).spec
+    held_Q = np.arange(20, 24)
+    assert episodes.said is not None
+    answer_NA = np.where(np.isin(np.arange(24), held_Q)[:, None], NO_ANSWER, episodes.said.answer_NA)
+    episodes = replace(episodes, said=episodes.said._replace(answer_NA=answer_NA))
+    model = fit_judge(episodes, np.arange(20), spec, seed=0)
+    scale = judged(Scale(score="posterior", eta=1.0, anchors=None), model, episodes, spec)
+    data = build_data(episodes, Split(train_Q=np.arange(20), held_Q=held_Q), scale)
+    options = TrainOptions.parse({"rollouts": "r", "out": "o"})
+    fitted, metrics = fit_spec(init_gate(spec, seed=0), FittedTargets(episodes=episodes, data=data, scale=scale), options)
+    assert (fitted.mass, fitted.theta, metrics) == (spec.mass, spec.theta, {})

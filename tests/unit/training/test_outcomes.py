@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dmoa.errors import ConfigError
 from dmoa.testing import rollout_row
 from dmoa.training.outcomes import Credited, Outcome, credit_replies, read_outcomes, rollout_trace_id
+from dmoa.training.rollouts import LATER_COLUMNS
 
 AGENTS = ("one", "two", "three")
 
@@ -29,7 +30,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 
 
 def reply(query: str, agent: str, text: str, *, nats: float = 0.5, step: int = 0, **changes: Any) -> dict[str, Any]:
-    return rollout_row(query, step, agent, nats, np.zeros(2, np.float32), text=text, **changes)
+    return LATER_COLUMNS | rollout_row(query, step, agent, nats, np.zeros(2, np.float32), text=text, **changes)
 
 
 ROWS = table(
@@ -68,6 +69,19 @@ def test_the_final_answer_is_that_of_the_last_step() -> None:
         reply("q", "one", "The answer is 7.", step=1, is_selected=True),
     )
     assert credits(outcome(query_id="q"), rows=rows).credit == {("q", "one"): 1.0}
+
+
+def test_the_final_answer_is_the_one_that_was_given_where_it_was_kept() -> None:
+    """A trained gate's leading answer may be that of the less sure agent."""
+    trained = {"is_selected": True, "gate_version": "v1"}
+    texts = {"one": ("The answer is 4.", 0.9), "two": ("The answer is 5.", 0.1)}
+
+    def asked(**changes: Any) -> pa.Table:
+        return table(*(reply("q", name, text, nats=nats, **trained, **changes) for name, (text, nats) in texts.items()))
+
+    assert credits(outcome(query_id="q"), rows=asked(final_text="So it is 4.")).credit == {("q", "one"): 1.0}
+    found = credits(outcome(query_id="q"), outcome(query_id="q", agent="two"), rows=asked())
+    assert (found.credit, found.used, found.unknown) == ({("q", "two"): 1.0}, 1, 1)  # of a trained gate nobody can say
 
 
 def test_traces_are_found_and_repeated_outcomes_are_averaged() -> None:

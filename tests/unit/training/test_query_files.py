@@ -75,3 +75,32 @@ def test_messages_without_a_question_are_refused(messages: str, tmp_path: Path) 
     path.write_text(f'{{"messages": {messages}}}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="messages is None; expected a text"):
         texts(path)
+
+
+def test_a_csv_row_of_more_values_than_names_is_refused_or_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text('query\nWhat is 1?\nWhich is largest, 1 or 2?\n"Which, 3 or 4?"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 3: 2 values, the header names 1; quote a text that holds commas"):
+        texts(path)
+    found = read_queries(path, skip_bad_rows=True)
+    assert ([query.text for query in found.queries], found.num_bad) == (["What is 1?", "Which, 3 or 4?"], 1)
+    path.write_text("query,lang\nWhich is larger, 3 or 4?,en\nShort\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 2: 3 values, the header names 2"):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("true", "query_id is True; expected a text or a whole number"),
+        ("[1]", "query_id is \\[1\\]; expected"),
+        ('"\\ud800"', "'utf-8' codec can't encode"),
+    ],
+)
+def test_what_is_no_id_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(f'{{"query": "a", "query_id": {name}}}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"line 1: {said}"):
+        read_queries(path)
+    path.write_text('{"query": "a", "query_id": null}\n{"query": "b", "query_id": ""}\n', encoding="utf-8")
+    assert [query.query_id[:8] for query in read_queries(path).queries] == ["queries/"] * 2

@@ -47,6 +47,7 @@ COLUMNS = {
     "seed": "int64",
     "pool_fingerprint": "string",
     "schema_version": "int64",
+    "final_text": "string",
 }
 """The contract: no column is renamed or removed."""
 
@@ -119,7 +120,9 @@ def test_measures_are_the_replys_and_the_rest_the_querys() -> None:
         "seed": 5,
         "pool_fingerprint": POOL,
         "schema_version": 1,
+        "final_text": "",
     }
+    assert {row["final_text"] for row in by_agent(0).values()} == {"It is 19."}  # what the query was answered with, once a query
     assert (by_agent(1)["echo"]["finish_reason"], by_agent(1)["dead"]["entropy_tokens"]) == ("length", 0)
 
 
