@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ def _recorded_places(config: Config) -> dict[Path, dict[str, list[str]]]:
     for agent in config.agents:
         options = config.llms[agent.llm].options
         if isinstance(options, RecordedOptions):
-            named = found.setdefault(Path(options.replies).expanduser(), {})
+            named = found.setdefault(Path(options.replies), {})
             named.setdefault(agent_name(options.names.get(agent.name, agent.name)), []).append(agent.name)
     return found
 
@@ -112,6 +112,8 @@ def common_queries(places: Mapping[Path, Mapping[str, list[str]]], limit: int, s
             names.setdefault(reply.keys[0], reply.query_id or "")
     if not names:
         raise ConfigError("engine_kwargs.replies: no reply has the text of its query; name a file of queries with --queries")
+    texts_of = Counter(names.values())
+    names = {key: name if texts_of[name] == 1 else "" for key, name in names.items()}  # an id of two texts names neither
     by_count: defaultdict[int, list[str]] = defaultdict(list)
     for key, name in names.items():
         by_count[len(replied[key] | (replied.get(f"id:{name}") or set()))].append(key)
@@ -120,11 +122,7 @@ def common_queries(places: Mapping[Path, Mapping[str, list[str]]], limit: int, s
         chosen += sample_queries(by_count[count], limit - len(chosen), seed, lambda key: names[key] or key)
     wanted = {*chosen}
     texts = {reply.keys[0]: reply.query for reply, _ in _recorded(places) if reply.keys[0] in wanted}
-    given = [names[key] for key in chosen]
-    lines = [
-        {"query": str(texts[key])} | ({"query_id": name} if name and given.count(name) == 1 else {})
-        for key, name in zip(chosen, given, strict=True)
-    ]
+    lines = [{"query": str(texts[key])} | ({"query_id": names[key]} if names[key] else {}) for key in chosen]
     everybody = sum(len(agents) for named in places.values() for agents in named.values())
     return lines, sum(key in wanted for key in by_count.get(everybody, ()))
 
