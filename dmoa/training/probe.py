@@ -28,6 +28,8 @@ _ENOUGH_INTERACTION = 0.05
 """Share of Var(log PE) below which differences between agents are noise. Role prompts on one small model stay below 0.01."""
 _FEWEST = 4
 """Queries with an entropy of every agent that entropies are compared on at the least."""
+_NO_VARIANCE = 1e-12
+"""Of log PE: what is left of entropies that are all the same, since a mean is rounded."""
 _FAVOURITE = 0.9
 _SAME_TEXT = 0.8
 _ROUNDS = 1000
@@ -199,7 +201,7 @@ def variance_shares(log_RA: Floats) -> tuple[float, float, float]:
     """Return the shares of Var(log PE) of rows, of agents, and of their interaction (two-way layout, one reply a cell)."""
     centred_RA = log_RA - log_RA.mean()
     total = float((centred_RA**2).mean())
-    if total == 0.0:
+    if total < _NO_VARIANCE:
         return 0.0, 0.0, 0.0
     row_R1, agent_1A = centred_RA.mean(axis=1, keepdims=True), centred_RA.mean(axis=0, keepdims=True)
     rest_RA = centred_RA - row_R1 - agent_1A
@@ -234,6 +236,7 @@ def _agents(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_],
     """Return what was seen of each agent. `log_RA`: the rows `whole_R`, of which all entropies are known; there may be none."""
     said = [[None if text is None else text.strip() for text in row] for row in replies_of(sample)]
     ignoring = say_one_thing([[text or None for text in row] for row in said], _SAME_TEXT)  # an empty reply ignores nothing
+    surest_A = _surest(log_RA)
     found = []
     for index, (agent, ignores_input) in enumerate(zip(sample.agents, ignoring, strict=True)):
         entropy_R = sample.entropy_RA[whole_R if len(log_RA) else np.isfinite(sample.entropy_RA[:, index]), index]
@@ -242,7 +245,7 @@ def _agents(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_],
             AgentFinding(
                 agent=agent,
                 entropy_nats=float(entropy_R.mean()) if len(entropy_R) else None,
-                surest=float((log_RA.argmin(axis=1) == index).mean()) if len(log_RA) else None,
+                surest=float(surest_A[index]) if len(log_RA) else None,
                 row_spread=float(log_RA[:, index].std()) if len(log_RA) else None,
                 same_text=commonest([row[index] for row in said]),
                 ignores_input=ignores_input,
@@ -252,6 +255,13 @@ def _agents(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_],
             )
         )
     return found
+
+
+def _surest(log_RA: Floats) -> Floats:
+    """Return the share of rows on which each agent is the surest [A]; those that are as sure as each other share a row."""
+    is_least_RA = log_RA == log_RA.min(axis=1, keepdims=True)
+    share_A: Floats = (is_least_RA / is_least_RA.sum(axis=1, keepdims=True)).sum(axis=0) / max(1, len(log_RA))
+    return share_A
 
 
 def _judged(known: ProbeSample | None, index: int) -> tuple[float | None, float | None, list[str]]:

@@ -168,6 +168,8 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
     unread, disputed = _unread(sample.agents, whole), _disputed(sample.agents, model, witnesses)
     constant = [name for name in _constant(sample) if name not in unread]
     told = {*constant, *unread, *(name for pair in colluding for name in pair)}
+    agreed = int(_are_agreed(whole).sum())
+    seldom = _seldom_right(sample, model, witnesses, right_RA) if agreed >= _HARDLY * len(sample.texts) else []
     finding = AnswerFinding(
         signal=signal,
         is_trusted=is_trusted,
@@ -175,7 +177,7 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
         backed=backed,
         rows=len(sample.texts),
         readable=float((whole.answer_RA >= 0).sum() / max(1, whole.asked.sum())),
-        agreed=int(_are_agreed(whole).sum()),
+        agreed=agreed,
         replies={name: int(count) for name, count in zip(sample.agents, whole.asked.sum(axis=0), strict=True)},
         is_one_voice=is_one_voice,
         outcomes=outcomes,
@@ -186,7 +188,7 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
         disputed=[found for found in disputed if not {found.a, found.b} & {*constant}],
         unread=unread,
         constant=constant,
-        seldom_right=[name for name in _seldom_right(sample, model, witnesses, right_RA) if name not in told],
+        seldom_right=[name for name in seldom if name not in told],
         outcomes_to_settle=open_outcomes,
     )
     return finding, right_RA
@@ -469,14 +471,17 @@ def _why_not(found: AnswerFinding) -> str:
     """Return in words why agreement is not to be trusted."""
     if found.is_one_voice:
         return "all agents give the same answers to nearly all queries, right or wrong"
-    there, wanted = sum(found.replies.values()), found.rows * sum(count > 0 for count in found.replies.values())
+    heard = [name for name, count in found.replies.items() if count]
+    if len(heard) == 1:
+        return f"{heard[0]} alone replied"
+    there, wanted = sum(found.replies.values()), found.rows * len(heard)
     if there < ENOUGH_BACKED * wanted:
         return f"{wanted - there} of {wanted} replies are missing: ask all agents the same queries"
     if found.readable < _READABLE:
         return f"in {1 - found.readable:.0%} of the replies no answer can be read: they are cut off, empty or free text"
     if found.agreed < _HARDLY * found.rows:
         return "hardly ever do two give the same answer, and free text is not compared by meaning"
-    if sum(count > 0 and name not in found.unread for name, count in found.replies.items()) == 2:
+    if len({*heard} - {*found.unread}) == 2:
         return "where two agents differ nothing tells who is right"
     return "weak agents may err alike"
 

@@ -98,8 +98,9 @@ def settled_words(settled: Settled, *, outcomes: int, signal: Signal, is_trusted
         for judged in settled.agents
     )
     lines = [f"{outcomes} queries have outcomes; right by them: {seen}"]
+    expected = "was expected without outcomes: answers err" if settled.was_trusted else "was guessed without outcomes"
     lines += [
-        f"{judged.agent} is right on {judged.reward:.0%} where {judged.estimate:.0%} was expected without outcomes: answers err"
+        f"{judged.agent} is right on {judged.reward:.0%} where {judged.estimate:.0%} {expected}"
         for judged in settled.agents
         if judged.is_contradicted
     ]

@@ -77,7 +77,7 @@ def _recorded_queries(config: Config, out: Path, common: Common, options: ProbeO
         return None
     found, whole = common_queries(places, options.limit, options.seed)
     num_agents = sum(len(agents) for named in places.values() for agents in named.values())
-    common.say(f"asking {len(found)} recorded queries, {whole} of them with a reply of each of {num_agents} recorded agents")
+    common.say(f"asking {len(found)} of the recorded queries; all {num_agents} recorded agents replied to {whole} of them")
     try:
         write_whole(out / RECORDED, "".join(json.dumps(line) + "\n" for line in found))
     except OSError as error:

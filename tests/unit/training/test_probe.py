@@ -174,6 +174,14 @@ def test_fewer_queries_than_answers_take_are_told() -> None:
     assert report.reasons[-1] == "7 queries are too few for what answers tell; 8 are the least"
 
 
+def test_entropies_that_are_all_the_same_have_no_favourite() -> None:
+    report = probe_pool(sample(np.full((ROWS, 3), np.log(0.4))))
+    assert (report.row_share, report.agent_share, report.interaction_share) == (0.0, 0.0, 0.0)
+    assert [found.surest for found in report.agents] == pytest.approx([1 / 3] * 3)
+    assert (report.verdict, len(report.reasons)) == ("cannot", 1)
+    assert "interaction is 0.0% of Var(log PE)" in report.reasons[0]
+
+
 def test_empty_replies_do_not_ignore_their_input() -> None:
     report = probe_pool(sample(specialists(), texts=tuple(("", f"{row}", f"{row}") for row in range(ROWS))))
     assert (finding(report, "base").same_text, finding(report, "base").ignores_input) == (1.0, False)

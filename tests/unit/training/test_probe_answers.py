@@ -95,6 +95,9 @@ def test_outcomes_settle_it() -> None:
     finding = found(says, outcome_RA=outcome_RA)
     assert (finding.signal, finding.is_trusted, finding.outcomes, finding.outcomes_to_settle) == ("outcomes", True, 24, 0)
     assert finding.expected[0].agent == "b"
+    assert any(
+        line.startswith("b is right on 100% where ") and line.endswith("was guessed without outcomes") for line in finding.summary
+    )
 
 
 def test_outcomes_that_bear_out_the_answers_are_said_to() -> None:
@@ -121,6 +124,7 @@ def test_outcomes_that_speak_against_agreement_take_its_trust_away() -> None:
     assert after.settled is not None
     assert after.settled.contradicted == ["x", "y", "z", "alone"]
     assert after.expected[0].agent == "alone"
+    assert any(line.startswith("alone is right on 100% where ") and line.endswith("answers err") for line in after.summary)
     assert f"the best single agent is alone, not {before.expected[0].agent}" in after.summary
     assert any(line.startswith("they decide what can route the pool: outcomes, to be trusted") for line in after.summary)
 
@@ -253,6 +257,23 @@ def test_missing_replies_are_nobodys_one_answer() -> None:
     assert finding.competence["few"] > 0.6
     shown = {agent.agent: (agent.same_text, agent.ignores_input) for agent in probe_pool(sample(says, heard_RA=heard_RA)).agents}
     assert (shown["few"], shown["liar"]) == ((0.2, False), (1.0, True))
+
+
+def test_of_agents_that_hardly_ever_agree_none_is_called_wrong() -> None:
+    """Each is right at home alone, and `home3` has no entropies that could show it."""
+    kind_R = np.arange(ROWS) % 3
+    says = {f"home{k}": [str(row) if kind_R[row] == k else str(1000 * (k + 1) + row) for row in range(ROWS)] for k in range(3)}
+    entropy_RA = np.where(kind_R[:, None] == np.arange(3), 0.02, 1.0) + np.arange(ROWS)[:, None] / 1000
+    entropy_RA[:, 2] = np.nan
+    finding = found(says, entropy_RA=entropy_RA, embedding_RD=np.eye(3)[kind_R])
+    assert finding.agreed == 0
+    assert finding.seldom_right == []
+
+
+def test_one_agent_alone_that_replied_is_named() -> None:
+    heard_RA = np.zeros((ROWS, 4), dtype=bool)
+    heard_RA[:, 0] = True
+    assert told(GOOD, heard_RA).summary[0].endswith("; a alone replied")
 
 
 def test_one_answer_to_queries_that_nobody_else_was_asked_is_not_held_against_an_agent() -> None:
