@@ -672,7 +672,7 @@ def _find_engine_files(tree: dict[str, Any], folder: Path) -> None:
         given = llm.get("engine_kwargs") if isinstance(llm, dict) and llm.get("engine") == "recorded" else None
         if isinstance(given, dict) and isinstance(given.get("replies"), str):
             beside = folder / given["replies"]
-            given["replies"] = str((beside if beside.exists() else Path(given["replies"])).absolute())
+            given["replies"] = str((beside if beside.exists() else Path(given["replies"]).expanduser()).absolute())
 
 
 def summarizer_agent(config: Config) -> AgentConfig | None:

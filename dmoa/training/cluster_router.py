@@ -23,7 +23,8 @@ from dmoa.types import Price, TokenUsage
 
 MIN_ROWS = 4
 _PROBE_COLUMNS = (
-    "source", "context", "entropy_sum_nats", "entropy_tokens", "text", "status", "prompt_tokens", "completion_tokens",
+    "source", "context", "entropy_sum_nats", "entropy_tokens", "text", "status", "finish_reason", "prompt_tokens",
+    "completion_tokens",
 )  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
@@ -41,11 +42,12 @@ def sample_of(
     outcomes: Mapping[tuple[str, str], float] | None = None,
     prices: Mapping[str, Price] | None = None,
     agent_price: float = AGENT_PRICE,
+    asked: Mapping[str, str] | None = None,
 ) -> ProbeSample:
     """Return the sample of a table of rollouts; `values`: (query_id, agent) -> score, for queries with a known answer.
 
     `outcomes`: the same of what the user knows (`training/outcomes`). `prices`: of the tokens of agents, where they are known.
-    `agent_price`: as `gate.agent_price`.
+    `agent_price`: as `gate.agent_price`. `asked`: the text of each query, by its query_id, which tells the form of its answers.
 
     Raises ConfigError where fewer than four queries were asked of every agent.
     """
@@ -66,6 +68,8 @@ def sample_of(
         if values is None
         else np.array([[values.get((query, name), np.nan) for name in agents] for query in dense]),
         heard_RA=np.array([[cell["status"] == "ok" for cell in row] for row in rows]),
+        cut_RA=np.array([[cell["finish_reason"] == "length" for cell in row] for row in rows]),
+        asked=None if asked is None else tuple(asked.get(query, "") for query in dense),
         tokens_RA=np.array([[_tokens(cell) for cell in row] for row in rows]),
         price_RA=None
         if not prices
@@ -123,6 +127,10 @@ class ProbeSample:
     """Score of each reply, 0..1; NaN in rows without a known answer."""
     heard_RA: npt.NDArray[np.bool_] | None = None
     """Whether each agent contributed; None: all did."""
+    cut_RA: npt.NDArray[np.bool_] | None = None
+    """Whether each reply was cut off, and so holds no answer; None: none was."""
+    asked: tuple[str, ...] | None = None
+    """[R] text of each query, which tells the form of its answers; None: not known."""
     tokens_RA: Floats | None = None
     """Prompt and completion tokens of each reply; NaN where there is none. None: not known."""
     price_RA: Floats | None = None
@@ -131,6 +139,11 @@ class ProbeSample:
     """Rewards that the user handed over, 0..1; NaN where there are none. None: there are none at all."""
     agent_price: float = AGENT_PRICE
     """What one more agent must be worth (`gate.agent_price`)."""
+
+    @property
+    def replied(self) -> npt.NDArray[np.bool_]:
+        """Return which agents contributed."""
+        return np.ones(self.entropy_RA.shape, dtype=np.bool_) if self.heard_RA is None else self.heard_RA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

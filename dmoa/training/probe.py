@@ -15,16 +15,21 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest, rankdata
 
+from dmoa.core.label_model import MIN_ROWS
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
 from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
-from dmoa.training.probe_answers import AnswerFinding, probe_answers
+from dmoa.training.probe_answers import AnswerFinding, commonest, probe_answers, replies_of, say_one_thing
 
 Verdict = Literal["can", "cannot", "audit"]
 AUDIT_ROWS = 30
 """Rows with known answers that tell an agent of 50 % from one of 80 % nineteen times out of twenty."""
 _ENOUGH_INTERACTION = 0.05
 """Share of Var(log PE) below which differences between agents are noise. Role prompts on one small model stay below 0.01."""
+_FEWEST = 4
+"""Queries with an entropy of every agent that entropies are compared on at the least."""
+_NO_VARIANCE = 1e-12
+"""Of log PE: what is left of entropies that are all the same, since a mean is rounded."""
 _FAVOURITE = 0.9
 _SAME_TEXT = 0.8
 _ROUNDS = 1000
@@ -49,9 +54,9 @@ class AgentFinding(_Record):
     row_spread: float | None
     """Standard deviation over rows of its log PE."""
     same_text: float
-    """Share of rows with its commonest reply."""
+    """Share of its replies that are its commonest one."""
     ignores_input: bool
-    """It says the same to most rows, while others do not."""
+    """It says the same to most rows, while another that replied to them does not."""
     accuracy: float | None = None
     """On the rows with known answers."""
     auroc: float | None = None
@@ -104,24 +109,28 @@ class ProbeReport(_Record):
 def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: int = 0) -> ProbeReport:
     """Return the report of a sample; `known` is another of the same agents, of rows with known answers.
 
-    Raises ConfigError for fewer than two agents, or fewer than four rows that all of them replied to.
+    Entropies are compared on rows where all agents have one; where these are too few, what answers tell is reported alone.
+
+    Raises ConfigError for fewer than two agents, and where nobody replied or nothing is known of anybody.
     """
-    if not np.isfinite(sample.entropy_RA).any() and sample.heard_RA is not None and sample.heard_RA.any():
-        return _without_entropies(sample, seed)
+    if len(sample.agents) < 2:
+        raise one_agent(sample.agents[0])
     log_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
     whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
-    if whole_R.sum() < 4 or len(sample.agents) < 2:
+    if whole_R.sum() < _FEWEST and sample.heard_RA is not None and sample.heard_RA.any():
+        return _without_entropies(sample, known, int(whole_R.sum()), seed)
+    if whole_R.sum() < _FEWEST:
         silent = [name for name, is_heard in zip(sample.agents, np.isfinite(log_RA).any(axis=0), strict=True) if not is_heard]
         advice = f"{', '.join(silent)}: no reply with an entropy to any query; mend that, or take it out of the pool"
         raise ConfigError(
-            f"probe: {whole_R.sum()} queries that all of {len(sample.agents)} agents replied to; four and two is the least; "
-            f"{advice if silent else 'give more queries, or a pool of agents'}"
+            f"probe: {whole_R.sum()} queries that all of {len(sample.agents)} agents replied to; {_FEWEST} is the least; "
+            f"{advice if silent else 'give more queries'}"
         )
     log_RA = log_RA[whole_R]
     shares = variance_shares(log_RA)
     low, high = _interval(log_RA, seed)
     choices, gain = _untrained(log_RA, np.asarray(sample.embedding_RD)[whole_R], sample.agents, seed)
-    findings = [_agent(sample, log_RA, whole_R, known, index) for index in range(len(sample.agents))]
+    findings = _agents(sample, log_RA, whole_R, known)
     verdict, reasons = _verdict(shares[2], low, findings, gain)
     return ProbeReport(
         rows=len(log_RA),
@@ -136,37 +145,63 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
         cluster_choices=choices,
         cluster_gain=gain,
         verdict=verdict,
-        reasons=reasons,
+        reasons=[*reasons, *_too_few(sample)],
         answers=probe_answers(sample, can_entropy=verdict == "can", seed=seed),
     )
 
 
-def _without_entropies(sample: ProbeSample, seed: int) -> ProbeReport:
-    """Return the report of a pool whose entropies nobody knows, such as one of recorded replies: what the answers tell."""
-    nobody = np.full((0, len(sample.agents)), np.nan)
+def one_agent(name: str) -> ConfigError:
+    """Return the error of a pool that leaves nothing to route."""
+    return ConfigError(f"probe: {name} is the pool's only agent, which leaves nothing to route; two are the least: add another")
+
+
+def _without_entropies(sample: ProbeSample, known: ProbeSample | None, whole: int, seed: int) -> ProbeReport:
+    """Return the report of a pool whose entropies cannot be compared, such as one of recorded replies: what the answers tell."""
+    nobody, none_R = np.full((0, len(sample.agents)), np.nan), np.zeros(len(sample.texts), dtype=bool)
     return ProbeReport(
         rows=len(sample.texts),
-        known_rows=0,
+        known_rows=0 if known is None else len(known.sources),
         row_share=0.0,
         agent_share=0.0,
         interaction_share=0.0,
         interaction_low=0.0,
         interaction_high=0.0,
-        agents=[_agent(sample, nobody, np.zeros(len(sample.texts), dtype=bool), None, a) for a in range(len(sample.agents))],
+        agents=_agents(sample, nobody, none_R, known),
         pairs=[],
         cluster_choices={},
         cluster_gain=None,
         verdict="cannot",
-        reasons=["no entropies are known"],
+        reasons=[*_unknown(sample, whole), *_too_few(sample)],
         answers=probe_answers(sample, can_entropy=False, seed=seed),
     )
+
+
+def _unknown(sample: ProbeSample, whole: int) -> list[str]:
+    """Return in words why entropies cannot be compared."""
+    known_RA, heard_RA = np.isfinite(sample.entropy_RA), sample.replied
+    columns = list(zip(sample.agents, known_RA.T, heard_RA.T, strict=True))
+    silent = [name for name, _, heard_R in columns if not heard_R.any()]
+    without = [name for name, known_R, heard_R in columns if heard_R.any() and not known_R.any()]
+    reasons = [f"{', '.join(silent)}: no reply to any query; mend that, or take it out of the pool"] if silent else []
+    if not known_RA.any():
+        return [*reasons, "no entropies are known"]
+    if without:
+        return [*reasons, f"no entropies are known of {', '.join(without)}; they are compared where all agents have one"]
+    least = f"{_FEWEST} are the least; ask all agents the same queries"
+    return reasons or [f"{whole} queries have an entropy of every agent, {least}"]
+
+
+def _too_few(sample: ProbeSample) -> list[str]:
+    """Return in words that answers tell nothing, where that is so."""
+    rows = len(sample.texts)
+    return [f"{rows} queries are too few for what answers tell; {MIN_ROWS} are the least"] if rows < MIN_ROWS else []
 
 
 def variance_shares(log_RA: Floats) -> tuple[float, float, float]:
     """Return the shares of Var(log PE) of rows, of agents, and of their interaction (two-way layout, one reply a cell)."""
     centred_RA = log_RA - log_RA.mean()
     total = float((centred_RA**2).mean())
-    if total == 0.0:
+    if total < _NO_VARIANCE:
         return 0.0, 0.0, 0.0
     row_R1, agent_1A = centred_RA.mean(axis=1, keepdims=True), centred_RA.mean(axis=0, keepdims=True)
     rest_RA = centred_RA - row_R1 - agent_1A
@@ -197,41 +232,58 @@ def _untrained(
     return {agent: float(share) for agent, share in zip(agents, counts, strict=True)}, gain
 
 
-def _agent(
-    sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_], known: ProbeSample | None, index: int
-) -> AgentFinding:
-    texts = [row[index].strip() for row in sample.texts]
-    same = _commonest(texts)
-    others = [_commonest([row[other].strip() for row in sample.texts]) for other in range(len(sample.agents)) if other != index]
-    accuracy, auroc, bad = _judged(known, index)
-    return AgentFinding(
-        agent=sample.agents[index],
-        entropy_nats=float(sample.entropy_RA[whole_R, index].mean()) if len(log_RA) else None,
-        surest=float((log_RA.argmin(axis=1) == index).mean()) if len(log_RA) else None,
-        row_spread=float(log_RA[:, index].std()) if len(log_RA) else None,
-        same_text=same,
-        ignores_input=same >= _SAME_TEXT and min(others) < _SAME_TEXT,
-        accuracy=accuracy,
-        auroc=auroc,
-        sure_and_wrong=bad,
-    )
+def _agents(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_], known: ProbeSample | None) -> list[AgentFinding]:
+    """Return what was seen of each agent. `log_RA`: the rows `whole_R`, of which all entropies are known; there may be none."""
+    said = [[None if text is None else text.strip() for text in row] for row in replies_of(sample)]
+    ignoring = say_one_thing([[text or None for text in row] for row in said], _SAME_TEXT)  # an empty reply ignores nothing
+    surest_A = _surest(log_RA)
+    found = []
+    for index, (agent, ignores_input) in enumerate(zip(sample.agents, ignoring, strict=True)):
+        entropy_R = sample.entropy_RA[whole_R if len(log_RA) else np.isfinite(sample.entropy_RA[:, index]), index]
+        accuracy, auroc, bad = _judged(known, index)
+        found.append(
+            AgentFinding(
+                agent=agent,
+                entropy_nats=float(entropy_R.mean()) if len(entropy_R) else None,
+                surest=float(surest_A[index]) if len(log_RA) else None,
+                row_spread=float(log_RA[:, index].std()) if len(log_RA) else None,
+                same_text=commonest([row[index] for row in said]),
+                ignores_input=ignores_input,
+                accuracy=accuracy,
+                auroc=auroc,
+                sure_and_wrong=bad,
+            )
+        )
+    return found
 
 
-def _commonest(texts: list[str]) -> float:
-    return max(texts.count(text) for text in set(texts)) / len(texts)
+def _surest(log_RA: Floats) -> Floats:
+    """Return the share of rows on which each agent is the surest [A]; those that are as sure as each other share a row."""
+    is_least_RA = log_RA == log_RA.min(axis=1, keepdims=True)
+    share_A: Floats = (is_least_RA / is_least_RA.sum(axis=1, keepdims=True)).sum(axis=0) / max(1, len(log_RA))
+    return share_A
 
 
 def _judged(known: ProbeSample | None, index: int) -> tuple[float | None, float | None, list[str]]:
-    """Return accuracy, AUROC and the sources on which an agent is sure and wrong, from the rows with known answers."""
+    """Return accuracy, AUROC and the sources on which an agent is sure and wrong, from the rows with known answers.
+
+    The accuracy takes its replies alone, the AUROC their entropies too, and what it is sure of those of all agents.
+    """
     if known is None or known.value_RA is None:
         return None, None, []
-    whole_R = np.isfinite(known.value_RA).all(axis=1) & np.isfinite(known.entropy_RA).all(axis=1)
-    value_RA, entropy_RA = known.value_RA[whole_R], known.entropy_RA[whole_R]
-    if not len(value_RA):
+    value_RA, entropy_RA = known.value_RA, known.entropy_RA
+    mine_R = np.isfinite(value_RA[:, index]) & known.replied[:, index]
+    if not mine_R.any():
         return None, None, []
-    sources = np.array(known.sources)[whole_R]
-    bad = [str(name) for name in np.unique(sources) if _is_sure_and_wrong(value_RA, entropy_RA, sources == name, index)]
-    return float(value_RA[:, index].mean()), auroc(entropy_RA[:, index], value_RA[:, index] < 1.0), bad
+    sure_R = mine_R & np.isfinite(entropy_RA[:, index])
+    whole_R = np.isfinite(value_RA).all(axis=1) & np.isfinite(entropy_RA).all(axis=1)
+    sources = np.array(known.sources)
+    bad = [
+        str(name)
+        for name in np.unique(sources[whole_R])
+        if _is_sure_and_wrong(value_RA[whole_R], entropy_RA[whole_R], sources[whole_R] == name, index)
+    ]
+    return float(value_RA[mine_R, index].mean()), auroc(entropy_RA[sure_R, index], value_RA[sure_R, index] < 1.0), bad
 
 
 def _is_sure_and_wrong(value_RA: Floats, entropy_RA: Floats, here_R: npt.NDArray[np.bool_], index: int) -> bool:

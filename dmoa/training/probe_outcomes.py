@@ -98,12 +98,16 @@ def settled_words(settled: Settled, *, outcomes: int, signal: Signal, is_trusted
         for judged in settled.agents
     )
     lines = [f"{outcomes} queries have outcomes; right by them: {seen}"]
+    expected = "was expected without outcomes: answers err" if settled.was_trusted else "was guessed without outcomes"
     lines += [
-        f"{judged.agent} is right on {judged.reward:.0%} where {judged.estimate:.0%} was expected without outcomes: answers err"
+        f"{judged.agent} is right on {judged.reward:.0%} where {judged.estimate:.0%} {expected}"
         for judged in settled.agents
         if judged.is_contradicted
     ]
-    if (signal, is_trusted) != (settled.signal_before, settled.was_trusted):
+    if not is_trusted and signal == "outcomes":
+        lost = f", and {settled.signal_before} is not to be trusted either" if settled.was_trusted else ""
+        lines.append(f"they are too few to decide what can route the pool{lost}")
+    elif (signal, is_trusted) != (settled.signal_before, settled.was_trusted):
         state = {True: "to be trusted", False: "not to be trusted"}
         lines.append(
             f"they decide what can route the pool: {signal}, {state[is_trusted]} (without them: {settled.signal_before}, "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 from dmoa.config import Config
 from dmoa.core.features import Preset
 from dmoa.engine_options import RecordedOptions
+from dmoa.engines.recorded import RecordedReply, agent_name, read_replies, replies_files
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SKILLS, SUITES
+from dmoa.reading import offsets
 from dmoa.storage import write_whole
 from dmoa.training.cluster_router import ProbeSample, sample_of
-from dmoa.training.probe import ProbeReport, probe_pool
+from dmoa.training.probe import ProbeReport, one_agent, probe_pool
+from dmoa.training.queries import sample_queries
+from dmoa.training.rollouts import RolloutFolder, RolloutQuery
 from dmoa.types import Price
 from dmoa.validation import did_you_mean
 from dmoa.workflows.console import Common
@@ -32,6 +37,8 @@ DEFAULT_SUITES = ",".join(suite.name for suite in SKILLS)
 STAGED = ("chain", "relay")
 KNOWN_ANSWERS = "known-answers.jsonl"
 """In the folder of a probe with known answers: who is right on which input, for the router's guard of that name."""
+RECORDED = "recorded-queries.jsonl"
+"""In the folder of a probe of recorded replies: the queries that were chosen of theirs."""
 
 
 def run_probe(options: ProbeOptions, config: Config, common: Common, command: str) -> ProbeReport:
@@ -41,6 +48,8 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
     """
     from dmoa.workflows.evaluate import opened_ray
 
+    if len(config.agents) < 2:
+        raise one_agent(config.agents[0].name)
     known = options.known_answers or ()
     allowed = [name for name in SUITES if name not in STAGED]
     unknown = [name for name in known if name not in allowed]
@@ -53,7 +62,7 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
     collect = partial(_collect, config=config, common=common, options=options, command=command)
     if options.rollouts is not None:
         return _look(options.rollouts, out, config, common, options, collect)
-    queries = options.queries or (None if options.benchmarks else _recorded_place(config))
+    queries: Any = options.queries or (None if options.benchmarks else _recorded_queries(config, out, common, options))
     benchmarks = options.benchmarks or ("" if queries else DEFAULT_SUITES)
     sources = {"queries": queries or (), "benchmarks": benchmarks, "data_dir": options.data_dir}
     with goes_on(f"the same command with --out {out} goes on from here"), opened_ray(options.address):
@@ -61,10 +70,74 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
         return _look(out / "dense", out, config, common, options, collect)
 
 
-def _recorded_place(config: Config) -> str | None:
-    """Return where the replies of a recorded pool lie, whose queries are then asked; None for any other pool."""
-    recorded = [llm.options for llm in config.llms.values() if isinstance(llm.options, RecordedOptions)]
-    return recorded[0].replies if recorded else None
+def _recorded_queries(config: Config, out: Path, common: Common, options: ProbeOptions) -> list[dict[str, str]] | None:
+    """Return the source of what a recorded pool is asked, a file that is written for it; None for any other pool."""
+    places = _recorded_places(config)
+    if not places:
+        return None
+    found, whole = common_queries(places, options.limit, options.seed)
+    num_agents = sum(len(agents) for named in places.values() for agents in named.values())
+    common.say(f"asking {len(found)} of the recorded queries; all {num_agents} recorded agents replied to {whole} of them")
+    try:
+        write_whole(out / RECORDED, "".join(json.dumps(line) + "\n" for line in found))
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {str(out)!r}: {error}; name a folder that can be written") from error
+    return [{"name": str(out / RECORDED)}]
+
+
+def _recorded_places(config: Config) -> dict[Path, dict[str, list[str]]]:
+    """Return where the replies of a pool are recorded, and under which names those of which agents."""
+    found: dict[Path, dict[str, list[str]]] = {}
+    for agent in config.agents:
+        options = config.llms[agent.llm].options
+        if isinstance(options, RecordedOptions):
+            named = found.setdefault(Path(options.replies), {})
+            named.setdefault(agent_name(options.names.get(agent.name, agent.name)), []).append(agent.name)
+    return found
+
+
+def common_queries(places: Mapping[Path, Mapping[str, list[str]]], limit: int, seed: int) -> tuple[list[dict[str, str]], int]:
+    """Return at most `limit` recorded queries as lines of a file of queries, and how many of them every agent replied to.
+
+    Agents are compared on what they all replied to, so those come first that most agents have a reply to, drawn by seed among
+    equals. `places`: where replies lie, with the agents by their recorded name. Raises ConfigError for files that cannot be read,
+    and where no reply has the text of its query.
+    """
+    replied: defaultdict[str, set[str]] = defaultdict(set)
+    names: dict[str, str] = {}
+    for reply, agents in _recorded(places):
+        for key in reply.keys:
+            replied[key].update(agents)
+        if (reply.query or "").strip():
+            names.setdefault(reply.keys[0], reply.query_id or "")
+    if not names:
+        raise ConfigError("engine_kwargs.replies: no reply has the text of its query; name a file of queries with --queries")
+    texts_of = Counter(names.values())
+    names = {key: name if texts_of[name] == 1 else "" for key, name in names.items()}  # an id of two texts names neither
+    by_count: defaultdict[int, list[str]] = defaultdict(list)
+    for key, name in names.items():
+        by_count[len(replied[key] | (replied.get(f"id:{name}") or set()))].append(key)
+    chosen: list[str] = []
+    for count in sorted(by_count, reverse=True):
+        chosen += sample_queries(by_count[count], limit - len(chosen), seed, lambda key: names[key] or key)
+    wanted = {*chosen}
+    texts = {reply.keys[0]: reply.query for reply, _ in _recorded(places) if reply.keys[0] in wanted}
+    lines = [{"query": str(texts[key])} | ({"query_id": names[key]} if names[key] else {}) for key in chosen]
+    everybody = sum(len(agents) for named in places.values() for agents in named.values())
+    return lines, sum(key in wanted for key in by_count.get(everybody, ()))
+
+
+def _recorded(places: Mapping[Path, Mapping[str, list[str]]]) -> Iterator[tuple[RecordedReply, list[str]]]:
+    """Yield the replies of a pool's agents, and whose each is. Raises ConfigError."""
+    for place, named in places.items():
+        try:
+            for file in replies_files(place):
+                for reply in read_replies(file):
+                    agents = named.get(agent_name(reply.agent))
+                    if agents:
+                        yield reply, agents
+        except ConfigError as error:
+            raise ConfigError(f"engine_kwargs.replies: {error}") from error
 
 
 def _look(
@@ -112,8 +185,20 @@ def _unlabelled_sample(folder: Path, config: Config, outcomes: Path | None = Non
         credit = found.credit
     prices = {agent.name: Price(**price.model_dump()) for agent in config.agents if (price := config.llms[agent.llm].price)}
     return sample_of(
-        table, config.agent_names, manifest.preset, outcomes=credit, prices=prices, agent_price=config.gate.agent_price
+        table,
+        config.agent_names,
+        manifest.preset,
+        outcomes=credit,
+        prices=prices,
+        agent_price=config.gate.agent_price,
+        asked=_asked(folder),
     )
+
+
+def _asked(folder: Path) -> dict[str, str]:
+    """Return what each query of a collection asks at its first step; nothing of one without a list of queries."""
+    queries = [RolloutQuery.model_validate_json(line) for _, line in offsets(RolloutFolder(folder).queries)]
+    return {query.query_id: (query.stages and query.stages[0].part) or query.text for query in queries}
 
 
 def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:

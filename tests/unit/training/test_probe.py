@@ -120,6 +120,73 @@ def test_an_agent_that_never_replied_is_named() -> None:
         probe_pool(sample(log_RA))
 
 
+def test_a_pool_of_one_agent_is_refused() -> None:
+    one = {"agents": ("base",), "texts": (("yes",),) * ROWS, "heard_RA": np.ones((ROWS, 1), dtype=bool)}
+    for log_RA in (specialists()[:, :1], np.full((ROWS, 1), np.nan)):
+        with pytest.raises(ConfigError, match="base is the pool's only agent, which leaves nothing to route; two are the least"):
+            probe_pool(sample(log_RA, **one))
+
+
+@pytest.mark.parametrize(
+    ("known_RA", "reason"),
+    [
+        (np.array([[True, True, False]] * ROWS), "no entropies are known of words; they are compared where all agents have one"),
+        (np.eye(3, dtype=bool)[np.arange(ROWS) % 3], "0 queries have an entropy of every agent, 4 are the least; ask all agents"),
+        (np.zeros((ROWS, 3), dtype=bool), "no entropies are known"),
+    ],
+)
+def test_where_entropies_cannot_be_compared_the_answers_are(known_RA: Any, reason: str) -> None:
+    """`words` gives no log-probabilities; or every agent gives them on rows of its own; or none does."""
+    log_RA = np.where(known_RA, specialists(), np.nan)
+    texts = tuple((f"The answer is {row}.",) * 3 for row in range(ROWS))
+    report = probe_pool(sample(log_RA, texts=texts, heard_RA=np.ones((ROWS, 3), dtype=bool)))
+    assert (report.verdict, report.rows) == ("cannot", ROWS)
+    assert report.reasons[0].startswith(reason)
+    assert report.answers is not None
+    assert (finding(report, "base").entropy_nats is None) is not known_RA[:, 0].any()
+
+
+def test_an_agent_that_replied_to_nothing_is_named_beside_what_answers_tell() -> None:
+    log_RA, heard_RA = specialists(), np.ones((ROWS, 3), dtype=bool)
+    log_RA[:, 1], heard_RA[:, 1] = np.nan, False
+    report = probe_pool(sample(log_RA, heard_RA=heard_RA))
+    assert report.reasons == ["sums: no reply to any query; mend that, or take it out of the pool"]
+    assert report.answers is not None
+    assert report.answers.competence["sums"] == 0.0
+
+
+def test_known_answers_count_without_entropies() -> None:
+    unknown_RA, heard_RA = np.full((ROWS, 3), np.nan), np.ones((ROWS, 3), dtype=bool)
+    heard_RA[:10, 2] = False
+    value_RA = np.tile([1.0, 0.0, 1.0], (ROWS, 1))
+    value_RA[:10, 2] = 0.0  # a reply that failed is scored as an empty one, and is none
+    known = sample(unknown_RA, value_RA=value_RA, heard_RA=heard_RA)
+    report = probe_pool(sample(unknown_RA, heard_RA=np.ones((ROWS, 3), dtype=bool)), known=known)
+    assert [found.accuracy for found in report.agents] == [1.0, 0.0, 1.0]
+    assert [found.auroc for found in report.agents] == [None] * 3
+    assert report.known_rows == ROWS
+
+
+def test_fewer_queries_than_answers_take_are_told() -> None:
+    few = {"sources": ("sums",) * 7, "embedding_RD": np.eye(7), "texts": (("1", "2", "3"),) * 7}
+    report = probe_pool(sample(specialists()[:7], **few))
+    assert report.answers is None
+    assert report.reasons[-1] == "7 queries are too few for what answers tell; 8 are the least"
+
+
+def test_entropies_that_are_all_the_same_have_no_favourite() -> None:
+    report = probe_pool(sample(np.full((ROWS, 3), np.log(0.4))))
+    assert (report.row_share, report.agent_share, report.interaction_share) == (0.0, 0.0, 0.0)
+    assert [found.surest for found in report.agents] == pytest.approx([1 / 3] * 3)
+    assert (report.verdict, len(report.reasons)) == ("cannot", 1)
+    assert "interaction is 0.0% of Var(log PE)" in report.reasons[0]
+
+
+def test_empty_replies_do_not_ignore_their_input() -> None:
+    report = probe_pool(sample(specialists(), texts=tuple(("", f"{row}", f"{row}") for row in range(ROWS))))
+    assert (finding(report, "base").same_text, finding(report, "base").ignores_input) == (1.0, False)
+
+
 def test_what_no_cluster_can_tell_is_not_said_to_route(capsys: pytest.CaptureFixture[str]) -> None:
     """Who is sure depends on the row, by as much as among specialists, and on nothing that the embedding shows."""
     rng = np.random.default_rng(3)

@@ -82,7 +82,7 @@ def test_agents_that_never_agree_leave_it_to_outcomes() -> None:
 
 
 def test_a_loss_of_less_than_half_a_percent_is_none() -> None:
-    finding = found({name: [f"{row:03d}" for row in range(ROWS)] for name in "abc"})
+    finding = found(GOOD)
     one, turn, everybody = finding.expected
     worse = finding.model_copy(update={"expected": [one, turn.model_copy(update={"accuracy": one.accuracy - 0.002}), everybody]})
     assert "by asking in turn: +0% against a alone" in signal_words(worse)[-1]
@@ -95,6 +95,9 @@ def test_outcomes_settle_it() -> None:
     finding = found(says, outcome_RA=outcome_RA)
     assert (finding.signal, finding.is_trusted, finding.outcomes, finding.outcomes_to_settle) == ("outcomes", True, 24, 0)
     assert finding.expected[0].agent == "b"
+    assert any(
+        line.startswith("b is right on 100% where ") and line.endswith("was guessed without outcomes") for line in finding.summary
+    )
 
 
 def test_outcomes_that_bear_out_the_answers_are_said_to() -> None:
@@ -121,6 +124,7 @@ def test_outcomes_that_speak_against_agreement_take_its_trust_away() -> None:
     assert after.settled is not None
     assert after.settled.contradicted == ["x", "y", "z", "alone"]
     assert after.expected[0].agent == "alone"
+    assert any(line.startswith("alone is right on 100% where ") and line.endswith("answers err") for line in after.summary)
     assert f"the best single agent is alone, not {before.expected[0].agent}" in after.summary
     assert any(line.startswith("they decide what can route the pool: outcomes, to be trusted") for line in after.summary)
 
@@ -218,6 +222,134 @@ def test_asking_in_turn_heeds_the_price_of_an_agent() -> None:
     """At the highest price no second agent is worth its call; for nothing, nearly every row asks on."""
     calls = [found(GOOD, agent_price=price).expected[1].calls for price in (1.0, 0.02, 0.0)]
     assert calls[0] == 1.0 < calls[1] < calls[2]
+
+
+def told(says: dict[str, list[str]], heard_RA: Any, **changes: Any) -> AnswerFinding:
+    """As a recorded pool has it: a reply that is missing is an empty text that was not heard."""
+    finding = found(says, heard_RA=heard_RA, **changes)
+    json.dumps(finding.model_dump(mode="json"), allow_nan=False)
+    return finding
+
+
+def test_of_agents_that_answered_different_queries_nothing_is_said() -> None:
+    """One model a query, as logs have it, and one query answered by two, which agree."""
+    heard_RA = np.eye(3, dtype=bool)[np.arange(ROWS) % 3]
+    heard_RA[0, 1] = True
+    rights = [str(row) for row in range(ROWS)]
+    finding = told({"a": rights, "b": rights, "c": rights}, heard_RA)
+    assert (finding.colluding, finding.redundant, finding.constant, finding.seldom_right) == ([], [], [], [])
+    assert finding.competence["b"] == pytest.approx(finding.competence["c"], abs=0.1)
+    assert finding.replies == {"a": 16, "b": 17, "c": 16}
+    assert not finding.is_trusted
+    assert finding.summary[0].endswith("95 of 144 replies are missing: ask all agents the same queries")
+    assert f"replies to the {ROWS} queries: a 16, b 17, c 16; one that is missing counts as wrong" in finding.summary
+    assert not any("right at" in line for line in finding.summary)
+    assert finding.expected[-1].calls == 3.0  # whoever is asked everything costs three calls
+
+
+def test_missing_replies_are_nobodys_one_answer() -> None:
+    """`few` replied to five queries, and rightly; `liar` gives one answer to the twelve that it was asked."""
+    heard_RA = np.ones((ROWS, 6), dtype=bool)
+    heard_RA[5:, 4], heard_RA[12:, 5] = False, False
+    says = GOOD | {"few": [str(row) if row < 5 else "" for row in range(ROWS)], "liar": ["42"] * 12 + [""] * 36}
+    finding = told(says, heard_RA)
+    assert (finding.constant, finding.redundant, finding.seldom_right) == (["liar"], [], [])
+    assert finding.competence["few"] > 0.6
+    shown = {agent.agent: (agent.same_text, agent.ignores_input) for agent in probe_pool(sample(says, heard_RA=heard_RA)).agents}
+    assert (shown["few"], shown["liar"]) == ((0.2, False), (1.0, True))
+
+
+def test_of_agents_that_hardly_ever_agree_none_is_called_wrong() -> None:
+    """Each is right at home alone, and `home3` has no entropies that could show it."""
+    kind_R = np.arange(ROWS) % 3
+    says = {f"home{k}": [str(row) if kind_R[row] == k else str(1000 * (k + 1) + row) for row in range(ROWS)] for k in range(3)}
+    entropy_RA = np.where(kind_R[:, None] == np.arange(3), 0.02, 1.0) + np.arange(ROWS)[:, None] / 1000
+    entropy_RA[:, 2] = np.nan
+    finding = found(says, entropy_RA=entropy_RA, embedding_RD=np.eye(3)[kind_R])
+    assert finding.agreed == 0
+    assert finding.seldom_right == []
+
+
+def test_one_agent_alone_that_replied_is_named() -> None:
+    heard_RA = np.zeros((ROWS, 4), dtype=bool)
+    heard_RA[:, 0] = True
+    assert told(GOOD, heard_RA).summary[0].endswith("; a alone replied")
+
+
+def test_one_answer_to_queries_that_nobody_else_was_asked_is_not_held_against_an_agent() -> None:
+    heard_RA = np.ones((ROWS, 5), dtype=bool)
+    heard_RA[:12, :4], heard_RA[12:, 4] = False, False
+    finding = told(GOOD | {"alone": ["yes"] * ROWS}, heard_RA)
+    assert finding.constant == []
+
+
+def test_the_second_of_two_that_collude_is_as_often_right_as_its_answers_are() -> None:
+    lies = [str(5000 + row) if row % 4 else str(row) for row in range(ROWS)]
+    finding = found(GOOD | {"x": lies, "y": lies})
+    assert finding.colluding == [("x", "y")]
+    assert finding.competence["y"] == pytest.approx(finding.competence["x"])
+    assert finding.competence["y"] > 0.1
+
+
+def test_literals_are_compared_by_what_was_asked() -> None:
+    """`{'a': 1}` and `{'b': 1}` have the same words but for quotes and letters."""
+    asked = tuple(f"assert f({row}) == ??" for row in range(ROWS))
+    texts = tuple((f"{{'a': {row}}}", f"{{'b': {row}}}") for row in range(ROWS))
+    says = {"a": [""] * ROWS, "b": [""] * ROWS}
+    assert found(says, texts=texts).agreed == ROWS
+    finding = found(says, texts=texts, asked=asked)
+    assert (finding.agreed, finding.redundant) == (0, [])
+
+
+def test_a_reply_that_was_cut_off_holds_no_answer() -> None:
+    cut_RA = np.zeros((ROWS, 4), dtype=bool)
+    cut_RA[:, 3] = True
+    finding = found(GOOD | {"d": GOOD["a"]}, cut_RA=cut_RA)
+    assert (finding.unread, finding.redundant, finding.seldom_right, finding.constant) == (["d"], [], [], [])
+    assert "d: no answer can be read in nearly all its replies (cut off, empty or free text); mend that, or take it out" in (
+        finding.summary
+    )
+
+
+def test_agents_that_always_agree_are_no_proof_of_being_right() -> None:
+    finding = found({name: [str(row) for row in range(ROWS)] for name in "abc"})
+    assert (finding.is_one_voice, finding.signal, finding.is_trusted) == (True, "none", False)
+    assert finding.summary[0] == (
+        "agreement is not to be trusted here: all agents give the same answers to nearly all queries, right or wrong"
+    )
+    assert finding.summary[-1] == "a, b and c give the same answers: one of them is enough"
+    assert not any("right at" in line for line in finding.summary)
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"),
+    [
+        (("", "", ""), "in 100% of the replies no answer can be read: they are cut off, empty or free text"),
+        (("{row}", "1{row}", "2{row}"), "hardly ever do two give the same answer, and free text is not compared by meaning"),
+        (("{row}", "{near}", ""), "where two agents differ nothing tells who is right"),
+        (("{row}", "{near}", "{other}"), "weak agents may err alike"),
+    ],
+)
+def test_why_agreement_is_not_trusted_is_said(texts: tuple[str, ...], why: str) -> None:
+    def text(form: str, row: int) -> str:
+        number = f"{row:03d}"
+        near, other = (number if row % 2 else f"7{number}"), (f"7{number}" if row % 3 else f"8{number}")
+        return f"The answer is {form.format(row=number, near=near, other=other)}." if form else ""
+
+    rows = tuple(tuple(text(form, row) for form in texts) for row in range(ROWS))
+    finding = found({name: [""] * ROWS for name in "abc"}, texts=rows)
+    assert not finding.is_trusted
+    assert finding.summary[0].endswith(f"; {why}")
+
+
+def test_too_few_outcomes_are_said_to_be_too_few() -> None:
+    outcome_RA = np.full((ROWS, 4), np.nan)
+    outcome_RA[:12, 0] = 0.0
+    finding = found(GOOD, outcome_RA=outcome_RA)
+    assert (finding.signal, finding.is_trusted) == ("outcomes", False)
+    more = f"{finding.outcomes_to_settle} more outcomes (dmoa train --outcomes) would settle it"
+    assert f"12 outcomes are known, too few to decide; {more}" in finding.summary
+    assert "they are too few to decide what can route the pool, and agreement is not to be trusted either" in finding.summary
 
 
 def test_few_rows_say_nothing() -> None:

@@ -27,6 +27,7 @@ def table(queries: int = 4, **changes: Any) -> pa.Table:
             "completion_tokens": 2,
             "text": f"{agent}{n}",
             "status": "ok",
+            "finish_reason": "stop",
         }
         | changes
         for n in range(queries)
@@ -54,6 +55,14 @@ def test_what_replies_cost() -> None:
     assert sample.price_RA[:, 0].tolist() == [30e-6] * 4
     assert np.isnan(sample.price_RA[:, 1]).all()
     assert sample_of(table(), ("a", "b"), "default").price_RA is None
+
+
+def test_what_was_asked_and_what_was_cut_off() -> None:
+    sample = sample_of(table(finish_reason="length"), ("a", "b"), "default", asked={"q0": "1 + 1?", "q2": "2 + 2?"})
+    assert sample.asked == ("1 + 1?", "", "2 + 2?", "")
+    assert sample.cut_RA is not None
+    assert sample.cut_RA.all()
+    assert sample_of(table(), ("a", "b"), "default").asked is None
 
 
 def test_a_lost_reply_has_no_entropy() -> None:
