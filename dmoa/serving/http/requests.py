@@ -179,7 +179,8 @@ class SharedRequest(LenientModel):
         | None
     ) = None
     """Texts that end a reply; empty ones are ignored."""
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 2**20), WHOLE] | None = None
+    """Each of several answers or samples of an agent gets one of the numbers from here on, in 64 bits."""
     user: str | None = Field(default=None, max_length=512)
     """Kept in the trace."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
@@ -608,8 +609,8 @@ def _query(
         "max_tokens": max_tokens,
         "stop": request.stop_texts or None,
         "seed": request.seed,
-        "top_k": request.top_k if request.top_k and request.top_k > 0 else None,
-        "min_p": request.min_p or None,
+        "top_k": -1 if request.top_k == 0 else request.top_k,  # for all tokens, as vLLM writes it; others refuse 0
+        "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,
         "template": _template(request) or None,
     }

@@ -89,7 +89,8 @@ async def test_hints_reach_the_swarm_as_sampling() -> None:
     async with connect(make_app(service)) as client:
         response = await client.post(CHAT, json=body | {"chat_template_kwargs": {"reasoning_effort": "low"}})
         assert "x-dmoa-ignored" not in response.headers
-        await client.post(CHAT, json=ASKED | {"top_k": -1, "min_p": 0, "chat_template_kwargs": {}})
+        await client.post(CHAT, json=ASKED | {"top_p": 1, "top_k": -1, "min_p": 0, "chat_template_kwargs": {}})
+        await client.post(CHAT, json=ASKED | {"top_k": 0})
     assert [query.sampling for query, *_ in service.asked] == [
         {
             "top_k": 20,
@@ -97,7 +98,8 @@ async def test_hints_reach_the_swarm_as_sampling() -> None:
             "repetition_penalty": 1.1,
             "template": (("reasoning_effort", "low"), ("enable_thinking", False)),
         },
-        {},
+        {"top_p": 1.0, "top_k": -1, "min_p": 0.0},
+        {"top_k": -1},
     ]
 
 
