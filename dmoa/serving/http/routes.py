@@ -29,7 +29,7 @@ from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
-from dmoa.serving.trace_list import NOT_STORED, summary_of_failure
+from dmoa.serving.trace_list import summary_of_failure
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Event, Query, StepRecord
 
@@ -269,8 +269,8 @@ class _Front:
                             service.record(answered, key_hash)
                         yield item
             except DmoaError as error:
-                known = query if is_stored else replace(query, text=NOT_STORED)
-                service.page.failed(summary_of_failure(known, policy, error, started_unix_s), key_hash)
+                lost = summary_of_failure(query, policy, error, started_unix_s, is_stored=is_stored)
+                service.page.failed(lost, key_hash)
                 raise
 
     async def follow(

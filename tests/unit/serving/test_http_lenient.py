@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dmoa.errors import NoAgentError
+from dmoa.errors import NoAgentError, RequestError
 from dmoa.serving.http.middleware import hash_keys
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
@@ -54,6 +54,24 @@ async def test_a_client_may_forbid_to_keep_its_query(path: str, asked: dict[str,
     async with connect(make_app(lost)) as client:
         assert (await client.post(path, json=asked | fields)).status_code == 503
     assert [summary.question == "(not stored)" for summary in lost.page.failures] == [not is_stored]
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (
+            RequestError("it is not JSON; it says Mr SMITH", param="response_format", code="bad", status=422),
+            "RequestError (bad)",
+        ),
+        (NoAgentError("openai:m: it answered with status 400: messages: 'Mr SMITH has X'"), "NoAgentError"),
+    ],
+)
+async def test_of_a_lost_query_that_may_not_be_kept_no_words_are(error: Exception, kept: str) -> None:
+    service = FakeService(error=error)
+    async with connect(make_app(service)) as client:
+        for store in (False, True):
+            assert "SMITH" in (await client.post(CHAT, json=ASKED | {"store": store})).text
+    assert [one.error == kept for one in service.page.failures] == [True, False]
 
 
 async def test_a_field_is_named_in_the_log_once_and_its_value_never(caplog: pytest.LogCaptureFixture) -> None:
