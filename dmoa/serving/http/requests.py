@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from dmoa.errors import RequestError
+from dmoa.policies.registry import EXPLORING, is_gated
 from dmoa.reading import BYTE_ORDER_MARK, num_parts, read_json
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.serving.http.fields import (
@@ -133,7 +134,7 @@ class DmoaOptions(RequestModel):
 
     max_steps: Annotated[int, Field(ge=1, le=1000), WHOLE] | None = None
     max_agents: Annotated[int, Field(ge=1, le=4096), WHOLE] | None = None
-    """Most active agents of a step."""
+    """Most active agents of a step, for policies with a gate; the others name it among the ignored fields."""
     budget_tokens: Annotated[int, Field(ge=1, le=2**53), WHOLE] | None = None
     """Prompt and completion tokens of all agents and the summarizer."""
     budget_price: float | None = Field(default=None, gt=0, le=1e9)
@@ -372,13 +373,17 @@ def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list
                     yield from unknown_in(item, f"{at}{name}[{number}].")
 
 
-def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the fields of a request that change nothing here: unknown ones, and those that no engine of the pool knows."""
+def _ignored(request: SharedRequest, abilities: frozenset[str], policy: str, unknown: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the fields of a request that change nothing here: unknown ones, and those that no engine, or the policy, reads."""
     unknown = [*unknown, *(param for param, _, _ in unknown_in(request))]
     wished = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty"}
     wished |= {"chat_template_kwargs": "template", "enable_thinking": "template", "skip_special_tokens": ""}
     wished |= {"reasoning_effort": "", "verbosity": ""}
-    unused = [name for name, ability in wished.items() if getattr(request, name, None) is not None and ability not in abilities]
+    asked = request.options
+    unread = {"dmoa.max_agents": asked.max_agents is not None and not is_gated(policy)}
+    unread |= {"dmoa.epsilon": asked.epsilon is not None and policy != EXPLORING}
+    unused = [name for name, is_unread in unread.items() if is_unread]
+    unused += [name for name, ability in wished.items() if getattr(request, name, None) is not None and ability not in abilities]
     for param in unknown:
         if param not in _TOLD and len(_TOLD) < _MAX_TOLD:
             _TOLD.add(param)
@@ -529,7 +534,7 @@ def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[st
             n=request.n,
         ),
     )
-    ignored = _ignored(request, service.abilities, unknown)
+    ignored = _ignored(request, service.abilities, policy, unknown)
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
 
 
@@ -552,7 +557,8 @@ def completion_order(request: CompletionRequest, service: SwarmService) -> Parse
     policy, agent = resolve(request, service)
     final = final_call(n=request.n)
     query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens, final=final)
-    return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=_ignored(request, service.abilities))
+    ignored = _ignored(request, service.abilities, policy)
+    return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
 
 
 def outcome_of(request: OutcomeRequest, agents: Sequence[str]) -> KeptOutcome:

@@ -276,8 +276,9 @@ class ResponseRendering(Rendering):
         return self._tell("response.created", response=started) + self._tell("response.in_progress", response=started)
 
     def step(self, step: StepRecord) -> bytes:
-        """Return the events of a finished step, none unless a summary of the reasoning was asked for."""
-        return self._add("reasoning", step_line(step)) if self._tells_steps else b""
+        """Return the events of a finished step: none unless a summary of the reasoning was asked for, or behind the answer."""
+        is_told = self._tells_steps and not self._sent
+        return self._add("reasoning", step_line(step)) if is_told else b""
 
     def thought(self, text: str) -> bytes:
         """Return the events of a piece of the final call's thought."""
@@ -329,11 +330,17 @@ class ResponseRendering(Rendering):
         return f"{kind}_{self._order.query.trace_id}{f'_{number}' if number else ''}"
 
     def _reasoning(self, text: str) -> dict[str, Any]:
-        return {"type": "reasoning", "id": self._id("rs"), "summary": [{"type": "summary_text", "text": sent(text)}]}
+        number = self._num_done("reasoning")
+        return {"type": "reasoning", "id": self._id("rs", number), "summary": [{"type": "summary_text", "text": sent(text)}]}
 
     def _message(self, text: str, choice: Choice | None = None, status: str = "completed") -> dict[str, Any]:
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": list((choice and choice.logprobs) or [])}
-        return {"type": "message", "id": self._id("msg"), "status": status, "role": "assistant", "content": [part]}
+        name = self._id("msg", self._num_done("message"))
+        return {"type": "message", "id": name, "status": status, "role": "assistant", "content": [part]}
+
+    def _num_done(self, kind: str) -> int:
+        """Return how many items of a kind are done: thoughts may come between pieces of a text, and ids come once."""
+        return sum(item["type"] == kind for item in self._output)
 
     def _calls_of(self, choice: Choice) -> list[dict[str, Any]]:
         return [
@@ -351,7 +358,8 @@ class ResponseRendering(Rendering):
     def _add(self, kind: Literal["reasoning", "message"], text: str) -> bytes:
         """Return the events of a piece of an item, which is begun where another is under way."""
         events = b"" if self._open in (None, kind) else self._close(None)
-        place = {"output_index": len(self._output), "item_id": self._id("rs" if kind == "reasoning" else "msg")}
+        name = self._id("rs" if kind == "reasoning" else "msg", self._num_done(kind))
+        place = {"output_index": len(self._output), "item_id": name}
         index = {"summary_index": 0} if kind == "reasoning" else {"content_index": 0}
         if self._open is None:
             self._open = kind

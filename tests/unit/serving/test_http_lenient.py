@@ -30,6 +30,10 @@ ASKED: dict[str, Any] = {"model": "tiny", "messages": QUESTION}
         ),
         ({"reasoning_effort": "low", "verbosity": "low"}, ["reasoning_effort", "verbosity"]),
         ({"max_tokens": -1, "top_k": None, "metadata": {"a": [1]}}, []),
+        ({"dmoa": {"max_agents": 1}}, []),
+        ({"dmoa": {"max_agents": 1, "epsilon": 0.5, "policy": "single"}}, ["dmoa.max_agents", "dmoa.epsilon"]),
+        ({"dmoa": {"epsilon": 0.5}}, ["dmoa.epsilon"]),
+        ({"model": "adder", "dmoa": {"max_agents": 1}}, ["dmoa.max_agents"]),
     ],
 )
 async def test_what_is_passed_over_is_named(fields: dict[str, Any], named: list[str]) -> None:

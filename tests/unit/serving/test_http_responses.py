@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessa
 from pydantic import BaseModel
 
 from dmoa.errors import NoAgentError
-from dmoa.types import Choice, FinalCall, Message, ToolCall
-from tests.unit.serving.fake_service import FakeService, connect, make_app
+from dmoa.types import Choice, Event, FinalCall, Message, Query, TextDelta, ToolCall
+from tests.unit.serving.fake_service import FakeService, connect, make_answer, make_app
 from tests.unit.serving.test_http_chat import official
 
 PATH = "/v1/responses"
@@ -137,6 +138,25 @@ async def test_a_stream_tells_thoughts_then_the_text(deltas: tuple[str, ...]) ->
     said = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert said == (list(deltas) or ["The answer is 19."])
     assert events[-1].type == "response.completed"
+
+
+async def test_items_of_a_stream_have_ids_of_their_own_where_a_thought_comes_between() -> None:
+    class Pondering(FakeService):
+        async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
+            answer = make_answer(query.trace_id, reasoning="Hm.")
+            said = (TextDelta(text="The ans"), TextDelta(text="Hm.", is_reasoning=True), TextDelta(text="wer is 19."))
+            for event in (answer.steps[0], *said, answer.steps[1], answer):
+                yield event
+
+    asked: Any = {"model": "tiny", "input": "Hi", "reasoning": {"summary": "auto"}}
+    async with official(Pondering()) as client, client.responses.stream(**asked) as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_response()
+    assert [item.type for item in final.output] == ["reasoning", "message", "reasoning", "message"]
+    assert len({item.id for item in final.output}) == 4
+    assert final.output_text == "The answer is 19."
+    places = {(event.output_index, event.item_id) for event in events if hasattr(event, "item_id")}
+    assert places == {(place, item.id) for place, item in enumerate(final.output)}
 
 
 async def test_a_cut_text_is_incomplete() -> None:
