@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from dmoa import __version__
 from dmoa.config import ServerConfig
-from dmoa.errors import DmoaError, EmptyAnswerError
+from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
 from dmoa.serving.http import errors, page, requests, responses
 from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
@@ -241,7 +241,8 @@ class _Front:
         headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
         body, events = order.body, self._service().ask(order.query, order.policy, order.agent)
         owner = _key_hash(request)
-        items = self._kept(order.query, order.policy, events, owner, body.user, body.labels, is_stored=body.is_stored)
+        kept = self._kept(order.query, order.policy, events, owner, body.user, body.labels, is_stored=body.is_stored)
+        items = _named(kept, rendering)
         if body.stream:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
@@ -279,6 +280,19 @@ class _Front:
         """Run a query that the page has made, counted and kept as any other, and return its answer."""
         items = self._kept(query, policy, events, _key_hash(request), None, metadata)
         return await until_gone(request.receive, _last(items))
+
+
+async def _named(items: AsyncGenerator[Event], rendering: responses.Rendering) -> AsyncGenerator[Event]:
+    """Yield a query's events; an error names fields as the request does."""
+    try:
+        async with aclosing(items):
+            async for item in items:
+                yield item
+    except RequestError as error:
+        named = rendering.renamed(error)
+        if named is error:
+            raise
+        raise named from error
 
 
 async def _last(items: AsyncGenerator[Event]) -> Answer:
