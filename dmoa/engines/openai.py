@@ -110,7 +110,7 @@ class _Left:
     """What is left out of one call, because the endpoint refused it."""
 
     fields: set[str]
-    """Names of `_OPTIONAL`; of max_tokens it is the name alone."""
+    """Names of `_OPTIONAL`, of max_tokens it is the name alone; top_p where it is 1."""
     has_own_top: bool = False
     """Whether no more log-probabilities are asked for than the pool's own number."""
     learnt: list[str] = field(default_factory=list)
@@ -348,7 +348,7 @@ class OpenaiEngine:
             "max_completion_tokens" if "max_tokens" in left.fields else "max_tokens": sampling.max_tokens,
             "stream": is_stream,
         }
-        if sampling.top_p < 1.0 or "top_p" in sampling.given:
+        if sampling.top_p < 1.0 or ("top_p" in sampling.given and "top_p" not in left.fields):
             body["top_p"] = sampling.top_p
         if sampling.stop:
             body["stop"] = list(sampling.stop)
@@ -412,6 +412,9 @@ class OpenaiEngine:
             return False
         if body.get("top_logprobs", 0) > self._options.top_logprobs and re.search(r"\b(?:top_)?logprobs\b", said):
             left.has_own_top = True
+            return True
+        if body.get("top_p") == 1.0 and re.search(r"\btop_p\b", said):  # as good as absent; any other is what the client wants
+            left.fields.add("top_p")
             return True
         for name, word in _OPTIONAL.items():
             if name in body and re.search(rf"\b{word}\b", said):

@@ -306,6 +306,17 @@ async def test_what_a_client_says_is_sent_also_where_it_means_nothing() -> None:
     assert asked == plain | {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
+async def test_a_top_p_of_one_that_is_refused_is_left_out() -> None:
+    said = "Unsupported parameter: 'top_p' is not supported with this model."
+    async with playing(refusal(400, said), answer("19"), refusal(400, said)) as endpoint:
+        engine = engine_of(endpoint)
+        assert (await engine.generate(with_(top_p=1.0, given=("top_p",)))).text == "19"
+        with pytest.raises(EngineError, match="top_p"):
+            await engine.generate(with_(top_p=0.9, given=("top_p",)))
+        await engine.close()
+    assert [call.body.get("top_p") for call in endpoint.calls] == [1.0, None, 0.9]
+
+
 @pytest.mark.parametrize("said", ["max_tokens is too large: 7; at most 4", "top_logprobs must be at most 5", "proseeds"])
 async def test_a_bad_value_is_no_refused_field(said: str) -> None:
     async with playing(refusal(400, said)) as endpoint:
