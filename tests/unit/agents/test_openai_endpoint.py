@@ -249,14 +249,15 @@ def without(call: dict[str, Any], *names: str) -> dict[str, Any]:
 async def test_what_one_client_asks_for_costs_the_others_nothing(said: str, faulty: GenerationRequest, gone: str) -> None:
     async with playing(answer("19"), refusal(400, said), answer("19")) as endpoint:
         engine = engine_of(endpoint, max_retries=0)
-        for one in (PLAIN, faulty, PLAIN, with_(top_k=5, seed=3)):
+        for one in (PLAIN, faulty, PLAIN, with_(top_k=5, seed=3, repetition_penalty=1.1, template=(("b", 1),))):
             assert (await engine.generate(one)).text == "19"
         await engine.close()
     first, asked, again, after, wish = (call.body for call in endpoint.calls)
     assert gone in asked
     assert again == without(asked, gone, *(["top_logprobs"] if gone == "logprobs" else []))
     assert after == first
-    assert (wish["top_k"], wish["seed"], wish["logprobs"]) == (5, 3, True)
+    hints = {"top_k": 5, "repetition_penalty": 1.1, "chat_template_kwargs": {"b": 1}}
+    assert wish == first | hints | {"seed": 3}
 
 
 async def test_a_client_that_wants_more_log_probabilities_than_there_are_gets_the_pools_number() -> None:
