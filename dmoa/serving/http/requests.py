@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.policies.registry import EXPLORING, is_gated
 from dmoa.reading import BYTE_ORDER_MARK, num_parts, read_json
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.serving.http.fields import (
@@ -35,6 +34,7 @@ from dmoa.serving.http.fields import (
     final_call,
     refused,
     text_or_list,
+    unread_options,
 )
 from dmoa.serving.http.service import SwarmService
 from dmoa.types import FinalCall, Limits, Message, Query, Role
@@ -373,22 +373,22 @@ def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list
                     yield from unknown_in(item, f"{at}{name}[{number}].")
 
 
-def _ignored(request: SharedRequest, abilities: frozenset[str], policy: str, unknown: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the fields of a request that change nothing here: unknown ones, and those that no engine, or the policy, reads."""
+def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the fields of a request that change nothing here: unknown ones, and those that no engine of the pool knows."""
     unknown = [*unknown, *(param for param, _, _ in unknown_in(request))]
     wished = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty"}
     wished |= {"chat_template_kwargs": "template", "enable_thinking": "template", "skip_special_tokens": ""}
     wished |= {"reasoning_effort": "", "verbosity": ""}
-    asked = request.options
-    unread = {"dmoa.max_agents": asked.max_agents is not None and not is_gated(policy)}
-    unread |= {"dmoa.epsilon": asked.epsilon is not None and policy != EXPLORING}
-    unused = [name for name, is_unread in unread.items() if is_unread]
-    unused += [name for name, ability in wished.items() if getattr(request, name, None) is not None and ability not in abilities]
+    unused = [name for name, ability in wished.items() if getattr(request, name, None) is not None and ability not in abilities]
     for param in unknown:
         if param not in _TOLD and len(_TOLD) < _MAX_TOLD:
             _TOLD.add(param)
             _LOG.warning("request field %r is not known here and is passed over (server.unknown_fields is warn)", param)
     return (*unknown, *unused)
+
+
+def _unread(request: SharedRequest, policy: str) -> tuple[str, ...]:
+    return unread_options(policy, max_agents=request.options.max_agents, epsilon=request.options.epsilon)
 
 
 _LOG = logging.getLogger("dmoa.http")
@@ -534,7 +534,7 @@ def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[st
             n=request.n,
         ),
     )
-    ignored = _ignored(request, service.abilities, policy, unknown)
+    ignored = (*_ignored(request, service.abilities, unknown), *_unread(request, policy))
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
 
 
@@ -557,7 +557,7 @@ def completion_order(request: CompletionRequest, service: SwarmService) -> Parse
     policy, agent = resolve(request, service)
     final = final_call(n=request.n)
     query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens, final=final)
-    ignored = _ignored(request, service.abilities, policy)
+    ignored = (*_ignored(request, service.abilities), *_unread(request, policy))
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
 
 

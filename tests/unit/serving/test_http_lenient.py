@@ -60,24 +60,6 @@ async def test_a_client_may_forbid_to_keep_its_query(path: str, asked: dict[str,
     assert [summary.question == "(not stored)" for summary in lost.page.failures] == [not is_stored]
 
 
-@pytest.mark.parametrize(
-    ("error", "kept"),
-    [
-        (
-            RequestError("it is not JSON; it says Mr SMITH", param="response_format", code="bad", status=422),
-            "RequestError (bad)",
-        ),
-        (NoAgentError("openai:m: it answered with status 400: messages: 'Mr SMITH has X'"), "NoAgentError"),
-    ],
-)
-async def test_of_a_lost_query_that_may_not_be_kept_no_words_are(error: Exception, kept: str) -> None:
-    service = FakeService(error=error)
-    async with connect(make_app(service)) as client:
-        for store in (False, True):
-            assert "SMITH" in (await client.post(CHAT, json=ASKED | {"store": store})).text
-    assert [one.error == kept for one in service.page.failures] == [True, False]
-
-
 async def test_a_field_is_named_in_the_log_once_and_its_value_never(caplog: pytest.LogCaptureFixture) -> None:
     async with connect(make_app(FakeService())) as client:
         for _ in range(3):
@@ -180,3 +162,21 @@ async def test_the_docs_load_nothing_from_elsewhere() -> None:
     assert response.headers["content-type"].startswith("text/html")
     assert "POST /v1/chat/completions" in response.text
     assert not any(word in response.text for word in ("<script", "src=", "href=", "url(", "@import"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (
+            RequestError("it is not JSON; it says Mr SMITH", param="response_format", code="bad", status=422),
+            "RequestError (bad)",
+        ),
+        (NoAgentError("openai:m: it answered with status 400: messages: 'Mr SMITH has X'"), "NoAgentError"),
+    ],
+)
+async def test_of_a_lost_query_that_may_not_be_kept_no_words_are(error: Exception, kept: str) -> None:
+    service = FakeService(error=error)
+    async with connect(make_app(service)) as client:
+        for store in (False, True):
+            assert "SMITH" in (await client.post(CHAT, json=ASKED | {"store": store})).text
+    assert [one.error == kept for one in service.page.failures] == [True, False]
