@@ -166,7 +166,7 @@ class Dispatcher:
         The query's own limit on the length of a reply holds for all of them.
         """
         if query.sampling and (is_final or self._is_select):
-            sampling = replace(sampling, **query.sampling)
+            sampling = replace(sampling, **query.sampling, given=tuple(query.sampling))
         most = query.limits.max_tokens
         return sampling if most is None else replace(sampling, max_tokens=min(sampling.max_tokens, most))
 

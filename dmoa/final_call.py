@@ -85,6 +85,46 @@ class _Lead:
         return replace(choice, text="\n\n".join(filter(str.strip, (self.text, choice.text))))
 
 
+class _Json:
+    """Hands the object or list of a text on as it comes, up to what closes it; what begins otherwise waits for its end."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self.text = ""
+        """What was handed on."""
+        self._is_over = False
+        self._depth = 0
+        self._is_quoted = self._is_escaped = False
+
+    def take(self, delta: TextDelta) -> None:
+        """Take a piece of text, or of a thought, which goes on as it is."""
+        if delta.is_reasoning:
+            self._emit(delta)
+            return
+        piece = delta.text if self.text else delta.text.lstrip()
+        self._is_over = self._is_over or (not self.text and piece[:1] not in ("", "{", "["))
+        if piece and not self._is_over:
+            piece = piece[: self._end(piece)]
+            self.text += piece
+            self._emit(TextDelta(text=piece))
+
+    def _end(self, piece: str) -> int:
+        """Return where the value ends in a piece, its length where it does not."""
+        for place, sign in enumerate(piece):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._is_quoted:
+                self._is_escaped, self._is_quoted = sign == "\\", sign != '"'
+            elif sign == '"':
+                self._is_quoted = True
+            elif sign in "{}[]":
+                self._depth += 1 if sign in "{[" else -1
+                self._is_over = not self._depth
+                if self._is_over:
+                    return place + 1
+        return len(piece)
+
+
 class FinalCaller:
     """Asks for answers in the form that a client wants."""
 
@@ -163,13 +203,15 @@ class FinalCaller:
         is_guided = SCHEMA in card.abilities and not (final.tools and _runs_model(card))
         is_sure = not is_prompted and final.tool_choice == "auto" and (final.schema is None or is_guided)
         emit = emit if final.tool_choice == "auto" and final.n == 1 and final.top_logprobs is None else None
-        live = emit if is_sure else None
+        live = emit if is_sure and final.schema is None else None
         lead = _Lead(emit) if emit and is_prompted and final.schema is None else None
+        form = _Json(emit) if emit and is_sure and final.schema is not None else None
         call = self._call(state, card, final, number, is_prompted=is_prompted)
-        reply = await self._ask(call, card, lead.take if lead else live)
+        reply = await self._ask(call, card, lead.take if lead else form.take if form else live)
         replies: tuple[AgentReply, ...] = (reply,)
-        choice, fault = _read(reply, card, final)
-        if fault and live is None:
+        shown = form.text if form else ""
+        choice, fault = _read(reply, card, final, shown)
+        if fault and live is None and not shown:
             told = f"That is not the form that was asked for: {fault}. Write it again, as nothing but that form."
             said = Message(role="assistant", content=reply.text[:_SHOWN] or "(nothing)")
             asked = (*call.messages, said, Message(role="user", content=told))
@@ -247,8 +289,11 @@ def _runs_model(card: AgentCard) -> bool:
     return TOOL_PROMPT in card.abilities
 
 
-def _read(reply: AgentReply, card: AgentCard, final: FinalCall) -> tuple[Choice, str]:
-    """Return a reply as a choice, and what is wrong with its form; a text that a limit of tokens cut is given as it is."""
+def _read(reply: AgentReply, card: AgentCard, final: FinalCall, shown: str = "") -> tuple[Choice, str]:
+    """Return a reply as a choice, and what is wrong with its form; a text that a limit of tokens cut is given as it is.
+
+    `shown`: JSON of its text that was handed on already, and therefore is the answer.
+    """
     is_cut = reply.finish_reason == "length"
     text, calls, fault = reply.text, reply.tool_calls, ""
     if final.tools and TOOLS not in card.abilities:
@@ -260,8 +305,10 @@ def _read(reply: AgentReply, card: AgentCard, final: FinalCall) -> tuple[Choice,
         fault = calls_fault(calls, final)
     fault = f"tools: {fault}" if fault else ""
     if final.schema is not None and not calls and not fault:
-        text = unwrapped(text)
+        text = shown.rstrip() or unwrapped(text)
         fault = "" if is_cut else text_fault(text, final.schema)
+    elif shown:
+        text = text.lstrip()
     choice = Choice(
         text=text,
         reasoning=reply.reasoning,

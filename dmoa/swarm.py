@@ -80,10 +80,16 @@ class Swarm:
         return build_policy(name, context)
 
     def branch(
-        self, query: Query, policy: str, done: tuple[StepRecord, ...], first: tuple[str, ...] = ()
+        self,
+        query: Query,
+        policy: str,
+        done: tuple[StepRecord, ...],
+        first: tuple[str, ...] = (),
+        *,
+        agent: str | None = None,
     ) -> AsyncGenerator[Event]:
         """Answer as `ask` does, from some steps on; `first`: agents that the next step asks in place of the policy's own."""
-        chosen = self.policy(policy)
+        chosen = self.policy(policy, agent)
         return self._orchestrator.answer(query, AsksFirst(chosen, first, len(done)) if first else chosen, done)
 
     def follow(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:

@@ -96,13 +96,15 @@ class Sampling:
     seed: int | None = None
     """Seed of the sampling; None: from the call's id, so a repeated call repeats."""
     top_k: int | None = None
-    """Most probable tokens that are kept; None: all. This and the fields below are for engines that know them."""
+    """Most probable tokens that are kept; None, -1: all. This and the fields below are for engines that know them."""
     min_p: float | None = None
     """Least probability of a kept token, as a share of the most probable one's."""
     repetition_penalty: float | None = None
     """Factor above 1 by which tokens that were there before lose."""
     template: tuple[tuple[str, bool | int | float | str], ...] = ()
     """Settings of the model's chat template, such as enable_thinking, by name."""
+    given: tuple[str, ...] = field(default=(), compare=False)
+    """Fields that the client set itself: endpoints are sent those also where they are as good as absent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -506,11 +508,9 @@ class Limits:
     budget_price: float | None = None
     """What all agents and the summarizer may cost; calls without a price cost nothing."""
     budget_calls: int | None = None
-    """Calls of agents and the summarizer; where a step would ask more agents, its least probable ones are left out, and stand in
-    for lost ones only as long as nobody else can contribute."""
+    """Calls of agents and the summarizer; of a step's agents the least probable are left out, and stand in if nobody else can."""
     within_steps: bool = False
-    """Whether the budgets of tokens and price hold within a step too: its first agent is asked alone, then as many more as what
-    is left pays for, by what the calls so far took. Source: ours."""
+    """Whether tokens and price hold within a step too: its first agent is asked alone, then what is left pays for. Ours."""
     deadline_s: float | None = None
     max_tokens: int | None = None
     """Most new tokens of any one reply, the summarizer's included; None: as each agent's sampling says."""

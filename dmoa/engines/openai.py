@@ -84,11 +84,16 @@ _TEMPLATE_CHARS = 16
 _HINTS = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs")
 _OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed", *_HINTS)} | {"max_tokens": "max_completion_tokens"}
 """Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
+_UNKNOWN = (
+    r"(?:(?:unknown|unrecogni[sz]ed|unexpected|unsupported)(?: \w+){0,2} (?:argument|parameter|field|property)"
+    r"|extra inputs|property \S+ is unsupported)"
+)
+"""How a refusal says that a field itself is not known, rather than that its value is not taken."""
 OnText = Callable[[TextDelta], None]
 
 
 class _FieldRefusedError(Exception):
-    """The endpoint does not take an optional field; the call is sent again without it."""
+    """The endpoint does not take an optional field as it was sent; the call is sent again without it."""
 
 
 class _AgainError(Exception):
@@ -100,11 +105,30 @@ class _AgainError(Exception):
         self.wait_s = wait_s
 
 
+@dataclass(slots=True)
+class _Left:
+    """What is left out of one call, because the endpoint refused it."""
+
+    fields: set[str]
+    """Names of `_OPTIONAL`, of max_tokens it is the name alone; top_p where it is 1."""
+    has_own_top: bool = False
+    """Whether no more log-probabilities are asked for than the pool's own number."""
+    learnt: list[str] = field(default_factory=list)
+    """Fields that no later call needs to send, if the endpoint answers this one without them."""
+
+
 def _seed(request: GenerationRequest) -> int:
     """Return the request's seed, or one that its id always gives, 31 bits."""
     if request.sampling.seed is not None:
         return request.sampling.seed
     return int.from_bytes(hashlib.sha256(request.call_id.encode()).digest()[:4], "little") >> 1
+
+
+def _has_wishes(request: GenerationRequest) -> bool:
+    """Whether a call holds what its client asked for and other calls do not: a refusal may be due to that."""
+    sampling = request.sampling
+    wished = (request.final, sampling.seed, sampling.top_k, sampling.min_p, sampling.repetition_penalty)
+    return bool(sampling.template) or any(value is not None for value in wished)
 
 
 @dataclass(slots=True)
@@ -130,6 +154,9 @@ class OpenaiEngine:
         self._conceal = Conceal(self._key.get_secret_value())
         self._url = options.base_url
         self._refused: set[str] = set()
+        """Fields that the endpoint does not know."""
+        self._noted: set[str] = set()
+        """Fields that one call or another went without, as the log was told."""
         self._is_told = False
         self._is_closed = False
         self._room: _Room | None = None
@@ -256,11 +283,12 @@ class OpenaiEngine:
 
         Text that was handed on is never asked for again.
         """
-        key, retries = self._key.get_secret_value(), 0
+        key, retries, left = self._key.get_secret_value(), 0, _Left(fields=set(self._refused))
         while True:
             drafts.append(Draft(self._options.vocab_size, key, self._fault, on_text or _drop, final=request.final))
             try:
-                return await self._exchange(client, request, drafts[-1], is_stream=on_text is not None)
+                await self._exchange(client, request, drafts[-1], left, is_stream=on_text is not None)
+                return self._remember(left)
             except _FieldRefusedError:
                 continue
             except _AgainError as again:
@@ -282,15 +310,20 @@ class OpenaiEngine:
             return wait_s <= min(self._options.timeout_s, MAX_WAIT_S)
         return wait_s <= MAX_WAIT_S and time.time() + wait_s < deadline_unix_s
 
-    async def _exchange(self, client: Connections, request: GenerationRequest, draft: Draft, *, is_stream: bool) -> None:
+    async def _exchange(
+        self, client: Connections, request: GenerationRequest, draft: Draft, left: _Left, *, is_stream: bool
+    ) -> None:
         """Ask, and read the reply into the draft."""
-        body = self._body(request, is_stream=is_stream)
+        body = self._body(request, left, is_stream=is_stream)
         data = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
         response, is_whole, has_reply = None, True, False
         try:
             response = await client.post(data)
             if response.status >= REDIRECTS:
-                raise self._refusal(response.status, await read_error(response), response.headers, body)
+                data = await read_error(response)
+                if response.status in (400, 422) and self._leave_out(data, body, request, left):
+                    raise _FieldRefusedError
+                raise self._refusal(response.status, data, response.headers)
             has_reply, kind = True, response.headers.get("content-type", "").lower()
             if kind.startswith("application/json") or not (is_stream or kind.startswith("text/event-stream")):
                 draft.take(b"".join([chunk async for chunk in self._within(response, request)]))
@@ -306,31 +339,31 @@ class OpenaiEngine:
             raise _AgainError(self._error("its stream broke off before the end of the reply; ask again"), BROKEN_OFF_S)
         draft.finish()
 
-    def _body(self, request: GenerationRequest, *, is_stream: bool) -> dict[str, Any]:
+    def _body(self, request: GenerationRequest, left: _Left, *, is_stream: bool) -> dict[str, Any]:
         sampling, options = request.sampling, self._options
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [{"role": message.role, "content": break_names(message.content)} for message in request.messages],
             "temperature": sampling.temperature,
-            "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens": sampling.max_tokens,
+            "max_completion_tokens" if "max_tokens" in left.fields else "max_tokens": sampling.max_tokens,
             "stream": is_stream,
         }
-        if sampling.top_p < 1.0:
+        if sampling.top_p < 1.0 or ("top_p" in sampling.given and "top_p" not in left.fields):
             body["top_p"] = sampling.top_p
         if sampling.stop:
             body["stop"] = list(sampling.stop)
-        if sampling.temperature > 0.0 and "seed" not in self._refused:
+        if sampling.temperature > 0.0 and "seed" not in left.fields:
             body["seed"] = _seed(request)
-        listed = max(options.top_logprobs, (request.final.top_logprobs if request.final else None) or 0)
-        if listed and "logprobs" not in self._refused:
+        wished = 0 if left.has_own_top or request.final is None else request.final.top_logprobs or 0
+        listed = max(options.top_logprobs, wished)
+        if listed and "logprobs" not in left.fields:
             body |= {"logprobs": True, "top_logprobs": listed}
         if request.final is not None:
             body |= _form(request.final)
-        hints = dict(
-            zip(_HINTS, (sampling.top_k, sampling.min_p, sampling.repetition_penalty, dict(sampling.template)), strict=True)
-        )
-        body |= {name: value for name, value in hints.items() if value and name not in self._refused}
-        if is_stream and "stream_options" not in self._refused:
+        template = dict(sampling.template) or None
+        hints = dict(zip(_HINTS, (sampling.top_k, sampling.min_p, sampling.repetition_penalty, template), strict=True))
+        body |= {name: value for name, value in hints.items() if value is not None and name not in left.fields}
+        if is_stream and "stream_options" not in left.fields:
             body["stream_options"] = {"include_usage": True}
         if options.continue_final_message and request.messages[-1].role == "assistant":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
@@ -353,16 +386,12 @@ class OpenaiEngine:
         advice = "ask again; where that never helps, check base_url, http or https"
         return _AgainError(self._error(f"the connection failed before the reply ({said}); {advice}"))
 
-    def _refusal(self, status: int, data: bytes, headers: Mapping[str, str], body: dict[str, Any]) -> Exception:
+    def _refusal(self, status: int, data: bytes, headers: Mapping[str, str]) -> Exception:
         """Return what a status of the endpoint stands for."""
-        told = plain(data.decode("utf-8", "replace").strip())
-        message, error = error_message(told), told.get("error", told) if isinstance(told, dict) else None
-        code, param = (error.get("code"), error.get("param")) if isinstance(error, dict) else (None, None)
+        message, code, _ = _told(data)
         said = self._quoted(message) or "no details"
-        if code == "context_length_exceeded" or re.search(r"maximum context length|context window", message):
+        if _is_too_long(message, code):
             return PromptTooLongError(self._named(f"the prompt does not fit: {said}"))
-        if status in (400, 422) and self._learn(f"{param or ''} {message}", body):
-            return _FieldRefusedError()
         if status in (401, 403):
             variable = self._options.api_key_env
             whose = f"the key in {variable}" if variable else "a call without a key (api_key_env)"
@@ -371,14 +400,39 @@ class OpenaiEngine:
         refused = AgentOverloadedError(text) if status == 429 else EngineError(text)
         return _AgainError(refused, asked_wait_s(headers)) if status in (408, 429) or status >= 500 else refused
 
-    def _learn(self, said: str, body: dict[str, Any]) -> bool:
-        """Remember an optional field that a refusal names and the call held; tells whether there was one."""
+    def _leave_out(self, data: bytes, body: dict[str, Any], request: GenerationRequest, left: _Left) -> bool:
+        """Leave an optional field that a refusal names, and the call held, out of that call; tells whether there was one.
+
+        Whether later calls go without it too: not where the fault may lie in what this call's client wished for, for other
+        clients' calls are then as good as before. A refusal may name a field for its value, or quote whatever a prompt says.
+        """
+        message, code, param = _told(data)
+        said = f"{param or ''} {message}"
+        if _is_too_long(message, code):
+            return False
+        if body.get("top_logprobs", 0) > self._options.top_logprobs and re.search(r"\b(?:top_)?logprobs\b", said):
+            left.has_own_top = True
+            return True
+        if body.get("top_p") == 1.0 and re.search(r"\btop_p\b", said):  # as good as absent; any other is what the client wants
+            left.fields.add("top_p")
+            return True
         for name, word in _OPTIONAL.items():
-            if re.search(rf"\b{word}\b", said) and name in body and name not in self._refused:
-                self._refused.add(name)
-                _LOG.warning("openai:%s refuses %s, which is no longer sent: %s", self._model, name, self._quoted(said))
+            if name in body and re.search(rf"\b{word}\b", said):
+                left.fields.add(name)
+                if not _has_wishes(request) or (name != "chat_template_kwargs" and _is_unknown(word, said)):
+                    left.learnt.append(name)
+                elif name not in self._noted:
+                    self._noted.add(name)
+                    _LOG.warning("openai:%s refused %s as one call held it; such calls go without it", self._model, name)
                 return True
         return False
+
+    def _remember(self, left: _Left) -> None:
+        """Remember what the endpoint does not take, now that it has answered a call without it."""
+        for name in left.learnt:
+            if name not in self._refused:
+                self._refused.add(name)
+                _LOG.warning("openai:%s refuses %s, which is no longer sent", self._model, name)
 
     def _tell_if_unlisted(self, draft: Draft) -> None:
         """Warn, once, of an endpoint that gives the gate nothing to learn from."""
@@ -415,6 +469,23 @@ class OpenaiEngine:
         """Return a text of the endpoint or about it, on one line, short, without the key or a part of it."""
         clean = " ".join(self._conceal(text[:_MAX_READ_CHARS]).split())
         return redact_text(clean)[:_MAX_QUOTED_CHARS]
+
+
+def _told(data: bytes) -> tuple[str, Any, Any]:
+    """Return message, code and parameter of an error's body."""
+    told = plain(data.decode("utf-8", "replace").strip())
+    error = told.get("error", told) if isinstance(told, dict) else None
+    return error_message(told), *((error.get("code"), error.get("param")) if isinstance(error, dict) else (None, None))
+
+
+def _is_too_long(message: str, code: Any) -> bool:
+    return code == "context_length_exceeded" or re.search(r"maximum context length|context window", message) is not None
+
+
+def _is_unknown(word: str, said: str) -> bool:
+    """Whether a refusal says of a field, by its word, that it is not known."""
+    near = rf"{_UNKNOWN}.{{0,60}}\b{word}\b|\b{word}\b.{{0,60}}{_UNKNOWN}"
+    return re.search(near, said[:_MAX_READ_CHARS], re.IGNORECASE | re.DOTALL) is not None
 
 
 async def _read_events(chunks: AsyncIterator[bytes], draft: Draft) -> bool:

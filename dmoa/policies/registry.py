@@ -112,6 +112,10 @@ POLICIES: Registry[PolicyEntry] = Registry(
 )
 
 
+EXPLORING = "exploring"
+"""The policy that reads a query's epsilon."""
+
+
 def split_policy(policy: str) -> tuple[str, str | None]:
     """Return a policy's name, and what follows it: the agent of `single:NAME`, the gate of `dmoa:NAME`, or its parameters."""
     name, mark, words = policy.partition(":")
@@ -148,6 +152,15 @@ def can_do_stages(policy: str) -> bool:
     """Tell whether a policy can answer a query with stages, as far as is known; one that wraps another is as that one."""
     name, inner = split_policy(policy)[0], _wrapped(policy)
     return (name not in POLICIES or POLICIES[name].answers_at_once) if inner is None else can_do_stages(inner)
+
+
+def is_gated(policy: str) -> bool:
+    """Tell whether a policy may read a query's limit on agents, which is the gate's; one that wraps another is as that one.
+
+    The other policies of ours ask as many agents as their parameters say; of a policy of somebody else's it is not known.
+    """
+    name, inner = split_policy(policy)[0], _wrapped(policy)
+    return (name in ("dmoa", EXPLORING) or name not in POLICIES.builtin) if inner is None else is_gated(inner)
 
 
 def needs_labels(name: str) -> bool:

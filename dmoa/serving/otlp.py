@@ -48,14 +48,20 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 _LOG = logging.getLogger("dmoa.tracing")
 
 
-def spans_of(query: Query, answer: Answer, *, pool: str, ended_unix_s: float, content: bool) -> list[Span]:
-    """Return the spans of an answered query, the whole one first; `content`: with prompts and texts."""
-    return list(_Spans(query, answer, pool, ended_unix_s, content).all())
+def spans_of(
+    query: Query, answer: Answer, *, pool: str, ended_unix_s: float, content: bool, is_stored: bool = True
+) -> list[Span]:
+    """Return the spans of an answered query, the whole one first; `content`: with prompts and texts.
+
+    Of one that is not to be stored they carry no text of any kind: words of errors may quote a prompt too.
+    """
+    return list(_Spans(query, answer, pool, ended_unix_s, content, is_stored).all())
 
 
 class _Spans:
-    def __init__(self, query: Query, answer: Answer, pool: str, ended_unix_s: float, content: bool) -> None:
-        self._query, self._answer, self._pool, self._content = query, answer, pool, content
+    def __init__(self, query: Query, answer: Answer, pool: str, ended_unix_s: float, content: bool, is_stored: bool) -> None:
+        self._query, self._answer, self._pool, self._content = query, answer, pool, content and is_stored
+        self._is_stored = is_stored
         parent = _PARENT.fullmatch(query.traceparent.strip().lower())
         is_parent = parent is not None and set(parent[1]) != {"0"} and set(parent[2]) != {"0"}
         own = query.trace_id if _HEX.fullmatch(query.trace_id) else secrets.token_hex(16)
@@ -115,12 +121,13 @@ class _Spans:
             explored = any(name == agent for name, _ in step.explored)
             own = {"dmoa.status": reply.status, "dmoa.explored": explored, "dmoa.right_probability": reply.right_probability}
             own["dmoa.entropy_nats"] = reply.entropy.mean_nats
-            lost = reply.error or reply.status if reply.status != "ok" else None
+            lost = (self._is_stored and reply.error) or reply.status if reply.status != "ok" else None
             yield from self._call(step, agent, reply, own, start_unix_s, text=reply.text, engine=reply.engine, lost=lost)
         fold = step.summarizer
         if fold.usage.total:
             verdict = {"dmoa.verdict": fold.verdict}
-            yield from self._call(step, SUMMARIZER, fold, verdict, start_unix_s, text=step.summary, engine="", lost=fold.error)
+            lost = fold.error and (fold.error if self._is_stored else "failed")
+            yield from self._call(step, SUMMARIZER, fold, verdict, start_unix_s, text=step.summary, engine="", lost=lost)
 
     def _call(
         self,
@@ -270,7 +277,7 @@ class Exporter:
         spans = [
             span
             for query, answer, pool, ended_unix_s, is_stored in waiting
-            for span in spans_of(query, answer, pool=pool, ended_unix_s=ended_unix_s, content=content and is_stored)
+            for span in spans_of(query, answer, pool=pool, ended_unix_s=ended_unix_s, content=content, is_stored=is_stored)
         ]
         url = endpoint.rstrip("/")
         url = url if url.endswith("/v1/traces") else f"{url}/v1/traces"

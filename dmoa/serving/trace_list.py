@@ -113,13 +113,20 @@ def summarise(answer: Answer, *, question: str, created_unix_s: float) -> tuple[
     return summary, calls
 
 
-def summary_of_failure(query: Query, policy: str, error: Exception, started_unix_s: float) -> TraceSummary:
-    """Return a query that was not answered as a list shows it."""
-    now = time.time()
+def summary_of_failure(
+    query: Query, policy: str, error: Exception, started_unix_s: float, *, is_stored: bool = True
+) -> TraceSummary:
+    """Return a query that was not answered as a list shows it.
+
+    Of one that is not to be stored the error's kind and code alone are told: its words may quote a prompt, or the answer.
+    """
+    now, code = time.time(), getattr(error, "code", None)
+    kind = type(error).__name__
+    told = f"{kind}: {error}" if is_stored else f"{kind} ({code})" if code else kind
     return TraceSummary(
         trace_id=query.trace_id,
         created_unix_s=now,
-        question=query.text[:_QUESTION_CHARACTERS],
+        question=query.text[:_QUESTION_CHARACTERS] if is_stored else NOT_STORED,
         policy=policy,
         gate_version=None,
         stop_reason=None,
@@ -130,7 +137,7 @@ def summary_of_failure(query: Query, policy: str, error: Exception, started_unix
         wall_ms=round((now - started_unix_s) * 1e3, 3),
         price=None,
         degraded=False,
-        error=redact_text(f"{type(error).__name__}: {error}")[:_ERROR_CHARACTERS],
+        error=redact_text(told)[:_ERROR_CHARACTERS],
     )
 
 

@@ -80,7 +80,7 @@ def _decided(step: int, asked: tuple[str, ...], decision: RouteDecision) -> Deci
 
 async def by_policy(trace: Trace, swarm: Swarm, name: str) -> list[DecidedStep]:
     """Ask a policy at every recorded state of a query whom it would ask next. Raises RequestError for an unknown policy."""
-    policy, state = swarm.policy(name), begin(query_of_trace(trace, trace.trace_id))
+    policy, state = swarm.policy(name, _agent_of(trace, swarm, name)), begin(query_of_trace(trace, trace.trace_id))
     found = []
     for step in answer_of_trace(trace).steps:
         plan = await policy.next_step(state)
@@ -109,5 +109,20 @@ def branch(
                 param="agents",
                 code="unknown_agent",
             )
-    query = query_of_trace(trace, trace_id)
-    return query, swarm.branch(query, policy or trace.dmoa.policy.partition(":")[0], steps[:step], agents)
+    query, name = query_of_trace(trace, trace_id), policy or _policy_of(trace)
+    return query, swarm.branch(query, name, steps[:step], agents, agent=_agent_of(trace, swarm, name))
+
+
+def _policy_of(trace: Trace) -> str:
+    return trace.dmoa.policy.partition(":")[0]
+
+
+def _agent_of(trace: Trace, swarm: Swarm, policy: str) -> str | None:
+    """Return the agent that a query to one agent named, whose policy is asked again; a trace holds no more of it than its steps.
+
+    None for other policies, and for the pool's first agent, whom `single` asks, with stand-ins, where none is named.
+    """
+    if policy != "single" or _policy_of(trace) != policy:
+        return None
+    answered, others = next(iter(answer_of_trace(trace).steps[0].active), None), swarm.config.agent_names[1:]
+    return answered if answered in others else None

@@ -505,6 +505,7 @@ async def test_fields_that_the_client_leaves_out_stay_the_agents_own() -> None:
     agents = FakeAgents({"a": Say(text="1")})
     await dispatcher_of(agents).ask(state_of(query(sampling={"seed": 3})), asks("a"), None)
     assert agents.calls[0].sampling == Sampling(max_tokens=50, seed=3)
+    assert agents.calls[0].sampling.given == ("seed",)
 
 
 async def test_what_a_call_carries() -> None:

@@ -269,6 +269,40 @@ async def test_with_tools_in_words_text_is_handed_on_up_to_where_a_call_may_begi
     assert (answer.text, len(answer.choices[0].tool_calls)) == (text, calls)
 
 
+@pytest.mark.parametrize(
+    ("replies", "pieces", "asked"),
+    [
+        (('{"n": 19}',), ['{"', 'n": 19}'], 1),
+        (('\n {"n": 19}\n\nThat is it: {}',), ['{"n": 19}'], 1),
+        (('{"n": 19, "s": "}\\"]"} so',), ['{"', 'n": 19, "s": "}\\"]"}'], 1),
+        (('```json\n{"n": 19}\n```',), [], 1),
+        (('So: {"n": 19}',), [], 1),
+        (("Nineteen.", '{"n": 19}'), [], 2),
+    ],
+)
+async def test_a_form_is_the_same_streamed_and_whole(replies: tuple[str, ...], pieces: list[str], asked: int) -> None:
+    texts = []
+    for is_streamed in (False, True):
+        agents, final = Writers(*replies), FinalCall(schema=FORM, schema_name="f")
+        wanted = replace(query(), final=final, is_streamed=is_streamed)
+        built = orchestrator(agents, one=NATIVE)
+        events = [event async for event in built.answer(wanted, Schedule(asks("one", ends_with="single")))]
+        assert [event.text for event in events if isinstance(event, TextDelta)] == (pieces if is_streamed else [])
+        assert len(agents.finals) == asked
+        assert isinstance(events[-1], Answer)
+        texts.append(events[-1].text)
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0])["n"] == 19
+    assert texts[1].startswith("".join(pieces))
+
+
+@pytest.mark.parametrize("said", ['{"m": 1}', '{"m": {"n": 19}, x}'])
+async def test_a_form_that_was_begun_wrong_in_a_stream_is_an_error(said: str) -> None:
+    wanted = replace(query(), final=FinalCall(schema=FORM, schema_name="f"), is_streamed=True)
+    with pytest.raises(RequestError, match="its text: "):
+        await answer_of(orchestrator(Writers(said), one=NATIVE), wanted, Schedule(asks("one", ends_with="single")))
+
+
 async def test_calls_that_an_engine_read_of_its_own_model_are_checked_and_asked_for_once_more() -> None:
     wrong, right = (ToolCall(call_id="c", name=name, arguments='{"a": 1}') for name in ("ad", "add"))
     agents = Writers(*(AgentReply(agent="", status="ok", tool_calls=(call,)) for call in (wrong, right)))

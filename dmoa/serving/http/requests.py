@@ -34,6 +34,7 @@ from dmoa.serving.http.fields import (
     final_call,
     refused,
     text_or_list,
+    unread_options,
 )
 from dmoa.serving.http.service import SwarmService
 from dmoa.types import FinalCall, Limits, Message, Query, Role
@@ -133,7 +134,7 @@ class DmoaOptions(RequestModel):
 
     max_steps: Annotated[int, Field(ge=1, le=1000), WHOLE] | None = None
     max_agents: Annotated[int, Field(ge=1, le=4096), WHOLE] | None = None
-    """Most active agents of a step."""
+    """Most active agents of a step, for policies with a gate; the others name it among the ignored fields."""
     budget_tokens: Annotated[int, Field(ge=1, le=2**53), WHOLE] | None = None
     """Prompt and completion tokens of all agents and the summarizer."""
     budget_price: float | None = Field(default=None, gt=0, le=1e9)
@@ -179,7 +180,8 @@ class SharedRequest(LenientModel):
         | None
     ) = None
     """Texts that end a reply; empty ones are ignored."""
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 2**20), WHOLE] | None = None
+    """Each of several answers or samples of an agent gets one of the numbers from here on, in 64 bits."""
     user: str | None = Field(default=None, max_length=512)
     """Kept in the trace."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
@@ -385,6 +387,10 @@ def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequenc
     return (*unknown, *unused)
 
 
+def _unread(request: SharedRequest, policy: str) -> tuple[str, ...]:
+    return unread_options(policy, max_agents=request.options.max_agents, epsilon=request.options.epsilon)
+
+
 _LOG = logging.getLogger("dmoa.http")
 _TOLD: set[str] = set()
 """Unknown fields that the log of this process has named."""
@@ -528,7 +534,7 @@ def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[st
             n=request.n,
         ),
     )
-    ignored = _ignored(request, service.abilities, unknown)
+    ignored = (*_ignored(request, service.abilities, unknown), *_unread(request, policy))
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
 
 
@@ -551,7 +557,8 @@ def completion_order(request: CompletionRequest, service: SwarmService) -> Parse
     policy, agent = resolve(request, service)
     final = final_call(n=request.n)
     query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens, final=final)
-    return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=_ignored(request, service.abilities))
+    ignored = (*_ignored(request, service.abilities), *_unread(request, policy))
+    return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
 
 
 def outcome_of(request: OutcomeRequest, agents: Sequence[str]) -> KeptOutcome:
@@ -608,8 +615,8 @@ def _query(
         "max_tokens": max_tokens,
         "stop": request.stop_texts or None,
         "seed": request.seed,
-        "top_k": request.top_k if request.top_k and request.top_k > 0 else None,
-        "min_p": request.min_p or None,
+        "top_k": -1 if request.top_k == 0 else request.top_k,  # for all tokens, as vLLM writes it; others refuse 0
+        "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,
         "template": _template(request) or None,
     }

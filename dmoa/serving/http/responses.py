@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
-from dmoa.errors import EmptyAnswerError
+from dmoa.errors import EmptyAnswerError, RequestError
 from dmoa.serving.http.errors import RETRY_AFTER_S, ErrorReply, described, encode_json
 from dmoa.serving.http.middleware import OPEN_PATHS
 from dmoa.serving.http.requests import ChatRequest, CompletionRequest, OutcomeRequest, ParsedRequest
@@ -252,6 +252,10 @@ class Rendering:
         piece, self._held = self._held, ""
         self._sent += piece
         return piece
+
+    def renamed(self, error: RequestError) -> RequestError:
+        """Return an error with the names that fields have in the request: here those of a chat request."""
+        return error
 
     def failure(self, error: Exception) -> bytes:
         """Return the events of an error in mid-stream: the error object, then `[DONE]`."""

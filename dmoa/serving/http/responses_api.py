@@ -5,6 +5,7 @@ Nothing is stored, so whoever goes on sends the whole conversation again.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -153,9 +154,10 @@ def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedR
     """Return the order of a request. Raises RequestError, whose fields are named as in the request."""
     if request.model not in model_names(service):
         raise unknown_model(request.model, service)
+    messages, places = _messages(request)
     tree = {
         "model": request.model,
-        "messages": _messages(request),
+        "messages": messages,
         "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(request.tools or [])] or None,
         "tool_choice": _tool_choice(request.tool_choice),
         "response_format": _format(request.text.format if request.text else None),
@@ -171,46 +173,84 @@ def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedR
         chat = ChatRequest.model_validate(also | {name: value for name, value in tree.items() if value is not None})
         return chat_order(chat, service, unknown)
     except ValidationError as error:
-        raise _renamed(request_error(error)) from None
+        raise _renamed(request_error(error), request, places) from None
     except RequestError as error:
-        raise _renamed(error) from None
+        raise _renamed(error, request, places) from None
 
 
 _ALSO = frozenset(ChatRequest.model_fields) - {"messages", "n"}
 """Fields of chat requests, `seed` say, that are taken here too, where none of this route's own says the same."""
-_NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
+_NAMES = (
+    ("response_format", r"response_format(\.json_schema)?", "text.format"),
+    ("max_tokens", r"max_tokens", "max_output_tokens"),
+    ("logprobs", r"logprobs", "top_logprobs"),
+    ("tools", r"(tools\[\d+\])\.function", r"\1"),
+    ("tool_choice", r"tool_choice\.function", "tool_choice"),
+)
+"""Fields of chat requests, patterns that their names begin with, and what stands for that here."""
+_MESSAGE = re.compile(r"messages(?:\[(\d+)\](?:\.tool_calls\[(\d+)\])?(.*))?", re.DOTALL)
+_Places = Sequence[tuple[str, Sequence[str]]]
+"""Of every message what it was made of, and where that stands in the request: calls of one message in several places."""
+_FIELDS = {
+    "message": {},
+    "calls": {".id": ".call_id", ".function.name": ".name", ".function.arguments": ".arguments", ".role": "", ".content": ""},
+    "output": {".tool_call_id": ".call_id", ".content": ".output", ".role": ""},
+}
+"""Fields of messages as their items have them, where the names differ."""
 
 
-def _renamed(error: RequestError) -> RequestError:
+def _renamed(error: RequestError, request: ResponsesRequest, places: _Places = ()) -> RequestError:
     """Return an error with the names that fields have here."""
-    for old, new in _NAMES.items():
-        if error.param and error.param.startswith(old):
-            text = str(error).replace(old, new, 1)
-            return RequestError(text, param=error.param.replace(old, new, 1), code=error.code, status=error.status)
-    return error
+    old = error.param or ""
+    new, message = old, _MESSAGE.fullmatch(old)
+    for name, pattern, here in _NAMES:
+        if name not in (request.model_extra or {}):  # else the client wrote it so
+            new = re.sub(rf"^{pattern}(?![\w])", here, new)
+    if message:
+        new = _place(message, places)
+    if new == old:
+        return error
+    text = str(error)
+    text = f"{new}{text[len(old) :]}" if text.startswith(old) else text
+    return RequestError(text, param=new, code=error.code, status=error.status)
 
 
-def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
+def _place(message: re.Match[str], places: _Places) -> str:
+    """Return where a message, or a field of it, stands in the request; `input` for what stands nowhere."""
+    number, call, field = message.groups()
+    kind, own = places[int(number)] if number is not None and int(number) < len(places) else ("text", ("input",))
+    if kind == "instructions":  # nothing but their text can be wrong with them
+        return kind if field == ".content" else "input"
+    return own[-1 if call is None else int(call)] + ("" if kind == "text" else _FIELDS[kind].get(field, field))
+
+
+def _messages(request: ResponsesRequest) -> tuple[list[dict[str, Any]], _Places]:
+    """Return the conversation as messages, and where each of them stands in the request."""
     found: list[dict[str, Any]] = [{"role": "system", "content": request.instructions}] if request.instructions else []
+    places: list[tuple[str, list[str]]] = [("instructions", ["instructions"]) for _ in found]
     if isinstance(request.input, str):
-        return [*found, {"role": "user", "content": request.input}]
+        return [*found, {"role": "user", "content": request.input}], [*places, ("text", ["input"])]
     for number, item in enumerate(request.input):
         place, kind = f"input[{number}]", item.type or "message"
         if kind == "message":
             text = _text(item.content, f"{place}.content")
             found.append({"role": item.role or "user", "content": text})
+            places.append(("message", [place]))
         elif kind == "function_call":
             call = {"id": item.call_id, "type": "function", "function": {"name": item.name or "", "arguments": item.arguments}}
             if found and found[-1].get("tool_calls"):
                 found[-1]["tool_calls"].append(call)
+                places[-1][1].append(place)
             else:
+                places.append(("calls", [place]))
                 found.append({"role": "assistant", "content": None, "tool_calls": [call]})
         elif kind == "function_call_output":
             output = _text(item.output, f"{place}.output")
             found.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+            places.append(("output", [place]))
         elif kind != "reasoning":
             raise refused(f"{place}.type", f"is {kind!r}; expected message, function_call or function_call_output", "unsupported")
-    return found
+    return found, places
 
 
 def _text(content: str | Sequence[Part] | None, place: str) -> str:
@@ -276,8 +316,9 @@ class ResponseRendering(Rendering):
         return self._tell("response.created", response=started) + self._tell("response.in_progress", response=started)
 
     def step(self, step: StepRecord) -> bytes:
-        """Return the events of a finished step, none unless a summary of the reasoning was asked for."""
-        return self._add("reasoning", step_line(step)) if self._tells_steps else b""
+        """Return the events of a finished step: none unless a summary of the reasoning was asked for, or behind the answer."""
+        is_told = self._tells_steps and not self._sent
+        return self._add("reasoning", step_line(step)) if is_told else b""
 
     def thought(self, text: str) -> bytes:
         """Return the events of a piece of the final call's thought."""
@@ -318,6 +359,10 @@ class ResponseRendering(Rendering):
         found = described(error)[1].error
         return self._tell("error", code=found.code, message=found.message, param=found.param)
 
+    def renamed(self, error: RequestError) -> RequestError:
+        """Return an error with the names that fields have in the request."""
+        return _renamed(error, self._request)
+
     @property
     def _tells_steps(self) -> bool:
         return bool(self._request.reasoning and self._request.reasoning.summary)
@@ -329,11 +374,17 @@ class ResponseRendering(Rendering):
         return f"{kind}_{self._order.query.trace_id}{f'_{number}' if number else ''}"
 
     def _reasoning(self, text: str) -> dict[str, Any]:
-        return {"type": "reasoning", "id": self._id("rs"), "summary": [{"type": "summary_text", "text": sent(text)}]}
+        number = self._num_done("reasoning")
+        return {"type": "reasoning", "id": self._id("rs", number), "summary": [{"type": "summary_text", "text": sent(text)}]}
 
     def _message(self, text: str, choice: Choice | None = None, status: str = "completed") -> dict[str, Any]:
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": list((choice and choice.logprobs) or [])}
-        return {"type": "message", "id": self._id("msg"), "status": status, "role": "assistant", "content": [part]}
+        name = self._id("msg", self._num_done("message"))
+        return {"type": "message", "id": name, "status": status, "role": "assistant", "content": [part]}
+
+    def _num_done(self, kind: str) -> int:
+        """Return how many items of a kind are done: thoughts may come between pieces of a text, and ids come once."""
+        return sum(item["type"] == kind for item in self._output)
 
     def _calls_of(self, choice: Choice) -> list[dict[str, Any]]:
         return [
@@ -351,7 +402,8 @@ class ResponseRendering(Rendering):
     def _add(self, kind: Literal["reasoning", "message"], text: str) -> bytes:
         """Return the events of a piece of an item, which is begun where another is under way."""
         events = b"" if self._open in (None, kind) else self._close(None)
-        place = {"output_index": len(self._output), "item_id": self._id("rs" if kind == "reasoning" else "msg")}
+        name = self._id("rs" if kind == "reasoning" else "msg", self._num_done(kind))
+        place = {"output_index": len(self._output), "item_id": name}
         index = {"summary_index": 0} if kind == "reasoning" else {"content_index": 0}
         if self._open is None:
             self._open = kind

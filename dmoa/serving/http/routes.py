@@ -23,13 +23,13 @@ from starlette.types import Receive, Scope, Send
 
 from dmoa import __version__
 from dmoa.config import ServerConfig
-from dmoa.errors import DmoaError, EmptyAnswerError
+from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
 from dmoa.serving.http import errors, page, requests, responses
 from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
-from dmoa.serving.trace_list import NOT_STORED, summary_of_failure
+from dmoa.serving.trace_list import summary_of_failure
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Event, Query, StepRecord
 
@@ -241,7 +241,8 @@ class _Front:
         headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
         body, events = order.body, self._service().ask(order.query, order.policy, order.agent)
         owner = _key_hash(request)
-        items = self._kept(order.query, order.policy, events, owner, body.user, body.labels, is_stored=body.is_stored)
+        kept = self._kept(order.query, order.policy, events, owner, body.user, body.labels, is_stored=body.is_stored)
+        items = _named(kept, rendering)
         if body.stream:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
@@ -269,8 +270,8 @@ class _Front:
                             service.record(answered, key_hash)
                         yield item
             except DmoaError as error:
-                known = query if is_stored else replace(query, text=NOT_STORED)
-                service.page.failed(summary_of_failure(known, policy, error, started_unix_s), key_hash)
+                lost = summary_of_failure(query, policy, error, started_unix_s, is_stored=is_stored)
+                service.page.failed(lost, key_hash)
                 raise
 
     async def follow(
@@ -279,6 +280,19 @@ class _Front:
         """Run a query that the page has made, counted and kept as any other, and return its answer."""
         items = self._kept(query, policy, events, _key_hash(request), None, metadata)
         return await until_gone(request.receive, _last(items))
+
+
+async def _named(items: AsyncGenerator[Event], rendering: responses.Rendering) -> AsyncGenerator[Event]:
+    """Yield a query's events; an error names fields as the request does."""
+    try:
+        async with aclosing(items):
+            async for item in items:
+                yield item
+    except RequestError as error:
+        named = rendering.renamed(error)
+        if named is error:
+            raise
+        raise named from error
 
 
 async def _last(items: AsyncGenerator[Event]) -> Answer:

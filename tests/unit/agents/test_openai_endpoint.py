@@ -9,6 +9,7 @@ import logging
 import pickle
 import socket
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -21,7 +22,7 @@ from dmoa.config import AgentConfig
 from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import AgentOverloadedError, ConfigError, EngineError, PromptTooLongError
-from dmoa.types import AgentCall, AgentReply, Generation, Message, Sampling
+from dmoa.types import AgentCall, AgentReply, FinalCall, Generation, GenerationRequest, Message, Sampling
 from tests.unit.agents.openai_server import Call, FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
 
 AT_ONCE = {"Retry-After": "0"}
@@ -217,6 +218,106 @@ async def test_hints_are_sent_until_the_endpoint_refuses_them() -> None:
     }
 
 
+VLLM_SAYS = "Requested sample logprobs of 20, which is greater than max allowed: 5"
+PLAIN, FAULTY = request("What?", name="plain", temperature=1.0), request("What?", name="faulty", temperature=1.0)
+
+
+def with_(**sampling: Any) -> GenerationRequest:
+    return replace(FAULTY, sampling=replace(FAULTY.sampling, **sampling))
+
+
+def with_logprobs(number: int) -> GenerationRequest:
+    return replace(FAULTY, final=FinalCall(top_logprobs=number))
+
+
+def without(call: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("said", "faulty", "gone"),
+    [
+        ("body.seed: should be less than or equal to 9223372036854775807", with_(seed=2**63), "seed"),
+        ("top_k must be at most 40", with_(top_k=2**31 - 1), "top_k"),
+        ("repetition_penalty 10 is not supported; use (0, 2]", with_(repetition_penalty=10.0), "repetition_penalty"),
+        ("chat_template_kwargs: unknown parameter a", with_(template=(("a", 1),)), "chat_template_kwargs"),
+        ("logprobs are not supported with tools", replace(FAULTY, final=FinalCall(tools=({"name": "f"},))), "logprobs"),
+        ("logprobs need thinking to be off", with_(template=(("enable_thinking", True),)), "logprobs"),
+    ],
+    ids=["seed", "top_k", "repetition_penalty", "template", "tools", "thinking"],
+)
+async def test_what_one_client_asks_for_costs_the_others_nothing(said: str, faulty: GenerationRequest, gone: str) -> None:
+    async with playing(answer("19"), refusal(400, said), answer("19")) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        for one in (PLAIN, faulty, PLAIN, with_(top_k=5, seed=3, repetition_penalty=1.1, template=(("b", 1),))):
+            assert (await engine.generate(one)).text == "19"
+        await engine.close()
+    first, asked, again, after, wish = (call.body for call in endpoint.calls)
+    assert gone in asked
+    assert again == without(asked, gone, *(["top_logprobs"] if gone == "logprobs" else []))
+    assert after == first
+    hints = {"top_k": 5, "repetition_penalty": 1.1, "chat_template_kwargs": {"b": 1}}
+    assert wish == first | hints | {"seed": 3}
+
+
+async def test_a_client_that_wants_more_log_probabilities_than_there_are_gets_the_pools_number() -> None:
+    async with playing(refusal(400, VLLM_SAYS), answer("19")) as endpoint:
+        engine = engine_of(endpoint, max_retries=0, top_logprobs=5)
+        for one in (with_logprobs(20), PLAIN):
+            assert (await engine.generate(one)).text == "19"
+        await engine.close()
+    assert [call.body["top_logprobs"] for call in endpoint.calls] == [20, 5, 5]
+
+
+async def test_a_field_is_given_up_only_where_the_call_without_it_is_answered() -> None:
+    # The refusal quotes the prompt, which names fields.
+    said = "stop: at most 4 texts; messages: 'no logprobs, stream_options or seed, please'"
+    async with playing(answer("19"), *[refusal(400, said)] * 3, answer("19")) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        await engine.generate(PLAIN)
+        with pytest.raises(EngineError, match="at most 4 texts"):
+            await engine.generate(FAULTY)
+        await engine.generate(PLAIN)
+        await engine.close()
+    assert endpoint.calls[-1].body == endpoint.calls[0].body
+
+
+async def test_calls_in_flight_while_a_field_is_given_up_go_without_it_too() -> None:
+    ready = asyncio.Barrier(2)
+
+    async def together(call: Call) -> None:
+        await ready.wait()
+        await refusal(400, "logprobs: no")(call)
+
+    async with playing(together, together, answer("19")) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        found = await asyncio.gather(engine.generate(PLAIN), engine.generate(FAULTY))
+        await engine.close()
+    assert [one.text for one in found] == ["19", "19"]
+
+
+async def test_what_a_client_says_is_sent_also_where_it_means_nothing() -> None:
+    wished = replace(PLAIN.sampling, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, given=("top_p",))
+    async with playing(answer("19")) as endpoint:
+        engine = engine_of(endpoint)
+        for one in (PLAIN, replace(PLAIN, sampling=wished)):
+            await engine.generate(one)
+        await engine.close()
+    plain, asked = (call.body for call in endpoint.calls)
+    assert asked == plain | {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+async def test_a_top_p_of_one_that_is_refused_is_left_out() -> None:
+    said = "Unsupported parameter: 'top_p' is not supported with this model."
+    async with playing(refusal(400, said), answer("19"), refusal(400, said)) as endpoint:
+        engine = engine_of(endpoint)
+        assert (await engine.generate(with_(top_p=1.0, given=("top_p",)))).text == "19"
+        with pytest.raises(EngineError, match="top_p"):
+            await engine.generate(with_(top_p=0.9, given=("top_p",)))
+        await engine.close()
+    assert [call.body.get("top_p") for call in endpoint.calls] == [1.0, None, 0.9]
+
+
 @pytest.mark.parametrize("said", ["max_tokens is too large: 7; at most 4", "top_logprobs must be at most 5", "proseeds"])
 async def test_a_bad_value_is_no_refused_field(said: str) -> None:
     async with playing(refusal(400, said)) as endpoint:
@@ -338,7 +439,7 @@ async def test_a_key_of_no_known_shape_is_not_shown_in_any_way_of_writing(
 
     turns = {
         "refusal": refusal(401, f"Incorrect API key provided: {said}"),
-        "param": refusal(400, "logprobs are not for you", param=f"logprobs {said}"),
+        "param": refusal(400, f"logprobs are not for you: {said}", param=f"logprobs {said}"),
         "retry": refusal(500, said, headers=AT_ONCE),
         "in a stream": streamed,
         "in a reply": content(json.dumps({"choices": [{"message": {"content": None, "refusal": said}}]}).encode()),

@@ -10,7 +10,7 @@ import pytest
 from dmoa.config import Config, loads
 from dmoa.errors import RequestError
 from dmoa.policies.dmoa import DmoaPolicy
-from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy, width_of
+from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy, is_gated, width_of
 from dmoa.testing import FakeEncoder, fixed_gate, query, router_of, state_of
 from dmoa.types import StepPlan
 
@@ -124,3 +124,10 @@ async def test_dmoa_builds_the_inputs_of_the_pools_preset(preset: str) -> None:
     plan = await policy.next_step(state_of(query()))
     assert isinstance(plan, StepPlan)
     assert [activation.agent for activation in plan.activations] == ["a", "b"]
+
+
+def test_the_limit_on_agents_is_that_of_gates() -> None:
+    found = [name for name in POLICIES.builtin if is_gated(name)]
+    assert found == ["dmoa", "exploring", "capacity_aware"]
+    assert not is_gated("capacity_aware:inner=moa")
+    assert is_gated("somebody.elses")

@@ -186,7 +186,8 @@ class FakeService:
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         self.asked.append((query, policy, agent))
         answer = make_answer(query.trace_id, **({"policy": policy} | self.overrides))
-        items = [*answer.steps, *(TextDelta(text=text) for text in self.deltas), answer]
+        texts = [TextDelta(text=text) for text in self.deltas]
+        items = [*answer.steps[:-1], *texts, *answer.steps[-1:], answer]  # a step is over when its text is
         self.running += 1
         try:
             for i, item in enumerate(items):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dmoa.errors import NoAgentError
+from dmoa.errors import NoAgentError, RequestError
 from dmoa.serving.http.middleware import hash_keys
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
@@ -30,6 +30,10 @@ ASKED: dict[str, Any] = {"model": "tiny", "messages": QUESTION}
         ),
         ({"reasoning_effort": "low", "verbosity": "low"}, ["reasoning_effort", "verbosity"]),
         ({"max_tokens": -1, "top_k": None, "metadata": {"a": [1]}}, []),
+        ({"dmoa": {"max_agents": 1}}, []),
+        ({"dmoa": {"max_agents": 1, "epsilon": 0.5, "policy": "single"}}, ["dmoa.max_agents", "dmoa.epsilon"]),
+        ({"dmoa": {"epsilon": 0.5}}, ["dmoa.epsilon"]),
+        ({"model": "adder", "dmoa": {"max_agents": 1}}, ["dmoa.max_agents"]),
     ],
 )
 async def test_what_is_passed_over_is_named(fields: dict[str, Any], named: list[str]) -> None:
@@ -89,7 +93,8 @@ async def test_hints_reach_the_swarm_as_sampling() -> None:
     async with connect(make_app(service)) as client:
         response = await client.post(CHAT, json=body | {"chat_template_kwargs": {"reasoning_effort": "low"}})
         assert "x-dmoa-ignored" not in response.headers
-        await client.post(CHAT, json=ASKED | {"top_k": -1, "min_p": 0, "chat_template_kwargs": {}})
+        await client.post(CHAT, json=ASKED | {"top_p": 1, "top_k": -1, "min_p": 0, "chat_template_kwargs": {}})
+        await client.post(CHAT, json=ASKED | {"top_k": 0})
     assert [query.sampling for query, *_ in service.asked] == [
         {
             "top_k": 20,
@@ -97,7 +102,8 @@ async def test_hints_reach_the_swarm_as_sampling() -> None:
             "repetition_penalty": 1.1,
             "template": (("reasoning_effort", "low"), ("enable_thinking", False)),
         },
-        {},
+        {"top_p": 1.0, "top_k": -1, "min_p": 0.0},
+        {"top_k": -1},
     ]
 
 
@@ -156,3 +162,21 @@ async def test_the_docs_load_nothing_from_elsewhere() -> None:
     assert response.headers["content-type"].startswith("text/html")
     assert "POST /v1/chat/completions" in response.text
     assert not any(word in response.text for word in ("<script", "src=", "href=", "url(", "@import"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (
+            RequestError("it is not JSON; it says Mr SMITH", param="response_format", code="bad", status=422),
+            "RequestError (bad)",
+        ),
+        (NoAgentError("openai:m: it answered with status 400: messages: 'Mr SMITH has X'"), "NoAgentError"),
+    ],
+)
+async def test_of_a_lost_query_that_may_not_be_kept_no_words_are(error: Exception, kept: str) -> None:
+    service = FakeService(error=error)
+    async with connect(make_app(service)) as client:
+        for store in (False, True):
+            assert "SMITH" in (await client.post(CHAT, json=ASKED | {"store": store})).text
+    assert [one.error == kept for one in service.page.failures] == [True, False]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
 from pydantic import BaseModel
 
-from dmoa.errors import NoAgentError
-from dmoa.types import Choice, FinalCall, Message, ToolCall
-from tests.unit.serving.fake_service import FakeService, connect, make_app
+from dmoa.errors import NoAgentError, RequestError
+from dmoa.types import Choice, Event, FinalCall, Message, Query, TextDelta, ToolCall
+from tests.unit.serving.fake_service import FakeService, connect, make_answer, make_app
 from tests.unit.serving.test_http_chat import official
 
 PATH = "/v1/responses"
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
 ADD: Any = {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": False}
 CALL = ToolCall(call_id="call_1", name="add", arguments=json.dumps({"a": 1, "why": "x" * 90}))
+CALLS = [
+    {"role": "user", "content": "Hi"},
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+    {"type": "function_call", "call_id": "d", "name": "g", "arguments": "{}"},
+]
 CALLED: dict[str, Any] = {"text": "", "choices": (Choice(text="", tool_calls=(CALL,), finish_reason="tool_calls"),)}
 
 
@@ -139,6 +145,25 @@ async def test_a_stream_tells_thoughts_then_the_text(deltas: tuple[str, ...]) ->
     assert events[-1].type == "response.completed"
 
 
+async def test_items_of_a_stream_have_ids_of_their_own_where_a_thought_comes_between() -> None:
+    class Pondering(FakeService):
+        async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
+            answer = make_answer(query.trace_id, reasoning="Hm.")
+            said = (TextDelta(text="The ans"), TextDelta(text="Hm.", is_reasoning=True), TextDelta(text="wer is 19."))
+            for event in (answer.steps[0], *said, answer.steps[1], answer):
+                yield event
+
+    asked: Any = {"model": "tiny", "input": "Hi", "reasoning": {"summary": "auto"}}
+    async with official(Pondering()) as client, client.responses.stream(**asked) as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_response()
+    assert [item.type for item in final.output] == ["reasoning", "message", "reasoning", "message"]
+    assert len({item.id for item in final.output}) == 4
+    assert final.output_text == "The answer is 19."
+    places = {(event.output_index, event.item_id) for event in events if hasattr(event, "item_id")}
+    assert places == {(place, item.id) for place, item in enumerate(final.output)}
+
+
 async def test_a_cut_text_is_incomplete() -> None:
     async with official(FakeService(overrides={"finish_reason": "length"})) as client:
         reply = await client.responses.create(model="tiny", input="Hi")
@@ -176,7 +201,19 @@ async def test_the_official_clients_parse_helper_works() -> None:
         ({"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input[0].role", "invalid_value"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function.name", "missing_required_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name", "missing_required_parameter"),
+        ({"tools": [ADD, ADD | {"name": "a b"}]}, "tools[1].name", "invalid_value"),
+        ({"tools": [ADD | {"parameters": {"a": "x" * 70000}}]}, "tools[0].parameters", "invalid_value"),
+        ({"tool_choice": {"type": "function", "name": "a" * 200}}, "tool_choice.name", "invalid_value"),
+        ({"input": "  "}, "input", "invalid_value"),
+        ({"input": "  ", "instructions": "Be brief."}, "input", "invalid_value"),
+        ({"input": [{"type": "reasoning"}], "instructions": "Be brief."}, "input", "invalid_value"),
+        ({"input": [{"role": "user", "content": " "}], "instructions": "x"}, "input[0].content", "invalid_value"),
+        ({"input": [*CALLS, {"role": "user", "content": " "}], "instructions": "x"}, "input[3].content", "invalid_value"),
+        ({"input": [*CALLS, {"role": "assistant", "content": "x"}]}, "input[3].role", "invalid_value"),
+        ({"input": CALLS}, "input[2]", "invalid_value"),
+        ({"input": [*CALLS, {"type": "function_call", "name": "x" * 300}]}, "input[3].name", "invalid_value"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"a": "x" * 70000}}}}, "text.format.schema", "invalid_value"),
         ({"tool_choice": 7}, "tool_choice", "invalid_value"),
         ({"max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
         ({"temperature": 3}, "temperature", "invalid_value"),
@@ -185,11 +222,24 @@ async def test_the_official_clients_parse_helper_works() -> None:
 )
 async def test_what_is_refused(body: dict[str, Any], param: str, code: str) -> None:
     service = FakeService()
-    async with connect(make_app(service)) as client:
+    async with connect(make_app(service, max_body_bytes=2**17)) as client:
         response = await client.post(PATH, json={"model": "tiny", "input": "Hi"} | body)
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["code"]) == (400, param, code)
+    assert error["message"].startswith(param)
     assert service.asked == []
+
+
+@pytest.mark.parametrize(("error_at", "is_stream"), [(0, False), (0, True), (1, True)])
+@pytest.mark.parametrize(("old", "new"), [("response_format", "text.format"), ("messages", "input"), ("tools", "tools")])
+async def test_an_error_on_the_way_names_fields_as_the_request(old: str, new: str, error_at: int, is_stream: bool) -> None:
+    service = FakeService(error=RequestError(f"{old}: it is wrong", param=old, code="x", status=422), error_at=error_at)
+    async with connect(make_app(service)) as client:
+        response = await client.post(PATH, json={"model": "tiny", "input": "Hi", "stream": is_stream})
+    text = response.text.replace(" ", "")
+    assert response.status_code == (200 if error_at else 422)
+    assert f'"param":"{new}"' in text
+    assert f"{new}:itiswrong" in text
 
 
 async def test_unknown_fields_are_named_and_an_error_in_mid_stream_is_an_event() -> None:

@@ -210,7 +210,8 @@ async def test_texts_of_a_query_that_may_not_be_stored_are_not_sent(collector: A
     for is_stored in (False, True):
         exporter.put(asked(), answer(), pool="tiny", ended_unix_s=NOW, is_stored=is_stored)
         await exporter.flush()
-    assert [b"What is secret?" in body for _, _, body in taken] == [False, True]
+    for text in (b"What is secret?", b"out of memory"):  # an error may quote a prompt
+        assert [text in body for _, _, body in taken] == [False, True]
 
 
 async def test_a_collector_that_is_away_costs_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -115,6 +115,19 @@ async def test_a_branch_may_ask_the_next_ranked_agents_or_another_policy() -> No
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "agents")
 
 
+async def test_a_query_to_one_agent_is_asked_again_of_that_agent() -> None:
+    async with connect(make_app(service())) as client:
+        trace = await asked(client, model="three")
+        path = f"/v1/dmoa/traces/{trace['trace_id']}"
+        again = (await client.post(f"{path}/branch", json={"step": 0})).json()
+        found = (await client.post(f"{path}/what-if", json={"policy": "single"})).json()
+        other = (await client.post(f"{path}/what-if", json={"policy": "random"})).json()
+    assert again["dmoa"]["policy"] == "single"
+    assert [agent["name"] for agent in again["dmoa"]["steps"][0]["agents"]] == ["three"]
+    assert [step["would_ask"] for step in found["steps"]] == [["three"]]
+    assert len(other["steps"][0]["probabilities"]) == 3
+
+
 async def test_an_answer_says_where_the_page_shows_it_and_a_lost_query_is_listed() -> None:
     held = service()
     async with connect(make_app(held)) as client:
