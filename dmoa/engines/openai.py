@@ -79,11 +79,18 @@ LEAST_CHARS, CHARS_PER_TOKEN = 16_384, 64
 """Bound of a text, many times what its tokens are in any language: who reads it on has to compare and quote all of it."""
 _MAX_READ_CHARS = 4000
 _MAX_QUOTED_CHARS = 300
+_MOST_LISTED = 20
+"""Log-probabilities a token that OpenAI's protocol lists at most."""
 _TEMPLATE_CHARS = 16
 """What a chat template adds to a message, in an estimate of its length."""
 _HINTS = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs")
-_OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed", *_HINTS)} | {"max_tokens": "max_completion_tokens"}
+_OPTIONAL = {name: name for name in ("stream_options", "seed", "temperature", *_HINTS)} | {
+    "logprobs": "(?:top_)?logprobs",
+    "max_tokens": "max_completion_tokens",
+}
 """Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
+_NO_OTHER = re.compile(r"unsupported|not support|only the default", re.IGNORECASE)
+"""How reasoning models refuse any temperature but their own, rather than one that no model takes."""
 _UNKNOWN = (
     r"(?:(?:unknown|unrecogni[sz]ed|unexpected|unsupported)(?: \w+){0,2} (?:argument|parameter|field|property)"
     r"|extra inputs|property \S+ is unsupported)"
@@ -111,8 +118,8 @@ class _Left:
 
     fields: set[str]
     """Names of `_OPTIONAL`, of max_tokens it is the name alone; top_p where it is 1."""
-    has_own_top: bool = False
-    """Whether no more log-probabilities are asked for than the pool's own number."""
+    most_listed: int
+    """Most log-probabilities a token that are asked for: what the endpoint said that it lists."""
     learnt: list[str] = field(default_factory=list)
     """Fields that no later call needs to send, if the endpoint answers this one without them."""
 
@@ -155,6 +162,7 @@ class OpenaiEngine:
         self._url = options.base_url
         self._refused: set[str] = set()
         """Fields that the endpoint does not know."""
+        self._most_listed = _MOST_LISTED
         self._noted: set[str] = set()
         """Fields that one call or another went without, as the log was told."""
         self._is_told = False
@@ -283,7 +291,7 @@ class OpenaiEngine:
 
         Text that was handed on is never asked for again.
         """
-        key, retries, left = self._key.get_secret_value(), 0, _Left(fields=set(self._refused))
+        key, retries, left = self._key.get_secret_value(), 0, _Left(fields=set(self._refused), most_listed=self._most_listed)
         while True:
             drafts.append(Draft(self._options.vocab_size, key, self._fault, on_text or _drop, final=request.final))
             try:
@@ -344,18 +352,19 @@ class OpenaiEngine:
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [{"role": message.role, "content": break_names(message.content)} for message in request.messages],
-            "temperature": sampling.temperature,
             "max_completion_tokens" if "max_tokens" in left.fields else "max_tokens": sampling.max_tokens,
             "stream": is_stream,
         }
+        if "temperature" not in left.fields:
+            body["temperature"] = sampling.temperature
         if sampling.top_p < 1.0 or ("top_p" in sampling.given and "top_p" not in left.fields):
             body["top_p"] = sampling.top_p
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         if sampling.temperature > 0.0 and "seed" not in left.fields:
             body["seed"] = _seed(request)
-        wished = 0 if left.has_own_top or request.final is None else request.final.top_logprobs or 0
-        listed = max(options.top_logprobs, wished)
+        wished = 0 if request.final is None else request.final.top_logprobs or 0
+        listed = min(max(options.top_logprobs, wished), left.most_listed)
         if listed and "logprobs" not in left.fields:
             body |= {"logprobs": True, "top_logprobs": listed}
         if request.final is not None:
@@ -410,9 +419,16 @@ class OpenaiEngine:
         said = f"{param or ''} {message}"
         if _is_too_long(message, code):
             return False
-        if body.get("top_logprobs", 0) > self._options.top_logprobs and re.search(r"\b(?:top_)?logprobs\b", said):
-            left.has_own_top = True
+        listed = body.get("top_logprobs", 0)
+        if (
+            listed
+            and re.search(r"\b(?:top_)?logprobs\b", said)
+            and (most := _most_listed(said, listed, self._options.top_logprobs))
+        ):
+            left.most_listed = most
             return True
+        if "temperature" in body and re.search(r"\btemperature\b", said) and not _NO_OTHER.search(said):
+            return False
         if body.get("top_p") == 1.0 and re.search(r"\btop_p\b", said):  # as good as absent; any other is what the client wants
             left.fields.add("top_p")
             return True
@@ -429,6 +445,9 @@ class OpenaiEngine:
 
     def _remember(self, left: _Left) -> None:
         """Remember what the endpoint does not take, now that it has answered a call without it."""
+        if left.most_listed < self._most_listed and left.most_listed < self._options.top_logprobs:
+            self._most_listed = left.most_listed
+            _LOG.warning("openai:%s lists %d log-probabilities at most; set top_logprobs so", self._model, left.most_listed)
         for name in left.learnt:
             if name not in self._refused:
                 self._refused.add(name)
@@ -480,6 +499,17 @@ def _told(data: bytes) -> tuple[str, Any, Any]:
 
 def _is_too_long(message: str, code: Any) -> bool:
     return code == "context_length_exceeded" or re.search(r"maximum context length|context window", message) is not None
+
+
+def _most_listed(said: str, asked: int, own: int) -> int | None:
+    """Return how many log-probabilities a token a refusal says may be asked for, fewer than were; None where it says nothing.
+
+    Where it names no number, a client that asked for more than the pool's own number gets that.
+    """
+    behind = re.search(r"\b(?:top_)?logprobs\b(.{0,100})", said[:_MAX_READ_CHARS], re.DOTALL)
+    named = [int(number) for number in re.findall(r"(?<![\w.])\d{1,3}(?!\w)", behind[1] if behind else "")]
+    fewer = [number for number in named if 0 < number < asked]
+    return fewer[-1] if fewer else own if 0 < own < asked else None
 
 
 def _is_unknown(word: str, said: str) -> bool:

@@ -269,6 +269,35 @@ async def test_a_client_that_wants_more_log_probabilities_than_there_are_gets_th
     assert [call.body["top_logprobs"] for call in endpoint.calls] == [20, 5, 5]
 
 
+@pytest.mark.parametrize(
+    ("said", "most"),
+    [
+        ("Invalid value for 'top_logprobs': must be less than or equal to 5.", 5),
+        (VLLM_SAYS, 5),
+        ("Unsupported parameter: 'top_logprobs' is not supported with this model.", None),
+    ],
+)
+async def test_an_endpoint_that_lists_fewer_log_probabilities_is_asked_for_as_many(said: str, most: int | None) -> None:
+    async with playing(refusal(400, said), answer("19")) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        for _ in range(2):
+            assert (await engine.generate(PLAIN)).text == "19"
+        await engine.close()
+    assert [call.body.get("top_logprobs") for call in endpoint.calls] == [20, most, most]
+    assert [call.body.get("logprobs") for call in endpoint.calls] == [True, *[True if most else None] * 2]
+
+
+async def test_a_model_that_takes_no_temperature_but_its_own_is_asked_without() -> None:
+    said = "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported."
+    async with playing(refusal(400, said, param="temperature"), answer("19")) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        for _ in range(2):
+            assert (await ask(engine, temperature=0.7)).text == "19"
+        await engine.close()
+    first, *later = (call.body for call in endpoint.calls)
+    assert later == [without(first, "temperature")] * 2
+
+
 async def test_a_field_is_given_up_only_where_the_call_without_it_is_answered() -> None:
     # The refusal quotes the prompt, which names fields.
     said = "stop: at most 4 texts; messages: 'no logprobs, stream_options or seed, please'"
@@ -318,7 +347,7 @@ async def test_a_top_p_of_one_that_is_refused_is_left_out() -> None:
     assert [call.body.get("top_p") for call in endpoint.calls] == [1.0, None, 0.9]
 
 
-@pytest.mark.parametrize("said", ["max_tokens is too large: 7; at most 4", "top_logprobs must be at most 5", "proseeds"])
+@pytest.mark.parametrize("said", ["max_tokens is too large: 7; at most 4", "temperature must be at most 2", "proseeds"])
 async def test_a_bad_value_is_no_refused_field(said: str) -> None:
     async with playing(refusal(400, said)) as endpoint:
         engine = engine_of(endpoint)
