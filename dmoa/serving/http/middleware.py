@@ -28,6 +28,8 @@ OPEN_PATHS = ("/healthz", "/readyz", "/", DOCS_PATH)
 """What is read without a key: by the probes of a cluster, and the pages, which hold no data themselves."""
 ASSETS = "/page/"
 """Begins the paths of what the page is made of."""
+SHOWN_HEADERS = ("x-request-id", "x-dmoa-ignored", "retry-after")
+"""What a page of another origin may read of an answer's headers."""
 
 
 def hash_keys(env: Mapping[str, str], variable: str = VARIABLE) -> tuple[str, ...]:
@@ -106,6 +108,17 @@ class KeyCheck:
             state = scope.setdefault("state", {})
             state["key_hash"], state["is_admin"] = key_hash, bool(admin)
         await self.app(scope, receive, send)
+
+
+def cors_headers(scope: Scope, origins: Iterable[str]) -> dict[str, str]:
+    """Return the headers by which a page of one of the origins, which a request may come from, can read its answer."""
+    origin = next((value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"origin"), "")
+    if not origin or not {"*", origin} & set(origins):
+        return {}
+    allowed = (
+        {"Access-Control-Allow-Origin": "*"} if "*" in origins else {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+    )
+    return {**allowed, "Access-Control-Expose-Headers": ", ".join(SHOWN_HEADERS)}
 
 
 class HostCheck:

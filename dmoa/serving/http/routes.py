@@ -26,7 +26,7 @@ from dmoa.config import ServerConfig
 from dmoa.errors import DmoaError, EmptyAnswerError
 from dmoa.serving.http import errors, page, requests, responses
 from dmoa.serving.http.errors import json_response
-from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
+from dmoa.serving.http.middleware import DOCS_PATH, SHOWN_HEADERS, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
 from dmoa.serving.trace_list import NOT_STORED, summary_of_failure
@@ -120,9 +120,12 @@ def create_app(
     if not key_hashes:
         app.add_middleware(HostCheck, names=(socket.gethostname(), server.host, *server.allowed_hosts))
     if server.cors_origins:
-        shown = ["x-request-id", responses.IGNORED_HEADER]
         app.add_middleware(
-            CORSMiddleware, allow_origins=server.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=shown
+            CORSMiddleware,
+            allow_origins=server.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=SHOWN_HEADERS,
         )
     app.add_middleware(errors.LenientPaths)
     app.add_middleware(errors.SurpriseGuard)

@@ -9,6 +9,7 @@ import pytest
 
 from dmoa.errors import NoAgentError
 from dmoa.serving.http.middleware import hash_keys
+from dmoa.serving.http.responses import IGNORED_HEADER
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
 CHAT = "/v1/chat/completions"
@@ -141,6 +142,8 @@ async def test_pages_of_named_origins_may_ask() -> None:
         answered.headers["access-control-allow-origin"] == refused.headers["access-control-allow-origin"] == "https://app.example"
     )
     assert (answered.status_code, refused.status_code) == (200, 401)
+    shown = answered.headers["access-control-expose-headers"].split(", ")
+    assert {"x-request-id", IGNORED_HEADER, "retry-after"} <= set(shown)
 
 
 async def test_no_page_may_ask_by_default() -> None:
