@@ -13,12 +13,13 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.reading import BYTE_ORDER_MARK, num_parts, read_json
+from dmoa.reading import BYTE_ORDER_MARK, read_json, without_texts
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.serving.http.fields import (
     MAX_CHOICES,
@@ -41,6 +42,11 @@ from dmoa.validation import did_you_mean, expectation
 
 MAX_OBJECTS = 20_000
 """JSON objects of a body, such as messages and their parts, and lists: each costs the server some fifty microseconds."""
+MAX_VALUES = 100_000
+"""JSON values of a body, by the commas between them; a million unknown fields would take seconds."""
+_MOST = ((b"{", "objects", MAX_OBJECTS), (b"[", "lists", MAX_OBJECTS), (b",", "commas between values", MAX_VALUES))
+MAX_IGNORED = 16
+"""Most passed-over fields that a reply names."""
 MAX_STOP_TEXTS = 64
 """Most stop texts that a client may send; OpenAI's own limit of 4 is below what evaluation harnesses send."""
 _ESCAPE = re.compile(
@@ -335,12 +341,7 @@ def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknow
             f"Content-Type is {kind[:80]!r}; expected application/json; send the body as JSON under that header",
             code="unsupported_content_type",
         )
-    for sign, name in ("{", "objects"), ("[", "lists"):
-        if (count := num_parts(body, sign, MAX_OBJECTS)) > MAX_OBJECTS:
-            raise RequestError(
-                f"body: {count} JSON {name}; expected at most {MAX_OBJECTS}; send fewer messages or parts",
-                code="request_too_large",
-            )
+    _check_parts(body)
     body = _plain(body)
     try:
         request = model.model_validate_json(body)
@@ -353,6 +354,19 @@ def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknow
     for param, value, near in unknown_in(request) if refuses_unknown else ():
         raise unknown_field(param, value, did_you_mean(param.rpartition(".")[2], near))
     return request
+
+
+def _check_parts(body: bytes) -> None:
+    """Raise RequestError for a body of too many parts, before it is read."""
+    if all(body.count(sign) <= most for sign, _, most in _MOST):
+        return
+    bare = without_texts(body)
+    for sign, name, most in _MOST:
+        if (count := bare.count(sign)) > most:
+            raise RequestError(
+                f"body: {count} JSON {name}; expected at most {most}; send fewer messages, parts or fields",
+                code="request_too_large",
+            )
 
 
 def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list[str]]]:
@@ -372,8 +386,8 @@ def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list
 
 
 def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the fields of a request that change nothing here: unknown ones, and those that no engine of the pool knows."""
-    unknown = [*unknown, *(param for param, _, _ in unknown_in(request))]
+    """Return the first fields of a request that change nothing here: unknown ones, and those that no engine of the pool knows."""
+    unknown = [*unknown, *(param for param, _, _ in islice(unknown_in(request), MAX_IGNORED))][:MAX_IGNORED]
     wished = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty"}
     wished |= {"chat_template_kwargs": "template", "enable_thinking": "template", "skip_special_tokens": ""}
     wished |= {"reasoning_effort": "", "verbosity": ""}
@@ -382,7 +396,7 @@ def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequenc
         if param not in _TOLD and len(_TOLD) < _MAX_TOLD:
             _TOLD.add(param)
             _LOG.warning("request field %r is not known here and is passed over (server.unknown_fields is warn)", param)
-    return (*unknown, *unused)
+    return (*unknown, *unused)[:MAX_IGNORED]
 
 
 _LOG = logging.getLogger("dmoa.http")
@@ -488,7 +502,7 @@ class ParsedRequest:
     """The one agent of the `single` policy where the client named one."""
     body: SharedRequest
     ignored: tuple[str, ...] = ()
-    """Fields of the request that change nothing here."""
+    """Fields of the request that change nothing here, `MAX_IGNORED` of them."""
 
 
 def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[str] = ()) -> ParsedRequest:
