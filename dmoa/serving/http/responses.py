@@ -352,6 +352,7 @@ class NotReadyReply(ErrorReply):
     """Body of /readyz while agents are down."""
 
     agents: dict[str, str]
+    """Why they are; empty where keys are set and the request has none."""
 
 
 class ReadyReply(BaseModel):
@@ -359,6 +360,7 @@ class ReadyReply(BaseModel):
 
     status: Literal["ready"]
     agents: dict[str, str]
+    """up or cold; empty where keys are set and the request has none."""
 
 
 class AliveReply(BaseModel):

@@ -205,15 +205,17 @@ class _Front:
         """Say that the server is alive."""
         return responses.AliveReply(status="alive")
 
-    async def readyz(self) -> Response:
-        """Say whether every agent is up, or cold: scaled to zero, and started when it is asked."""
-        service = self._service()
+    async def readyz(self, request: Request) -> Response:
+        """Say whether every agent is up, or cold: scaled to zero, started when it is asked; which ones, to those with a key."""
+        service, is_told = self._service(), request.state.key_hash is not None
         states = await service.ready()
         down = [name for name in service.agents if states.get(name) not in ("up", "cold")]
+        shown = states if is_told else {}
         if not down:
-            return json_response(responses.ReadyReply(status="ready", agents=states))
-        found = errors.problem(503, f"agents that are not up: {', '.join(down)}", "not_ready")
-        return json_response(responses.NotReadyReply(error=found.error, agents=states), 503)
+            return json_response(responses.ReadyReply(status="ready", agents=shown))
+        hidden = f"{len(down)} of {len(service.agents)}; send an API key to see which"
+        found = errors.problem(503, f"agents that are not up: {', '.join(down) if is_told else hidden}", "not_ready")
+        return json_response(responses.NotReadyReply(error=found.error, agents=shown), 503)
 
     async def metrics(self) -> Response:
         """Return the router's aggregate."""
