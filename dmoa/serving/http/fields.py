@@ -1,4 +1,4 @@
-"""What request records are made of: strict values, lenient records, fields of which little is supported; tools and formats."""
+"""What request records are made of: strict values, lenient records, fields of which little is supported; tools and formats; how many parts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from dmoa.errors import RequestError
+from dmoa.reading import without_texts
 from dmoa.types import FinalCall
 
 MAX_NEW_TOKENS = 131072
@@ -29,6 +30,11 @@ MAX_SCHEMA_BYTES = 65536
 """Longest JSON Schema of a form or of a tool's parameters."""
 MAX_SCHEMA_DEPTH = 64
 MAX_CHOICES = 8
+MAX_OBJECTS = 20_000
+"""JSON objects of a body, such as messages and their parts, and lists: each costs the server some fifty microseconds."""
+MAX_VALUES = 100_000
+"""JSON values of a body, by the commas between them; a million unknown fields would take seconds."""
+_MOST = ((b"{", "objects", MAX_OBJECTS), (b"[", "lists", MAX_OBJECTS), (b",", "commas between values", MAX_VALUES))
 
 
 class Only:
@@ -226,6 +232,19 @@ def _check_size(schema: dict[str, Any] | None, param: str) -> None:
 def _depth(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
+
+
+def check_parts(body: bytes) -> None:
+    """Raise RequestError for a body of too many parts, before it is read."""
+    if all(body.count(sign) <= most for sign, _, most in _MOST):
+        return
+    bare = without_texts(body)
+    for sign, name, most in _MOST:
+        if (count := bare.count(sign)) > most:
+            raise RequestError(
+                f"body: {count} JSON {name}; expected at most {most}; send fewer messages, parts or fields",
+                code="request_too_large",
+            )
 
 
 def refused(param: str, why: str, code: str = "invalid_value", status: int = 400) -> RequestError:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.reading import BYTE_ORDER_MARK, read_json, without_texts
+from dmoa.reading import BYTE_ORDER_MARK, read_json
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.serving.http.fields import (
     MAX_CHOICES,
@@ -32,6 +32,7 @@ from dmoa.serving.http.fields import (
     Tokens,
     ToolChoice,
     ToolSpec,
+    check_parts,
     final_call,
     refused,
     text_or_list,
@@ -40,11 +41,6 @@ from dmoa.serving.http.service import SwarmService
 from dmoa.types import FinalCall, Limits, Message, Query, Role
 from dmoa.validation import did_you_mean, expectation
 
-MAX_OBJECTS = 20_000
-"""JSON objects of a body, such as messages and their parts, and lists: each costs the server some fifty microseconds."""
-MAX_VALUES = 100_000
-"""JSON values of a body, by the commas between them; a million unknown fields would take seconds."""
-_MOST = ((b"{", "objects", MAX_OBJECTS), (b"[", "lists", MAX_OBJECTS), (b",", "commas between values", MAX_VALUES))
 MAX_IGNORED = 16
 """Most passed-over fields that a reply names."""
 MAX_STOP_TEXTS = 64
@@ -341,7 +337,7 @@ def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknow
             f"Content-Type is {kind[:80]!r}; expected application/json; send the body as JSON under that header",
             code="unsupported_content_type",
         )
-    _check_parts(body)
+    check_parts(body)
     body = _plain(body)
     try:
         request = model.model_validate_json(body)
@@ -354,19 +350,6 @@ def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknow
     for param, value, near in unknown_in(request) if refuses_unknown else ():
         raise unknown_field(param, value, did_you_mean(param.rpartition(".")[2], near))
     return request
-
-
-def _check_parts(body: bytes) -> None:
-    """Raise RequestError for a body of too many parts, before it is read."""
-    if all(body.count(sign) <= most for sign, _, most in _MOST):
-        return
-    bare = without_texts(body)
-    for sign, name, most in _MOST:
-        if (count := bare.count(sign)) > most:
-            raise RequestError(
-                f"body: {count} JSON {name}; expected at most {most}; send fewer messages, parts or fields",
-                code="request_too_large",
-            )
 
 
 def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list[str]]]:

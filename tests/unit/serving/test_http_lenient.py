@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from dmoa.errors import NoAgentError
+from dmoa.serving.http.fields import MAX_VALUES
 from dmoa.serving.http.middleware import hash_keys
-from dmoa.serving.http.requests import MAX_VALUES, ChatRequest, chat_order, parse_body
+from dmoa.serving.http.requests import ChatRequest, chat_order, parse_body
 from dmoa.serving.http.responses import IGNORED_HEADER
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
