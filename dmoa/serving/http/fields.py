@@ -1,4 +1,4 @@
-"""What request records are made of: strict values, lenient records, fields of which little is supported; tools, formats; sizes."""
+"""What request records are made of: strict values, lenient records, fields of which little is supported; tools, forms, sizes."""
 
 from __future__ import annotations
 
