@@ -114,7 +114,12 @@ def num_parts(data: bytes | bytearray | str, signs: str, most: int) -> int:
         return 0
     raw, marks = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data, [sign.encode() for sign in signs]
     count = sum(map(raw.count, marks))
-    return sum(map(_TEXT.sub(b"", raw).count, marks)) if count > most else count
+    return sum(map(without_texts(raw).count, marks)) if count > most else count
+
+
+def without_texts(data: bytes | bytearray) -> bytes:
+    """Return JSON without its texts, so that its signs can be counted."""
+    return _TEXT.sub(b"", data)
 
 
 def _too_many_parts(data: bytes | bytearray | str) -> str:

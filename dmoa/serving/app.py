@@ -123,7 +123,8 @@ class SwarmIngress:
         )
         app.add_middleware(LaunchMark, mark=self._mark)
         queries = config.limits.max_queued_requests * config.server.ingress_replicas
-        bounds = Bounds(body=config.server.max_body_bytes, queries=queries, has_keys=bool(self._key_hashes))
+        server = config.server
+        bounds = Bounds(body=server.max_body_bytes, queries=queries, has_keys=bool(self._key_hashes), origins=server.cors_origins)
         app.add_middleware(FrontNotice, bounds=bounds)
         return app
 

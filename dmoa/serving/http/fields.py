@@ -1,4 +1,4 @@
-"""What request records are made of: strict values, lenient records, fields of which little is supported; tools and formats."""
+"""What request records are made of: strict values, lenient records, fields of which little is supported; tools, forms, sizes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from dmoa.errors import RequestError
 from dmoa.policies.registry import EXPLORING, is_gated
+from dmoa.reading import without_texts
 from dmoa.types import FinalCall
 
 MAX_NEW_TOKENS = 131072
@@ -30,6 +31,11 @@ MAX_SCHEMA_BYTES = 65536
 """Longest JSON Schema of a form or of a tool's parameters."""
 MAX_SCHEMA_DEPTH = 64
 MAX_CHOICES = 8
+MAX_OBJECTS = 20_000
+"""JSON objects of a body, such as messages and their parts, and lists: each costs the server some fifty microseconds."""
+MAX_VALUES = 100_000
+"""JSON values of a body, by the commas between them; a million unknown fields would take seconds."""
+_MOST = ((b"{", "objects", MAX_OBJECTS), (b"[", "lists", MAX_OBJECTS), (b",", "commas between values", MAX_VALUES))
 
 
 class Only:
@@ -234,6 +240,19 @@ def unread_options(policy: str, *, max_agents: int | None, epsilon: float | None
     unread = {"dmoa.max_agents": max_agents is not None and not is_gated(policy)}
     unread |= {"dmoa.epsilon": epsilon is not None and policy != EXPLORING}
     return tuple(name for name, is_unread in unread.items() if is_unread)
+
+
+def check_parts(body: bytes) -> None:
+    """Raise RequestError for a body of too many parts, before it is read."""
+    if all(body.count(sign) <= most for sign, _, most in _MOST):
+        return
+    bare = without_texts(body)
+    for sign, name, most in _MOST:
+        if (count := bare.count(sign)) > most:
+            raise RequestError(
+                f"body: {count} JSON {name}; expected at most {most}; send fewer messages, parts or fields",
+                code="request_too_large",
+            )
 
 
 def refused(param: str, why: str, code: str = "invalid_value", status: int = 400) -> RequestError:

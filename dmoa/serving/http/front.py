@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmoa.errors import RequestError
@@ -29,7 +30,7 @@ from dmoa.serving.http.apart import Passage, serve_apart
 from dmoa.serving.http.connection import LINGER_S, MIN_BYTES_PER_S, bound_connections
 from dmoa.serving.http.errors import RETRY_AFTER_S, SurpriseGuard, encode_json, error_response, last_event, tidy
 from dmoa.serving.http.keeper import APP_VARIABLE, innermost, keep_port, keep_silent
-from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, ConcurrencyLimit, body_too_large, declared_bytes
+from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, ConcurrencyLimit, body_too_large, cors_headers, declared_bytes
 
 BODY_S = 10.0
 """How long a body may take, beside the time that its bytes have at `MIN_BYTES_PER_S`."""
@@ -68,6 +69,8 @@ class Bounds:
     queries: int = 256
     """Queries in flight, over all processes of the app."""
     has_keys: bool = True
+    origins: tuple[str, ...] = ()
+    """Whose pages may read answers from a browser."""
 
 
 class FrontNotice:
@@ -75,7 +78,7 @@ class FrontNotice:
 
     def __init__(self, app: ASGIApp, bounds: Bounds) -> None:
         self.app = app
-        self._bounds = asdict(bounds)
+        self._bounds = {name: value for name, value in asdict(bounds).items() if value != ()}  # older fronts know no origins
         self._told: dict[str, bytes] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,7 +142,7 @@ class Front:
             with nullcontext() if is_open else app.take(is_query=scope["method"] == "POST"):
                 await self._hand_on(scope, receive, body, answer)
         except RequestError as error:
-            await self._refuse(scope, receive, send, error)
+            await self._refuse(scope, receive, send, _refusal(error, scope, app))
         except ClientDisconnect:
             return
 
@@ -213,12 +216,9 @@ class Front:
 
     def _app_at(self, path: str) -> tuple[str, _App]:
         """Return the app at a path and its prefix: the longest one, as Serve chooses."""
-        prefix = path
-        while prefix not in self._apps:
-            if not prefix:
-                return "", self._any
-            prefix = prefix.rpartition("/")[0]
-        return prefix, self._apps[prefix]
+        known = (prefix for prefix in self._apps if not prefix or f"{path}/".startswith(f"{prefix}/"))
+        prefix = max(known, key=len, default="")
+        return prefix, self._apps.get(prefix, self._any)
 
     def learn(self, told: bytes, scope: Scope, status: int) -> None:
         """Take what an app says of itself, and a key that it took."""
@@ -226,7 +226,7 @@ class Front:
         if app is None:
             prefix, bounds = json.loads(told)
             app = self._apps.setdefault(prefix, _App(Bounds()))
-            app.bounds = Bounds(**bounds)
+            app.bounds = Bounds(**{name: value for name, value in bounds.items() if name in Bounds.__dataclass_fields__})
             self._told = {known: other for known, other in self._told.items() if other is not app} | {told: app}
         app.gone_since_s = None
         if status == 200 and scope["method"] == "POST" and (key := _key_of(scope)):
@@ -250,14 +250,13 @@ class Front:
             return RequestError("the server's queue is full; try again", code="too_many_requests", status=429)
         return _lost("the process that held this query was lost, or none could take it")
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, response: Response) -> None:
         """Answer with an error; where the body is not read to its end, go on for a while, so that the client reads the answer."""
-        response = error_response(error)
-        if error.status == 429:  # its body was read
+        if response.status_code == 429:  # its body was read
             await response(scope, receive, send)
             return
         headers = [*response.raw_headers, (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         with suppress(TimeoutError):
             async with asyncio.timeout(self.linger_s):
@@ -324,10 +323,17 @@ class _Answer:
 
     async def _fail(self, error: RequestError) -> None:
         self._is_done = True
-        response = error_response(error)
+        response = _refusal(error, self._scope, self._app)
         if error.status == 503:
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
         await response(self._scope, _nothing, self._send)
+
+
+def _refusal(error: RequestError, scope: Scope, app: _App) -> Response:
+    """Return the answer that stands for an error, for pages of the app's origins too."""
+    response = error_response(error)
+    response.headers.update(cors_headers(scope, app.bounds.origins))
+    return response
 
 
 async def _nothing() -> Message:

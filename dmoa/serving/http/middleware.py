@@ -28,6 +28,8 @@ OPEN_PATHS = ("/healthz", "/readyz", "/", DOCS_PATH)
 """What is read without a key: by the probes of a cluster, and the pages, which hold no data themselves."""
 ASSETS = "/page/"
 """Begins the paths of what the page is made of."""
+SHOWN_HEADERS = ("x-request-id", "x-dmoa-ignored", "retry-after")
+"""What a page of another origin may read of an answer's headers."""
 
 
 def hash_keys(env: Mapping[str, str], variable: str = VARIABLE) -> tuple[str, ...]:
@@ -84,8 +86,8 @@ def _digest(key: bytes) -> str:
 class KeyCheck:
     """ASGI middleware: answers 401 without a known key; leaves the key's hash in the request's state as `key_hash`.
 
-    An admin key is a key too; `is_admin` in the state says whether it was one. Where there are admin keys alone, everybody else
-    comes without a key.
+    Open paths are answered to anybody: with None for it where a key is asked for and none came. An admin key is a key too;
+    `is_admin` in the state says whether it was one. Where there are admin keys alone, everybody else comes without a key.
     """
 
     def __init__(self, app: ASGIApp, key_hashes: tuple[str, ...], admin_hashes: tuple[str, ...] = ()) -> None:
@@ -95,17 +97,30 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", "")) or "/"
-        if scope["type"] == "http" and path not in OPEN_PATHS and not path.startswith(ASSETS):
+        if scope["type"] == "http":
+            is_open = path in OPEN_PATHS or path.startswith(ASSETS)
             sent = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-            admin = _known(sent, self.admin_hashes)
+            admin, key_hash = _known(sent, self.admin_hashes), None
             try:
                 key_hash = admin or identify(scope["headers"], self.key_hashes)
             except RequestError as error:
-                await error_response(error)(scope, receive, send)
-                return
+                if not is_open:
+                    await error_response(error)(scope, receive, send)
+                    return
             state = scope.setdefault("state", {})
             state["key_hash"], state["is_admin"] = key_hash, bool(admin)
         await self.app(scope, receive, send)
+
+
+def cors_headers(scope: Scope, origins: Iterable[str]) -> dict[str, str]:
+    """Return the headers by which a page of one of the origins, which a request may come from, can read its answer."""
+    origin = next((value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"origin"), "")
+    if not origin or not {"*", origin} & set(origins):
+        return {}
+    allowed = (
+        {"Access-Control-Allow-Origin": "*"} if "*" in origins else {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+    )
+    return {**allowed, "Access-Control-Expose-Headers": ", ".join(SHOWN_HEADERS)}
 
 
 class HostCheck:

@@ -26,8 +26,6 @@ _REF = "#/components/schemas/{model}"
 DONE = b"data: [DONE]\n\n"
 _SUMMARY_CHARACTERS = 500
 IGNORED_HEADER = "x-dmoa-ignored"
-MAX_IGNORED = 16
-"""Most passed-over fields that a reply names."""
 Finish = Literal["stop", "length", "tool_calls"]
 _PIECE = 64
 """Characters of a tool's arguments in one chunk."""
@@ -301,12 +299,12 @@ class Rendering:
         if self._order.body.dmoa is False:
             return None
         told = reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts, trace_url=self._trace_url)
-        return told.model_copy(update={"ignored": list(self._order.ignored[:MAX_IGNORED])}) if self._order.ignored else told
+        return told.model_copy(update={"ignored": list(self._order.ignored)}) if self._order.ignored else told
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers of the reply."""
-        named = ", ".join(quote(name, safe="[]._-") for name in self._order.ignored[:MAX_IGNORED])
+        named = ", ".join(quote(name, safe="[]._-") for name in self._order.ignored)
         return {IGNORED_HEADER: named} if named else {}
 
     def _chunk(
@@ -358,6 +356,7 @@ class NotReadyReply(ErrorReply):
     """Body of /readyz while agents are down."""
 
     agents: dict[str, str]
+    """Why they are; empty where keys are set and the request has none."""
 
 
 class ReadyReply(BaseModel):
@@ -365,6 +364,7 @@ class ReadyReply(BaseModel):
 
     status: Literal["ready"]
     agents: dict[str, str]
+    """up or cold; empty where keys are set and the request has none."""
 
 
 class AliveReply(BaseModel):

@@ -26,7 +26,7 @@ from dmoa.config import ServerConfig
 from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
 from dmoa.serving.http import errors, page, requests, responses
 from dmoa.serving.http.errors import json_response
-from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
+from dmoa.serving.http.middleware import DOCS_PATH, SHOWN_HEADERS, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
 from dmoa.serving.trace_list import summary_of_failure
@@ -120,9 +120,12 @@ def create_app(
     if not key_hashes:
         app.add_middleware(HostCheck, names=(socket.gethostname(), server.host, *server.allowed_hosts))
     if server.cors_origins:
-        shown = ["x-request-id", responses.IGNORED_HEADER]
         app.add_middleware(
-            CORSMiddleware, allow_origins=server.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=shown
+            CORSMiddleware,
+            allow_origins=server.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=SHOWN_HEADERS,
         )
     app.add_middleware(errors.LenientPaths)
     app.add_middleware(errors.SurpriseGuard)
@@ -202,15 +205,17 @@ class _Front:
         """Say that the server is alive."""
         return responses.AliveReply(status="alive")
 
-    async def readyz(self) -> Response:
-        """Say whether every agent is up, or cold: scaled to zero, and started when it is asked."""
-        service = self._service()
+    async def readyz(self, request: Request) -> Response:
+        """Say whether every agent is up, or cold: scaled to zero, started when it is asked; which ones, to those with a key."""
+        service, is_told = self._service(), request.state.key_hash is not None
         states = await service.ready()
         down = [name for name in service.agents if states.get(name) not in ("up", "cold")]
+        shown = states if is_told else {}
         if not down:
-            return json_response(responses.ReadyReply(status="ready", agents=states))
-        found = errors.problem(503, f"agents that are not up: {', '.join(down)}", "not_ready")
-        return json_response(responses.NotReadyReply(error=found.error, agents=states), 503)
+            return json_response(responses.ReadyReply(status="ready", agents=shown))
+        hidden = f"{len(down)} of {len(service.agents)}; send an API key to see which"
+        found = errors.problem(503, f"agents that are not up: {', '.join(down) if is_told else hidden}", "not_ready")
+        return json_response(responses.NotReadyReply(error=found.error, agents=shown), 503)
 
     async def metrics(self) -> Response:
         """Return the router's aggregate."""

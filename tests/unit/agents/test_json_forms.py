@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
 
 from dmoa.agents.json_forms import (
     calls_in,
     calls_schema,
+    check_schemas,
     completed,
     form_brief,
     form_prompt,
@@ -21,6 +24,7 @@ from dmoa.agents.json_forms import (
     unwrapped,
     value_fault,
 )
+from dmoa.errors import RequestError
 from dmoa.types import FinalCall
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
@@ -63,8 +67,11 @@ def test_values_are_checked_in_bounded_time(value: Any, schema: dict[str, Any], 
 @pytest.mark.parametrize(
     ("schema", "fault"),
     [
-        ({"type": "strange"}, "type: 'strange' is not valid"),
-        ({"properties": {"a": {"pattern": "(?=a)"}}}, "is not supported; it must be without look-around"),
+        ({"type": "strange"}, "type is 'strange'; expected one or several of array"),
+        (
+            {"properties": {"a": {"pattern": "(?=(a{1000}){1000})"}}},
+            "properties.a: pattern '(?=(a{1000}){1000})' is not supported",
+        ),
         ({"pattern": "(((a{1000}){1000}){1000})"}, "is not supported"),
         ({"pattern": "a" * 513}, "is not supported"),
         ({"pattern": "("}, "is not supported"),
@@ -72,10 +79,190 @@ def test_values_are_checked_in_bounded_time(value: Any, schema: dict[str, Any], 
         ({"items": {"$ref": "http://127.0.0.1:9/x"}}, "references must be $ref, to parts of the same schema"),
         ({"$dynamicRef": "#x"}, "references must be $ref"),
         ({"$id": "http://x/y"}, "$id is not supported"),
+        ({"unevaluatedItems": False}, "unevaluatedItems is not supported"),
+        ({"allOf": [{"$ref": "#/$defs/none"}]}, "allOf.0: $ref is '#/$defs/none'; references must be $ref, to parts"),
+        ({"allOf": [{"$ref": "#/allOf/x"}]}, "references must be $ref, to parts of the same schema that are there"),
+        ({"const": {"required": 5}, "anyOf": [{"$ref": "#/const"}]}, "anyOf.0.$ref: required is 5; expected a list"),
+        ({"allOf": [5]}, "allOf.0: 5 is no schema"),
+        ({"minLength": True}, "minLength is True; expected a whole number, 0 or more"),
+        ({"dependentRequired": {"a": [1]}}, "expected an object of lists of different names"),
     ],
 )
 def test_schemas_that_cannot_be_used_say_why(schema: dict[str, Any], fault: str) -> None:
     assert fault in schema_fault(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {
+            "properties": {
+                "$id": {"type": "string"},
+                "$ref": {"type": "string"},
+                "patternProperties": {},
+                "pattern": {"pattern": "a"},
+            }
+        },
+        {"$defs": {"$id": {}}, "properties": {"a": {"$ref": "#/$defs/$id"}}},
+        {"const": {"$id": 1}, "default": {"pattern": "("}, "examples": [{"$ref": "x"}], "enum": [{"patternProperties": 1}]},
+        {"properties": {"mail": {"pattern": r"^(?!\.)(?!.*\.\.)[a-z.]+@([a-z0-9]*\.)+[a-z]{2,}$"}}},
+        {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"a b": {}}, "$ref": "#/definitions/a%20b"},
+        {"x-parts": {"a": {"type": "string"}}, "items": {"$ref": "#/x-parts/a"}},
+        {"$ref": "#a", "$defs": {"a": {"$anchor": "a"}}},
+        {"multipleOf": 2.0, "minItems": 1.0, "additionalProperties": False, "items": True},
+    ],
+)
+def test_names_of_properties_and_examples_are_no_keywords(schema: dict[str, Any]) -> None:
+    assert schema_fault(schema) == ""
+    assert value_fault(None, schema) in ("", "$: {'$id': 1} was expected")
+
+
+def test_a_pattern_with_look_around_is_not_looked_for() -> None:
+    schema = {"type": "string", "pattern": "^(?=(a+)+$)b"}
+    assert schema_fault(schema) == ""
+    assert value_fault("a" * 100 + "!", schema) == ""
+    assert value_fault(1, schema) == "$: 1 is not of type 'string'"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [True] * 13000},
+        {"properties": {f"a{number}": True for number in range(5000)}},
+        {"required": ["x", *range(9000)]},
+        {"allOf": [{"pattern": rf"\w{{100}}{number}"} for number in range(2000)]},
+    ],
+    ids=["list", "properties", "required", "patterns"],
+)
+def test_large_schemas_are_checked_in_bounded_time_all_together(schema: dict[str, Any]) -> None:
+    started = time.thread_time()
+    tools = tuple({"name": f"t{number}", "parameters": schema} for number in range(128))
+    with pytest.raises(RequestError, match="its schema cannot be used"):
+        check_schemas(FinalCall(tools=(*tools, {"name": "last", "parameters": {"type": 1}})), are_tools_checked=True)
+    assert time.thread_time() - started < 2  # a single one took up to five seconds, and patterns half a minute
+
+
+def test_another_dialect_is_counted_too_and_runs_no_regular_expressions_of_its_own() -> None:
+    draft = "http://json-schema.org/draft-07/schema#"
+    schema = nested(40)
+    schema["$defs"]["p0"]["$schema"] = draft
+    assert value_fault(1, schema) == "checking it by the schema takes too long"
+    assert value_fault("a" * 40 + "!", {"allOf": [{"$schema": draft, "pattern": "^(a+)+$"}]}) == "$: it does not match '^(a+)+$'"
+
+
+@pytest.mark.parametrize("value", [[*range(20_000), "a"], [*range(20_000), [1], [1.0]], [{"a": [0]}] * 20_000])
+def test_unique_items_take_linear_time(value: list[Any]) -> None:
+    started = time.thread_time()
+    is_unique = value_fault(value, {"uniqueItems": True}) == ""
+    assert time.thread_time() - started < 1  # a fiftieth of what comparing each with each takes
+    assert is_unique == ("a" in value)
+
+
+@pytest.mark.parametrize(
+    ("items", "is_unique"),
+    [([1, 1.0], False), ([1, True], True), ([0, False, "0", None], True), ([{"a": 1, "b": 2}, {"b": 2.0, "a": 1}], False),
+     ([[1], [True]], True), ([0, -0.0], False), ([2**53 + 1, float(2**53)], True), (["a", "b"], True)],
+)  # fmt: skip
+def test_unique_items_are_those_that_differ_as_json(items: list[Any], is_unique: bool) -> None:
+    assert (value_fault(items, {"uniqueItems": True}) == "") == is_unique
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "is_right"),
+    [
+        (10**400, {"multipleOf": 0.5}, True),
+        (10**400 + 1, {"multipleOf": 2.0}, False),
+        (1.5, {"multipleOf": 10**400}, False),
+        ({"a": 1}, {"unevaluatedProperties": False, "allOf": [{"properties": {"a": {}}}]}, True),
+        ({"b": 1}, {"unevaluatedProperties": False, "allOf": [{"properties": {"a": {}}}]}, False),
+        (1, {"oneOf": [{"type": "integer"}, {"minimum": 0}]}, False),
+        (1, {"oneOf": [{"type": "integer"}, {"minimum": 2}]}, True),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_rules_of_dmoas_own(value: Any, schema: dict[str, Any], is_right: bool) -> None:
+    assert schema_fault(schema) == ""
+    assert (value_fault(value, schema) == "") == is_right
+
+
+def test_what_was_evaluated_is_looked_for_in_bounded_time() -> None:
+    parts = {f"s{i}": {"dependentSchemas": {key: {"$ref": f"#/$defs/s{i + 1}"} for key in "ab"}} for i in range(40)}
+    schema = {"unevaluatedProperties": False, "$ref": "#/$defs/s0", "$defs": {**parts, "s40": {}}}
+    assert schema_fault(schema) == ""
+    assert value_fault({"a": 1, "b": 1}, schema) == "checking it by the schema takes too long"
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-2, 3) | st.sampled_from([0.0, 1.0, 1.5, "", "a", "b", "ab"])
+JSON = st.recursive(SCALARS, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.sampled_from("abc"), one, max_size=3))
+SCHEMAS = st.recursive(
+    st.booleans() | st.just({}) | st.sampled_from([{"type": "string"}, {"type": ["integer", "null"]}, {"$ref": "#/$defs/a"}]),
+    lambda one: st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(("allOf", "anyOf", "oneOf", "prefixItems"), st.lists(one, min_size=1, max_size=2)),
+            **dict.fromkeys(("items", "not", "contains", "additionalProperties", "unevaluatedProperties", "if", "then"), one),
+            **dict.fromkeys(("properties", "dependentSchemas"), st.dictionaries(st.sampled_from("abc"), one, max_size=2)),
+            **dict.fromkeys(("minimum", "maxLength", "minItems", "maxProperties"), st.integers(0, 2)),
+            "required": st.lists(st.sampled_from("abc"), max_size=2, unique=True),
+            "enum": st.lists(JSON, max_size=2),
+            "const": JSON,
+            "uniqueItems": st.booleans(),
+            "multipleOf": st.sampled_from([1, 0.5, 2]),
+        },
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    schema=st.fixed_dictionaries({"$defs": st.just({"a": {"minimum": 1}}), "allOf": st.lists(SCHEMAS, min_size=1, max_size=2)}),
+    value=JSON,
+)
+def test_values_match_where_the_reference_says_so(schema: dict[str, Any], value: Any) -> None:
+    assert schema_fault(schema) == ""
+    assert (value_fault(value, schema) == "") == Draft202012Validator(schema).is_valid(value)
+
+
+KEYWORDS = (
+    *("additionalProperties", "allOf", "anyOf", "const", "contains", "definitions", "dependentRequired", "dependentSchemas"),
+    *("description", "else", "enum", "examples", "exclusiveMinimum", "format", "if", "items", "maximum", "maxItems", "minLength"),
+    *(
+        "multipleOf",
+        "not",
+        "oneOf",
+        "prefixItems",
+        "properties",
+        "propertyNames",
+        "readOnly",
+        "required",
+        "then",
+        "title",
+        "type",
+    ),
+    *("unevaluatedProperties", "uniqueItems"),
+)
+WORDS = st.sampled_from(["string", "null", "a"])
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(KEYWORDS),
+        JSON
+        | SCHEMAS
+        | WORDS
+        | st.lists(SCHEMAS | WORDS, max_size=3)
+        | st.dictionaries(WORDS, SCHEMAS | st.lists(WORDS, max_size=2)),
+        max_size=3,
+    )
+)
+def test_schemas_are_right_where_their_own_schema_says_so(part: dict[str, Any]) -> None:
+    schema = {"$defs": {"a": {}}, "items": part}
+    try:
+        Draft202012Validator.check_schema(schema, format_checker=None)
+        is_right = True
+    except SchemaError:
+        is_right = False
+    assert (schema_fault(schema) == "") == is_right
 
 
 def test_a_part_that_is_not_there_is_a_fault_of_the_value() -> None:
@@ -105,6 +292,8 @@ def test_texts_are_json_by_the_schema_or_say_why_not(text: str, fault: str) -> N
         ('Here it is:\n```json\n{"a": 1}\n```\nGood?', '{"a": 1}'),
         ('The answer: {"a": [1]} as asked.', '{"a": [1]}'),
         ("no JSON at all {", "no JSON at all {"),
+        (' "see [1] there" ', '"see [1] there"'),
+        ('"```json\\n{}```"', '"```json\\n{}```"'),
     ],
 )
 def test_json_is_taken_out_of_its_wrapping(text: str, value: str) -> None:

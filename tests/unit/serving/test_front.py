@@ -355,6 +355,63 @@ async def test_an_app_below_a_prefix_has_its_own_bounds() -> None:
     assert (await Asked(front, "/c" + CHAT).send().done()).error[:2] == (404, "unknown_url")
 
 
+async def test_a_path_of_slashes_takes_no_time() -> None:
+    front = await known(App())
+    path = "/" * 65_000
+    started_s = time.thread_time()
+    assert (await Asked(front, path, method="GET").send(b"").done()).status == 200
+    assert time.thread_time() - started_s < 0.2  # a second and a half where every slash was cut off by itself
+
+
+PAGE = {"origin": "https://app.example"}
+
+
+async def test_a_page_reads_what_the_front_refuses() -> None:
+    """Whatever it is: a body too large, one that does not come, a query too many, one whose process was lost."""
+    app = App(body=10, queries=1, origins=("https://app.example",))
+    front = await known(app, body_s=0.05)
+    asked = [
+        await Asked(front, headers=PAGE).send(b"x" * 11).done(),
+        await Asked(front, headers=PAGE).send(b"{", more=True).done(),
+    ]
+    app.release.clear()
+    running = Asked(front).send()
+    await until(lambda: app.running == 1)
+    asked.append(await Asked(front, headers=PAGE).send().done())
+    app.release.set()
+    await running.done()
+    front.app = App(SERVES_404)
+    asked.append(await Asked(front, "/x", method="GET", headers=PAGE).send(b"").done())
+    assert [one.error[0] for one in asked] == [413, 408, 429, 503]
+    for one in asked:
+        assert (one.headers["access-control-allow-origin"], one.headers["vary"]) == ("https://app.example", "Origin")
+        assert "retry-after" in one.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [
+        ((), "https://app.example", None),
+        (("https://app.example",), "https://evil.example", None),
+        (("https://app.example",), "", None),
+        (("*",), "https://evil.example", "*"),
+        (("*",), "", None),
+    ],
+)
+async def test_only_pages_of_configured_origins_read_it(origins: tuple[str, ...], origin: str, allowed: str | None) -> None:
+    front = await known(App(body=10, origins=origins))
+    asked = await Asked(front, headers={"origin": origin} if origin else {}).send(b"x" * 11).done()
+    assert (asked.error[0], asked.headers.get("access-control-allow-origin")) == (413, allowed)
+    assert "vary" not in asked.headers
+
+
+async def test_bounds_of_a_newer_app_are_taken_as_far_as_they_are_known() -> None:
+    front = await known(App(body=10))
+    told = b'["", {"body": 20, "queries": 3, "has_keys": true, "colour": "blue"}]'
+    front.learn(told, Asked(App()).scope, 200)
+    assert (await Asked(front).send(b"x" * 20).done()).status == 200
+
+
 async def test_a_new_pool_brings_its_own_bounds() -> None:
     """And the old one, which goes on for a while beside it, has not the last word for ever."""
     front = await known(App(body=10))

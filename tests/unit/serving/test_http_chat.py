@@ -515,6 +515,24 @@ async def test_probes_and_metrics() -> None:
     assert down.json()["error"]["message"] == "agents that are not up: sorter, dater"
 
 
+@pytest.mark.parametrize("sent", ["", "Bearer no", "Basic one"])
+async def test_a_server_with_keys_names_its_agents_to_those_with_one(sent: str) -> None:
+    keys, admins = hash_keys({"DMOA_API_KEYS": "one"}), hash_keys({"DMOA_API_KEYS": "boss"})
+    service = FakeService()
+    async with connect(make_app(service, keys=keys, admins=admins)) as client:
+        stranger = {"authorization": sent} if sent else {}
+        ready = await client.get("/readyz", headers=stranger)
+        service.states = {"adder": "up", "sorter": "CUDA error in /home/ann"}
+        down = await client.get("/readyz/", headers=stranger)
+        known = [await client.get("/readyz", headers={"authorization": f"Bearer {key}"}) for key in ("one", "boss")]
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "agents": {}})
+    assert (down.status_code, down.json()["agents"]) == (503, {})
+    assert down.json()["error"]["message"] == "agents that are not up: 2 of 3; send an API key to see which"
+    for told in known:
+        assert (told.status_code, told.json()["agents"]) == (503, service.states)
+        assert told.json()["error"]["message"] == "agents that are not up: sorter, dater"
+
+
 async def test_cold_agents_do_not_make_a_server_unready() -> None:
     service = FakeService()
     service.states = dict.fromkeys(AGENTS, "cold") | {AGENTS[0]: "up"}

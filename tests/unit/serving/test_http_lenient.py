@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import time
 from typing import Any
 
 import pytest
 
 from dmoa.errors import NoAgentError, RequestError
+from dmoa.serving.http.fields import MAX_VALUES
 from dmoa.serving.http.middleware import hash_keys
+from dmoa.serving.http.requests import ChatRequest, chat_order, parse_body
+from dmoa.serving.http.responses import IGNORED_HEADER
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
 CHAT = "/v1/chat/completions"
@@ -125,6 +130,29 @@ async def test_dmoa_false_leaves_the_object_out(is_stream: bool) -> None:
     assert "The answer is 19." in response.text
 
 
+@pytest.mark.parametrize(("num_fields", "status"), [(20, 200), (MAX_VALUES - 10, 200), (MAX_VALUES + 10, 400), (1_400_000, 400)])
+async def test_a_body_of_very_many_fields_is_refused_before_it_is_read(num_fields: int, status: int) -> None:
+    fields = ",".join(f'"k{number}":0' for number in range(num_fields))
+    words = "a, b, c, " * 20_000 if num_fields < MAX_VALUES else "hi"  # commas of a text are none
+    body = f'{{"model":"tiny","messages":[{{"role":"user","content":"{words}"}}],{fields}}}'.encode()
+    started_s = time.thread_time()
+    async with connect(make_app(FakeService(), max_body_bytes=2**25)) as client:
+        response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert time.thread_time() - started_s < 1.5  # more than five where all were read
+    assert response.status_code == status
+    if status == 200:
+        assert response.json()["dmoa"]["ignored"] == [f"k{number}" for number in range(16)]
+    else:
+        assert response.json()["error"]["code"] == "request_too_large"
+        assert "JSON commas between values; expected at most 100000" in response.json()["error"]["message"]
+
+
+def test_an_order_names_no_more_fields_than_a_reply() -> None:
+    asked = ASKED | {f"k{number}": 0 for number in range(1000)} | {"verbosity": "low"}
+    order = chat_order(parse_body(ChatRequest, json.dumps(asked).encode(), "application/json"), FakeService())
+    assert order.ignored == tuple(f"k{number}" for number in range(16))
+
+
 async def test_images_are_refused_by_that_word() -> None:
     parts = [{"type": "image_url", "image_url": {"url": "x"}}]
     async with connect(make_app(FakeService())) as client:
@@ -147,6 +175,8 @@ async def test_pages_of_named_origins_may_ask() -> None:
         answered.headers["access-control-allow-origin"] == refused.headers["access-control-allow-origin"] == "https://app.example"
     )
     assert (answered.status_code, refused.status_code) == (200, 401)
+    shown = answered.headers["access-control-expose-headers"].split(", ")
+    assert {"x-request-id", IGNORED_HEADER, "retry-after"} <= set(shown)
 
 
 async def test_no_page_may_ask_by_default() -> None:
