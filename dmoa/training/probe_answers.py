@@ -152,7 +152,10 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
     whole = witnesses = _witnesses(sample)
     same_AA, both_AA = _same_answers(witnesses)
     model = fit_label_model(witnesses, seed=seed)
-    colluding = _colluding(same_AA, both_AA, sample.agents, model, witnesses)
+    unread = _unread(sample.agents, whole)
+    constant = [name for name in _constant(sample) if name not in unread]
+    thirds = [index for index, name in enumerate(sample.agents) if name not in (*unread, *constant)]
+    colluding = _colluding(same_AA, both_AA, sample.agents, thirds, model, witnesses)
     redundant = _redundant(same_AA, both_AA, sample.agents)
     seconds = sorted({sample.agents.index(second) for _, second in colluding})
     if seconds:  # one witness, not two
@@ -165,8 +168,7 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
     signal, is_trusted = _signal(sample, 0.0 if is_one_voice else backed, outcomes, can_entropy=can_entropy)
     expected = _expected(sample, model, witnesses, right_RA)
     open_outcomes = 0 if is_trusted else max(0, _to_settle(expected) - outcomes)
-    unread, disputed = _unread(sample.agents, whole), _disputed(sample.agents, model, witnesses)
-    constant = [name for name in _constant(sample) if name not in unread]
+    disputed = _disputed(sample.agents, model, witnesses)
     told = {*constant, *unread, *(name for pair in colluding for name in pair)}
     agreed = int(_are_agreed(whole).sum())
     seldom = _seldom_right(sample, model, witnesses, right_RA) if agreed >= _HARDLY * len(sample.texts) else []
@@ -183,8 +185,8 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
         outcomes=outcomes,
         competence={name: float(share) for name, share in zip(sample.agents, _competence(right_RA, whole), strict=True)},
         expected=expected,
-        redundant=[pair for pair in redundant if pair not in colluding],
-        colluding=colluding,
+        redundant=[pair for pair in redundant if pair not in colluding and not {*pair} & {*constant}],
+        colluding=[pair for pair in colluding if not {*pair} & {*constant}],
         disputed=[found for found in disputed if not {found.a, found.b} & {*constant}],
         unread=unread,
         constant=constant,
@@ -372,15 +374,21 @@ def _redundant(same_AA: Array, both_AA: IntArray, agents: tuple[str, ...]) -> li
 
 
 def _colluding(
-    same_AA: Array, both_AA: IntArray, agents: tuple[str, ...], model: LabelModel, witnesses: Witnesses
+    same_AA: Array,
+    both_AA: IntArray,
+    agents: tuple[str, ...],
+    thirds: Sequence[int],
+    model: LabelModel,
+    witnesses: Witnesses,
 ) -> list[tuple[str, str]]:
     """Return the pairs that agree on most rows while neither agrees with any third agent, nor where both are sure.
 
-    Of a pair without a third agent that answered enough of the same queries nothing is known.
+    `thirds`: who may bear out a pair; one answer to all queries bears out nobody. Of a pair without a third agent that answered
+    enough of the same queries nothing is known.
     """
     found = []
     for a, b in combinations(range(len(agents)), 2):
-        others = [c for c in range(len(agents)) if c not in (a, b)]
+        others = [c for c in thirds if c not in (a, b)]
         common = max((int(min(both_AA[a, c], both_AA[b, c])) for c in others), default=0)
         if min(common, both_AA[a, b]) < _FEWEST:
             continue
@@ -481,9 +489,9 @@ def _why_not(found: AnswerFinding) -> str:
         return f"in {1 - found.readable:.0%} of the replies no answer can be read: they are cut off, empty or free text"
     if found.agreed < _HARDLY * found.rows:
         return "hardly ever do two give the same answer, and free text is not compared by meaning"
-    if len({*heard} - {*found.unread}) == 2:
+    if len({*heard} - {*found.unread, *found.constant}) == 2:
         return "where two agents differ nothing tells who is right"
-    return "weak agents may err alike"
+    return "those that agree may collude" if found.colluding else "weak agents may err alike"
 
 
 def _expected_words(found: AnswerFinding) -> list[str]:

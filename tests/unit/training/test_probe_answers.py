@@ -207,6 +207,21 @@ def test_two_that_agree_against_a_third_that_is_as_sure_are_both_named(backed: b
     assert finding.competence["x"] == pytest.approx(finding.competence["home"], abs=0.06)
 
 
+def test_two_that_agree_beside_one_that_says_one_thing_do_not_collude() -> None:
+    finding = found({"a": GOOD["a"], "b": GOOD["b"], "constant": ["42"] * ROWS})
+    assert (finding.colluding, finding.constant) == ([], ["constant"])
+    assert finding.is_trusted or finding.summary[0].endswith("where two agents differ nothing tells who is right")
+    assert finding.competence["b"] > 0.6
+    two = found({"a": GOOD["a"], "b": GOOD["b"], "constant": ["42"] * ROWS, "other": ["42"] * ROWS})
+    assert (two.colluding, two.redundant, two.constant) == ([], [], ["constant", "other"])
+
+
+def test_two_that_agree_against_a_third_may_collude() -> None:
+    finding = found({"a": GOOD["a"], "b": GOOD["b"], "other": [str(7000 + row) for row in range(ROWS)]})
+    assert finding.colluding == [("a", "b")]
+    assert finding.summary[0].endswith("; those that agree may collude")
+
+
 def test_constant_redundant_and_lying_agents_are_named() -> None:
     finding = found(GOOD | {"copy": GOOD["a"], "constant": ["42"] * ROWS, "liar": [str(7000 + row) for row in range(ROWS)]})
     assert finding.redundant == [("a", "copy")]
