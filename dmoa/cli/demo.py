@@ -22,7 +22,6 @@ from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SKILLS, SUITES
-from dmoa.storage import unwritable, write_whole
 from dmoa.workflows.console import EXIT_FAILED, Common, print_overall, print_routing, stdout_console, with_common
 
 if TYPE_CHECKING:
@@ -96,6 +95,8 @@ def demo(
 
 def begin_anew(out: Path) -> None:
     """Remove what an earlier demo left in a folder. Raises ConfigError where something else made what lies there."""
+    from dmoa.storage import unwritable, write_whole
+
     found = [name for name in _OWN if (out / name).exists()]
     if found and not (out / _MARK).exists():
         raise ConfigError(

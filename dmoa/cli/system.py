@@ -218,7 +218,7 @@ def _list_by_default(context: typer.Context) -> None:
 
 
 @app.command("list")
-@with_common
+@partial(with_common, has_pool=False)
 def list_models(common: Common) -> None:
     """Show every embedded model and whether it is in the cache."""
     _show(common)
@@ -232,7 +232,7 @@ def _show(common: Common) -> None:
 
 
 @app.command("fetch")
-@with_common
+@partial(with_common, has_pool=False)
 def fetch(
     common: Common,
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Embedded models to get; none: all.")] = None,
@@ -254,7 +254,7 @@ def fetch(
 
 
 @app.command("path")
-@with_common
+@partial(with_common, has_pool=False)
 def path(common: Common, name: NameArgument) -> None:
     """Print the folder of a cached model; exit 1 if it is not there."""
     folder = models.path(name)
@@ -284,7 +284,7 @@ _API = "api"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-@with_common
+@partial(with_common, has_pool=False)
 def policies(common: Common) -> None:
     """List the policies: who is asked when.
 
