@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from dmoa.cli.demo import begin_anew
 from dmoa.errors import ConfigError
 from dmoa.training.options import ExportOptions, ImportOptions, RolloutOptions
+from dmoa.workflows.console import Common
 
 
 def test_a_demo_removes_nothing_that_no_demo_made(dmoa: Any, pool: Path, tmp_path: Path) -> None:
@@ -70,3 +72,51 @@ def test_traces_survive_an_export_over_them(dmoa: Any, tmp_path: Path) -> None:
     path.write_text(json.dumps({}))
     assert dmoa("export", "--format", "sft", "--traces", path, "--out", path).exit_code == 2
     assert path.read_text() == "{}"
+
+
+def test_json_takes_the_place_of_nothing_that_a_command_reads_or_writes(dmoa: Any, pool: Path, tmp_path: Path) -> None:
+    path, link = tmp_path / "pool.yaml", tmp_path / "link"
+    path.write_text(pool.read_text())
+    link.symlink_to(path)
+    for arguments in (
+        ("run", "Hi", "--config", path, "--json", link),
+        ("run", "--replay", path, "--json", path),
+        ("export", "--format", "sft", "--traces", path, "--out", tmp_path / "o", "--json", path),
+        ("export", "--format", "sft", "--traces", path, "--out", tmp_path / "o", "--json", tmp_path / "o"),
+        ("rollouts", "--queries", path, "--out", tmp_path / "r", "--json", path),
+    ):
+        result = dmoa(*arguments)
+        assert result.exit_code == 2
+        assert "which another option names too; name another file" in result.stderr
+    assert path.read_text() == pool.read_text()
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["link", "pool.yaml"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path, link = tmp_path / "told.json", tmp_path / "link"
+    link.symlink_to(path)
+    Common(json_path=path).write_json({"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Common(json_path=path).write_json([float("nan")])
+    assert json.loads(path.read_text()) == {"a": 1}
+    Common(json_path=link).write_json({"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}, "through a link"
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["link", "told.json"]
+
+
+def test_json_that_cannot_be_written_is_refused_before_the_work(dmoa: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = dmoa("models", "list", "--json", tmp_path / "file" / "new" / "told.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--json: cannot write" in result.stderr
+    assert f"{str(tmp_path / 'file')!r} is no folder that can be written to" in result.stderr
+
+
+def test_json_may_go_to_a_pipe(dmoa: Any, tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    assert dmoa("models", "list", "--json", path).exit_code == 0
+    assert json.loads(os.read(reader, 1 << 16))["models"]
+    os.close(reader)
+    assert path.is_fifo(), "and it stays one"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +142,24 @@ def test_sparse_traffic_says_so_and_keeps_who_was_asked(dmoa: Invoke, tmp_path: 
     assert read_table(out).num_rows == 2 * NUM_QUERIES
     again = dmoa("rollouts", "--config", pool_path, "--from-traffic", tmp_path / "state", "--out", out)
     assert (again.exit_code, "holds rollouts already" in again.stderr) == (2, True)
+
+
+def test_a_folder_with_a_manifest_has_its_outcomes(
+    dmoa: Invoke, tmp_path: Path, pool_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command dies while it writes the outcomes: the same one makes the folder whole."""
+
+    def die(path: Path, traffic: Any) -> None:
+        raise KeyboardInterrupt
+
+    save(tmp_path / "state", scripted_pool(gate=GATE))
+    arguments = ("rollouts", "--config", pool_path, "--from-traffic", tmp_path / "state", "--out", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr("dmoa.workflows.traffic.write_outcomes", die)
+        assert dmoa(*arguments).exit_code == 130
+    assert not (tmp_path / "out" / "rollouts.json").exists()
+    assert dmoa(*arguments).exit_code == 0
+    assert read_outcomes(tmp_path / "out" / "outcomes.jsonl")
 
 
 def test_queries_of_another_pool_are_refused(dmoa: Invoke, tmp_path: Path, pool_path: Path) -> None:
