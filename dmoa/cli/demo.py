@@ -100,8 +100,8 @@ def begin_anew(out: Path) -> None:
     found = [name for name in _OWN if (out / name).exists()]
     if found and not (out / _MARK).exists():
         raise ConfigError(
-            f"--out is {str(out)!r}; it holds {', '.join(found)}, which a demo makes anew, and no demo is known to have made them; "
-            "name another folder, or remove them yourself"
+            f"--out is {str(out)!r}; it holds {', '.join(found)}, which a demo makes anew, and no demo is known to have made "
+            "what lies there; name another folder, or remove it yourself"
         )
     try:
         write_whole(out / _MARK, "")

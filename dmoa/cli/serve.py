@@ -254,7 +254,7 @@ _BY_CTRL_C = (-signal.SIGINT, 128 + signal.SIGINT)
 
 
 class Learner:
-    """`dmoa adapt --online` beside the server. Where it dies that is said, the server goes on, and a person may start it again."""
+    """`dmoa adapt --online` beside the server. Where it dies that is said, and the server goes on."""
 
     def __init__(self, address: str, app: str, out: Path, common: Common) -> None:
         """Start it."""

@@ -154,11 +154,13 @@ def _token_file() -> Iterator[Check]:
 
 def port_check(host: str, port: int) -> Check:
     """Return whether the server's port can be bound."""
-    from dmoa.serving.listening import bare, probe
+    from dmoa.serving.listening import bare, check_free
 
-    fault = probe(bare(host), port)
-    advice = f"not free ({fault.strerror or fault}); stop what holds it, or set server.port" if fault else "free"
-    return Check(name="port", status="warn" if fault else "ok", detail=f"{host}:{port} is {advice}")
+    try:
+        check_free(bare(host), port)
+    except ConfigError as error:
+        return Check(name="port", status="warn", detail=str(error))
+    return Check(name="port", status="ok", detail=f"{host}:{port} is free")
 
 
 def _models() -> Iterator[Check]:

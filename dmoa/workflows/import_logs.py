@@ -366,7 +366,9 @@ def _write_pool(options: ImportOptions, report: ImportReport) -> None:
                 "engine_kwargs": {"replies": str(options.out.absolute()), **({"names": renamed} if renamed else {})},
             }
         },
-        "agents": [{"name": agent, "llm": "logs", "profile": f"The model {model}, as recorded."} for agent, model in names.items()],
+        "agents": [
+            {"name": agent, "llm": "logs", "profile": f"The model {model}, as recorded."} for agent, model in names.items()
+        ],
         "limits": {"max_steps": 1},
     }
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

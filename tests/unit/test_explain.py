@@ -85,7 +85,10 @@ def test_every_refused_name_gets_its_suggestion(act: Callable[[], object], sugge
 @pytest.mark.parametrize(
     ("act", "said"),
     [
-        (lambda: loads(POOL, overrides=["agents[0].profile=Hi"]), "agents[0]: unknown key (value {'profile': 'Hi'}); expected one"),
+        (
+            lambda: loads(POOL, overrides=["agents[0].profile=Hi"]),
+            "agents[0]: unknown key (value {'profile': 'Hi'}); expected one",
+        ),
         (lambda: loads(POOL, overrides=["gate.a[b]=1"]), "gate.a[b]: unknown key (value 1); expected one of preset"),
         (lambda: loads(POOL + "gate: {'list[a]': 1}"), "gate.list[a]: unknown key (value 1); expected one of preset"),
         (lambda: loads(POOL.replace("llms: {fake", "llms: {'a[0]'")), "llms.a[0].[key] is 'a[0]'; expected 1-64 lower case"),

@@ -189,7 +189,7 @@ async def test_a_pool_over_any_names_is_one_that_answers(model: str, out: str, n
 
 
 def test_a_column_of_an_unknown_field_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--columns names 'querry'; expected FIELD=COLUMN .* did you mean 'query'") as refused:
+    with pytest.raises(ConfigError, match=r"--columns names 'querry'; expected FIELD=COLUMN .* did you mean 'query'") as refused:
         run(tmp_path, [{}], columns="querry=prompt,text=output")
     assert "'text'" not in str(refused.value)
 
@@ -200,7 +200,7 @@ def test_a_model_called_summarizer_takes_no_other_ones_name(tmp_path: Path) -> N
 
 
 def test_more_agents_than_a_pool_may_have_are_no_pool(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--pool: .*agents.*at most 4096 items"):
+    with pytest.raises(ConfigError, match=r"--pool: .*agents.*at most 4096 items"):
         run(tmp_path, [pair(model=f"m{number}") for number in range(4097)], pool=tmp_path / "pool.yaml")
     assert not (tmp_path / "pool.yaml").exists()
 

@@ -244,7 +244,13 @@ def test_a_port_in_use_is_seen() -> None:
         holder.listen()
         port = holder.getsockname()[1]
         assert port_check("127.0.0.1", port).status == "warn"
+        assert "another program listens on" in port_check("127.0.0.1", port).detail
     assert port_check("127.0.0.1", port).status == "ok"
+    nowhere = port_check("nohost.invalid", port)
+    assert (nowhere.status, nowhere.detail.partition(" (")[0]) == (
+        "warn",
+        "server.host is 'nohost.invalid'; nothing can listen there",
+    )
 
 
 # serve

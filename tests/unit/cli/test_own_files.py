@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from dmoa.cli.demo import begin_anew
-from dmoa.errors import ConfigError
-from dmoa.training.options import ExportOptions, ImportOptions, RolloutOptions
+from dmoa.errors import CheckpointError, ConfigError
+from dmoa.training.options import ExportOptions, ImportOptions, RolloutOptions, TrainOptions
+from dmoa.training.trainer import TrainContext, run_training
 from dmoa.workflows.console import Common
 
 
@@ -120,3 +121,21 @@ def test_json_may_go_to_a_pipe(dmoa: Any, tmp_path: Path) -> None:
     assert json.loads(os.read(reader, 1 << 16))["models"]
     os.close(reader)
     assert path.is_fifo(), "and it stays one"
+
+
+def test_make_clean_leaves_what_commands_wrote() -> None:
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text(encoding="utf-8")
+    words = makefile.partition("\nclean:\n")[2].split("\n\n")[0].split()
+    assert {"$(VENV)", "out/tests", "out/accept"} <= set(words)
+    assert not {"out", "out/"} & set(words)
+
+
+def test_training_refuses_a_folder_whose_checkpoint_is_another_ones(pool: Path, tmp_path: Path) -> None:
+    """Such as the weights of a language model, which would be lost when the gate takes their place."""
+    kept = tmp_path / "checkpoint" / "model.safetensors"
+    kept.parent.mkdir()
+    kept.write_text("x")
+    options = TrainOptions.parse({"rollouts": "r", "out": tmp_path, "workers": 0, "track": "none"})
+    with pytest.raises(CheckpointError, match=r"checkpoint' holds model.safetensors, and a checkpoint is to take its place"):
+        run_training(options, Common(config=pool).load(), TrainContext())
+    assert kept.exists()

@@ -373,7 +373,16 @@ def test_an_empty_question_is_bad_input(dmoa: Any, pool: Path, question: str) ->
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8000", "http://h:99999", "http://h:80O0", "http://h:0", "http://h:-1", "http://[::1", "http://[::1]x:80", "http://"],
+    [
+        "localhost:8000",
+        "http://h:99999",
+        "http://h:80O0",
+        "http://h:0",
+        "http://h:-1",
+        "http://[::1",
+        "http://[::1]x:80",
+        "http://",
+    ],
 )
 def test_a_url_is_checked_before_it_is_called(dmoa: Any, url: str) -> None:
     result = dmoa("run", QUESTION, "--url", url)
