@@ -281,13 +281,16 @@ class Learner:
 
 
 def learner_folder(config: Config, app: str) -> Path:
-    """Return where the learner of an app keeps curves and log: beside the router's state, or where that would lie by default."""
+    """Return where the learner of an app keeps curves and log: beside the router's state, or where that lies by default.
+
+    The latter also where the state is on another machine.
+    """
     from dmoa.serving.actors import default_state_uri
     from dmoa.storage import place_of
 
-    uri = config.router.state_uri
-    is_here = uri is not None and uri.startswith("file:")
-    return Path(place_of(uri if uri and is_here else default_state_uri(app), "router.state_uri")[1]) / "learner"
+    uris = [uri for uri in (config.router.state_uri,) if uri is not None and uri.startswith("file:")]
+    folders = [Path(place_of(uri, "router.state_uri")[1]) for uri in (*uris, default_state_uri(app))]
+    return next((folder for folder in folders if folder.is_dir()), folders[-1]) / "learner"
 
 
 def _policy_files(asked: Sequence[str]) -> tuple[str, ...]:

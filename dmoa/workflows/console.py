@@ -536,7 +536,7 @@ class Common:
         if self.json_path is None:
             return
         try:
-            path = self.json_path.resolve() if self.json_path.is_file() else self.json_path  # a link stays one
+            path = self.json_path if _is_device(self.json_path) else self.json_path.resolve()  # a link stays one
             write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
             raise _unwritable_json(self.json_path, error) from error
@@ -548,13 +548,17 @@ class Common:
             return
         if path == Path("-"):
             raise ConfigError("--json is '-'; expected a file, as stdout has the result as text; name one")
-        is_device = path.exists() and not path.is_file()
         above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-        if not is_device and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        if not _is_device(path) and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
             raise _unwritable_json(path, f"{str(above)!r} is no folder that can be written to")
         places = {one.resolve() for one in (*named, self.config) if isinstance(one, Path)}
         if path.resolve() in places or (path.is_file() and str(path) in named):
             raise ConfigError(f"--json is {str(path)!r}, which another option names too; name another file")
+
+
+def _is_device(path: Path) -> bool:
+    """Tell a pipe or a device, such as /dev/stdout, which is written to as it is."""
+    return path.exists() and not path.is_file()
 
 
 def _unwritable_json(path: Path, reason: OSError | str) -> ConfigError:

@@ -71,11 +71,19 @@ def test_one_that_is_ended_is_no_news(learner: serve.Learner, status: int | None
 
 @pytest.mark.parametrize(
     ("state", "folder"),
-    [("file:///data/a%20b", "/data/a b/learner"), (None, "router/mine/learner"), ("s3://bucket/x", "router/mine/learner")],
+    [
+        ("FOLDER/a%20b", "a b/learner"),
+        ("FOLDER/elsewhere", "router/mine/learner"),
+        (None, "router/mine/learner"),
+        ("s3://bucket/x", "router/mine/learner"),
+    ],
 )
-def test_it_writes_beside_the_state_of_its_router(state: str | None, folder: str, pool: Path) -> None:
+def test_it_writes_beside_the_state_of_its_router(state: str | None, folder: str, pool: Path, tmp_path: Path) -> None:
+    """As far as that is on this machine."""
+    (tmp_path / "a b").mkdir()
+    uri = state and state.replace("FOLDER", tmp_path.as_uri())
     config: Config = Common(config=pool).load()
-    config = config.model_copy(update={"router": config.router.model_copy(update={"state_uri": state})})
+    config = config.model_copy(update={"router": config.router.model_copy(update={"state_uri": uri})})
     found = serve.learner_folder(config, "mine")
     assert found.is_absolute()
     assert str(found).endswith(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -93,12 +94,18 @@ def test_json_takes_the_place_of_nothing_that_a_command_reads_or_writes(dmoa: An
     assert sorted(found.name for found in tmp_path.iterdir()) == ["link", "pool.yaml"]
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, link = tmp_path / "told.json", tmp_path / "link"
     link.symlink_to(path)
     Common(json_path=path).write_json({"a": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        Common(json_path=path).write_json([float("nan")])
+
+    def no_room(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", no_room)
+        with pytest.raises(ConfigError, match="--json: cannot write"):
+            Common(json_path=path).write_json({"a": 3})
     assert json.loads(path.read_text()) == {"a": 1}
     Common(json_path=link).write_json({"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}, "through a link"
