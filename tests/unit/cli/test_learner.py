@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ _children: list[_Child] = []
 
 @pytest.fixture
 def learner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> serve.Learner:
-    monkeypatch.setattr(serve.subprocess, "Popen", _Child)
+    monkeypatch.setattr(subprocess, "Popen", _Child)
     with libraries_apart("serve", verbosity=0):
         return serve.Learner("127.0.0.1:6379", "dmoa", tmp_path / "learner", Common())
 

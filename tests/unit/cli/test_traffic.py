@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -144,20 +143,15 @@ def test_sparse_traffic_says_so_and_keeps_who_was_asked(dmoa: Invoke, tmp_path: 
     assert (again.exit_code, "holds rollouts already" in again.stderr) == (2, True)
 
 
-def test_a_folder_with_a_manifest_has_its_outcomes(
-    dmoa: Invoke, tmp_path: Path, pool_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The command dies while it writes the outcomes: the same one makes the folder whole."""
-
-    def die(path: Path, traffic: Any) -> None:
-        raise KeyboardInterrupt
-
+def test_a_folder_with_a_manifest_has_its_outcomes(dmoa: Invoke, tmp_path: Path, pool_path: Path) -> None:
+    """Where they cannot be written the folder is no collection yet, and the same command makes it one."""
     save(tmp_path / "state", scripted_pool(gate=GATE))
     arguments = ("rollouts", "--config", pool_path, "--from-traffic", tmp_path / "state", "--out", tmp_path / "out")
-    with monkeypatch.context() as patched:
-        patched.setattr("dmoa.workflows.traffic.write_outcomes", die)
-        assert dmoa(*arguments).exit_code == 130
+    in_the_way = tmp_path / "out" / "outcomes.jsonl"
+    in_the_way.mkdir(parents=True)
+    assert dmoa(*arguments).exit_code == 2
     assert not (tmp_path / "out" / "rollouts.json").exists()
+    in_the_way.rmdir()
     assert dmoa(*arguments).exit_code == 0
     assert read_outcomes(tmp_path / "out" / "outcomes.jsonl")
 
