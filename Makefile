@@ -75,5 +75,6 @@ bench: setup
 accept: setup
 	$(BIN)/python tests/accept/run_all.py --out out/accept
 
+# What commands wrote under out/ is the user's: evaluations, gates.
 clean:
-	rm -rf $(VENV) $(VENV)-audit out build *.egg-info
+	rm -rf $(VENV) $(VENV)-audit out/tests out/accept build *.egg-info

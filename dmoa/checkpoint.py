@@ -140,6 +140,14 @@ def files_of(gate: Gate, record: Checkpoint) -> dict[str, bytes]:
     return dict(zip(FILES, (serialize(tensors), record.model_dump_json(indent=2).encode() + b"\n"), strict=True))
 
 
+def check_replaced(folder: Path) -> None:
+    """Raise CheckpointError for a folder that holds more than a checkpoint, all of which `save` replaces."""
+    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
+    if others:
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise CheckpointError(f"{str(folder)!r} holds {shown}, and a checkpoint is to take its place; name another folder")
+
+
 def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
     """Write a checkpoint folder whole, then rename it into place; an existing one is replaced. Returns the folder."""
     target = Path(folder)

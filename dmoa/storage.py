@@ -43,8 +43,12 @@ _uris: dict[Path, str] = {}
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path`, on disk and whole, when the block ends; nothing is left of it if that fails.
 
-    Makes the folder. Raises OSError.
+    Makes the folder. Pipes and devices, such as /dev/stdout, stay what they are and are written to. Raises OSError.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with path.open("wb") as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
     try:

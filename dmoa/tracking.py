@@ -145,12 +145,13 @@ def keep_run_id(run_dir: Path, run_id: str | None = None, of: str = "") -> str:
     is_other = bool(of) and kept.get("of", of) != of
     identity = run_id or (None if is_other else kept.get("run_id")) or uuid.uuid4().hex[:16]
     now = {"run_id": identity} | ({"of": of} if of else {name: kept[name] for name in kept if name == "of"})
+    from dmoa.storage import write_whole  # not in the process of W&B
+
     try:
         if is_other and (run_dir / "metrics.jsonl").exists():
             (run_dir / "metrics.jsonl").replace(run_dir / f"metrics-{kept.get('run_id', 'before')}.jsonl")
         if now != kept:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(now) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(now) + "\n")
     except OSError as error:
         _LOG.warning("tracking: cannot keep the run's id in %s: %s", path, error)
     return identity
@@ -165,9 +166,11 @@ def keep_group(run_dir: Path, run_id: str, after: Sequence[str | Path | None]) -
             found = kept.get("group") or kept.get("run_id") or run_id
             break
     if found != run_id:
+        from dmoa.storage import write_whole  # not in the process of W&B
+
         with suppress(OSError):
             text = json.dumps(_kept(run_dir / "tracking.json") | {"group": found})
-            (run_dir / "tracking.json").write_text(text + "\n", encoding="utf-8")
+            write_whole(run_dir / "tracking.json", text + "\n")
     return found
 
 

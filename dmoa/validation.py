@@ -21,8 +21,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 _MAX_CHARS = 80
-_BRANCH = re.compile(r"constrained-\w+|[\w\-]+\[.*\]")
-"""What pydantic calls a branch of a union in a location."""
+_BRANCH = re.compile(r"constrained-\w+|[\w\-]+\[(?!\d+\]).*\]")
+"""What pydantic calls a branch of a union in a location; `a[0]` is a name that somebody wrote."""
+_ON_NAMES = ("extra_forbidden", "missing")
+"""Findings on a name itself, which the location ends with."""
 _MAX_PROBLEMS = 20
 """Told of one file: more help nobody."""
 _LIKENESS = 0.6
@@ -169,7 +171,8 @@ def findings(error: ValidationError) -> list[ErrorDetails]:
     """
     found: dict[tuple[int | str, ...], ErrorDetails] = {}
     for item in error.errors(include_url=False):
-        branches = [at for at, part in enumerate(item["loc"]) if isinstance(part, str) and _BRANCH.fullmatch(part)]
+        places = item["loc"][:-1] if item["type"] in _ON_NAMES else item["loc"]
+        branches = [at for at, part in enumerate(places) if isinstance(part, str) and _BRANCH.fullmatch(part)]
         loc = tuple(part for at, part in enumerate(item["loc"]) if at not in branches)
         if branches and branches[0] < len(item["loc"]) - 1:  # it was meant as a list, so that other branches say nothing
             found.pop(item["loc"][: branches[0]], None)

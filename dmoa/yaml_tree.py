@@ -165,19 +165,24 @@ def read(path: str | Path) -> tuple[str, str]:
 
 
 def set_value(tree: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=value` override in place; list entries are named by their index. Raises ConfigError."""
+    """Apply one `a.b=value` override in place; list entries are named by their index. Raises ConfigError.
+
+    A name that holds dots itself is found where it is there.
+    """
     path, sep, value = override.partition("=")
-    keys = path.split(".")
-    if not sep or not all(keys) or len(keys) > _MAX_DEPTH:
+    parts = path.split(".")
+    if not sep or not all(parts) or len(parts) > _MAX_DEPTH:
         raise ConfigError(f"--set {_shown(override)}: write it as a.b=value, such as gate.temperature=0.2")
     node: Any = tree
-    for key in keys[:-1]:
+    key, parts = _next_key(node, parts)
+    while parts:
         place = _place(node, key, override)
         child = node.get(place) if isinstance(node, dict) else node[place]
         # A copy, because a YAML alias puts the same section in several places.
         node[place] = {} if child is None else copy.copy(child)
         node = node[place]
-    place, clean = _place(node, keys[-1], override), redact_text(override)
+        key, parts = _next_key(node, parts)
+    place, clean = _place(node, key, override), redact_text(override)
     try:
         node[place] = parse_yaml(value, f"--set {short(clean)}")
     except ConfigError:
@@ -185,6 +190,13 @@ def set_value(tree: dict[str, Any], override: str) -> None:
             raise
         # What PyYAML says of the value quotes it.
         raise ConfigError(f"--set {short(clean)}: the value is not valid YAML; correct it") from None
+
+
+def _next_key(node: Any, parts: list[str]) -> tuple[str, list[str]]:
+    """Return the longest of the next parts together that `node` has as a key, else the next part; and the parts after it."""
+    joined = (".".join(parts[:count]) for count in range(len(parts), 1, -1)) if isinstance(node, dict) else ()
+    key = next((name for name in joined if name in node), parts[0])
+    return key, parts[key.count(".") + 1 :]
 
 
 def _shown(override: str) -> str:

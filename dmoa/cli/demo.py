@@ -19,7 +19,7 @@ import psutil
 import typer
 
 from dmoa.config import Config
-from dmoa.errors import DmoaError
+from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.workflows.console import EXIT_FAILED, Common, print_overall, print_routing, stdout_console, with_common
@@ -47,6 +47,8 @@ _MAX_STEPS = 3
 _MAX_TOKENS = 64
 _OWN = ("before", "after", "rollouts", "gate", "evaluation", "adaptation", "calls", "router")
 """Folders that a demo makes anew in --out."""
+_MARK = ".demo"
+"""File that says of --out that a demo made it."""
 
 
 @with_common
@@ -73,8 +75,7 @@ def demo(
     if keys := os.environ.get("DMOA_API_KEYS"):
         os.environ["DMOA_API_KEY"] = keys.partition(",")[0].strip()
     config = common.load()
-    for name in _OWN:
-        shutil.rmtree(out / name, ignore_errors=True)
+    begin_anew(out)
     # A router takes up what was installed before: the demo begins with an untrained gate every time.
     place = config.router.model_copy(update={"state_uri": (out / "router").absolute().as_uri()})
     config = config.model_copy(update={"router": place})
@@ -90,6 +91,24 @@ def demo(
     is_answered = all(asked["reply"] is not None for asked in (*record["before"], *record["after"]))
     if not (record["replay_identical"] and is_answered and record["pays"]):
         raise typer.Exit(EXIT_FAILED)
+
+
+def begin_anew(out: Path) -> None:
+    """Remove what an earlier demo left in a folder. Raises ConfigError where something else made what lies there."""
+    from dmoa.storage import unwritable, write_whole
+
+    found = [name for name in _OWN if (out / name).exists()]
+    if found and not (out / _MARK).exists():
+        raise ConfigError(
+            f"--out is {str(out)!r}; it holds {', '.join(found)}, which a demo makes anew, and no demo is known to have made "
+            "what lies there; name another folder, or remove it yourself"
+        )
+    try:
+        write_whole(out / _MARK, "")
+    except OSError as error:
+        raise unwritable(out, error) from error
+    for name in found:
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def tell(

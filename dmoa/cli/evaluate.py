@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -62,9 +63,11 @@ def evaluate(
     dmoa report out/first
     """
     if explain is not None or reply is not None:
+        refuse_together({"--checkpoint": checkpoint, "--rollouts": rollouts}, "with --explain, which asks no agent")
         _explain(common, options, explain, reply, is_mixed=selfcheck or ablations)
         return
     if selfcheck:
+        refuse_together({"--ablations": ablations, "--rollouts": rollouts}, "with --selfcheck, which trains nothing")
         _selfcheck(common, options, checkpoint)
         return
     if ablations or rollouts is not None:
@@ -88,14 +91,21 @@ def _with_folder(options: Options, command: str = "evaluate") -> Options:
     return options.model_copy(update={"out": Path("out") / time.strftime(f"{command}-%Y%m%d-%H%M%S")})
 
 
+def _changed(options: EvaluateOptions, without: Collection[str]) -> dict[str, object]:
+    """Return the flags that were given other values than they have by themselves; `without` those of some fields."""
+    fields = type(options).model_fields
+    names = [name for name in fields if name not in without and getattr(options, name) != fields[name].default]
+    return {f"--{name.replace('_', '-')}": True for name in names}
+
+
 def _ablations(
     common: Common, options: EvaluateOptions, rollouts: Path | None, checkpoint: Path | None, *, is_asked: bool
 ) -> None:
     """Train and compare the ablations."""
     if not is_asked:
         refuse_together({"--rollouts": rollouts}, "without --ablations")
-    unused: dict[str, object] = {"--url": options.url, "--checkpoint": checkpoint, "--gates": options.gates}
-    refuse_together(unused, "with --ablations, which trains and compares gates of its own")
+    unused = _changed(options, EvaluateOptions.model_fields.keys() - {"url", "gates", "policies"})
+    refuse_together(unused | {"--checkpoint": checkpoint}, "with --ablations, which trains and compares gates of its own")
     from dmoa.workflows.ablate import run_ablations
     from dmoa.workflows.evaluate import check_ran
 
@@ -108,7 +118,9 @@ def _explain(common: Common, options: EvaluateOptions, row_id: str | None, reply
     """Show how replies to a row are judged."""
     if row_id is None:
         refuse_together({"--reply": reply}, "without --explain ROW")
-    refuse_together({"--selfcheck or --ablations": is_mixed, "--url": options.url}, "with --explain, which asks no agent")
+    unused = _changed(options, ("benchmarks", "address", "out", "data_dir", "allow_weak_sandbox"))
+    unused |= {"--selfcheck or --ablations": is_mixed, "--config": common.config, "--set": common.overrides}
+    refuse_together(unused, "with --explain, which asks no agent")
     from dmoa.evaluation.explain import explain
     from dmoa.evaluation.registry import expand_names
     from dmoa.workflows.console import print_explanation
@@ -124,9 +136,8 @@ def _explain(common: Common, options: EvaluateOptions, row_id: str | None, reply
 
 def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None) -> None:
     """Check scorers, rows and sandbox against each other; exit 1 where a check fails."""
-    unused: dict[str, object] = {"--url": options.url, "--resume": options.resume, "--out": options.out}
-    unused |= {"--call-cache": options.call_cache, "--checkpoint": checkpoint}
-    unused |= {"--config": common.config, "--set": common.overrides}
+    unused = _changed(options, ("benchmarks", "address", "data_dir", "skip_bad_rows", "allow_weak_sandbox", "limit"))
+    unused |= {"--checkpoint": checkpoint, "--config": common.config, "--set": common.overrides}
     refuse_together(unused, "with --selfcheck, which asks no agent")
     from dmoa.evaluation import selfcheck
     from dmoa.evaluation.registry import expand_names

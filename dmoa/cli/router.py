@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 
 _MAX_SHOWN = 5
+_with_common = partial(with_common, has_pool=False)
 
 AddressOption = Annotated[
     str | None,
@@ -43,7 +45,7 @@ def _connect(common: Common, app_name: str, address: str | None) -> RouterAdmin:
 
 
 @app.command("install")
-@with_common
+@_with_common
 def install(
     common: Common,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint: a folder that `dmoa train` wrote, or its URI.")],
@@ -69,7 +71,7 @@ def install(
 
 
 @app.command("rollback")
-@with_common
+@_with_common
 def rollback(
     common: Common,
     version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help="Version to go back to [the one before].")] = None,
@@ -83,7 +85,7 @@ def rollback(
 
 
 @app.command("history")
-@with_common
+@_with_common
 def history(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Show which gates were current and what became of offered ones, oldest first.
 
@@ -97,7 +99,7 @@ def history(common: Common, address: AddressOption = None, app_name: AppOption =
 
 
 @app.command("freeze")
-@with_common
+@_with_common
 def freeze(common: Common, note: NoteOption = "", address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Take no offered gate until `dmoa router thaw`, also after a restart; a trial ends with the gate before it."""
     told = _connect(common, app_name, address).freeze(note)
@@ -106,7 +108,7 @@ def freeze(common: Common, note: NoteOption = "", address: AddressOption = None,
 
 
 @app.command("thaw")
-@with_common
+@_with_common
 def thaw(common: Common, note: NoteOption = "", address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Take offered gates again, also where a rollback is still cooling down."""
     told = _connect(common, app_name, address).thaw(note)
@@ -115,7 +117,7 @@ def thaw(common: Common, note: NoteOption = "", address: AddressOption = None, a
 
 
 @app.command("status")
-@with_common
+@_with_common
 def status(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Show the current gate, which agents are masked, how often each was activated, and what learning comes to."""
     found = _connect(common, app_name, address).status()
@@ -155,7 +157,7 @@ StateOption = Annotated[
 
 
 @outcomes.command("list")
-@with_common
+@_with_common
 def list_outcomes(common: Common, state: StateOption = None, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Show the outcomes that clients posted, key by key, oldest first."""
     from dmoa.workflows.traffic import read_traffic
@@ -169,7 +171,7 @@ def list_outcomes(common: Common, state: StateOption = None, address: AddressOpt
 
 
 @outcomes.command("export")
-@with_common
+@_with_common
 def export_outcomes(
     common: Common,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.jsonl", help="Where they are written.")] = Path("outcomes.jsonl"),

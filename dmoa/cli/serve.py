@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +18,7 @@ from rich.text import Text
 from dmoa.errors import ConfigError
 from dmoa.serving.capacity import gib
 from dmoa.workflows.console import EXIT_FAILED, CheckpointOption, Common, stdout_console, untrained_note, with_common
-from dmoa.workflows.terminal import tell
+from dmoa.workflows.terminal import tell, terminal_descriptor, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -215,7 +218,7 @@ def serve(
     from dmoa.serving.launch import launch, ray_is_up, stop
 
     launched: Launched | None = None
-    learner: subprocess.Popen[bytes] | None = None
+    learner: Learner | None = None
     for said in config.unused_scaling():
         tell(f"dmoa: {said}")
     common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")
@@ -226,7 +229,7 @@ def serve(
             )
             ending.ready()
             announce(common, launched)
-            learner = _start_learner(launched.ray_address, app, common) if adapt else None
+            learner = Learner(launched.ray_address, app, learner_folder(config, app), common) if adapt else None
             threading.Event().wait()
         except (KeyboardInterrupt, SystemExit):  # the latter from Ray's own handler, which holds while it starts
             if launched is None:
@@ -234,7 +237,7 @@ def serve(
             common.say("stopping")
         finally:
             if learner is not None:
-                learner.terminate()
+                learner.end()
             if launched is not None:
                 stop(app, end_ray=launched.started_ray)
             elif address is None and ray_is_up():
@@ -246,11 +249,48 @@ def _check_adapts(config: Config, adapt: bool) -> None:
         raise ConfigError("--adapt: router.adaptation is 'off'; set it to observe, canary or on (--set router.adaptation=canary)")
 
 
-def _start_learner(address: str, app: str, common: Common) -> subprocess.Popen[bytes]:
-    """Start `dmoa adapt --online` beside the server. Where it dies the server goes on, and it may be started again by hand."""
-    command = ["adapt", "--online", "--address", address, "--app", app, *(["-q"] if common.verbosity < 0 else [])]
-    common.say(f"learning from the traffic: dmoa {' '.join(command)}")
-    return subprocess.Popen([sys.executable, "-m", "dmoa", *command], stdin=subprocess.DEVNULL)  # noqa: S603 -- our own command
+_BY_CTRL_C = (-signal.SIGINT, 128 + signal.SIGINT)
+"""How a child ends that the terminal interrupts beside this process."""
+
+
+class Learner:
+    """`dmoa adapt --online` beside the server. Where it dies that is said, and the server goes on."""
+
+    def __init__(self, address: str, app: str, out: Path, common: Common) -> None:
+        """Start it."""
+        command = ["adapt", "--online", "--address", address, "--app", app, "--out", str(out)]
+        command += ["-q"] if common.verbosity < 0 else []
+        self._shown = shlex.join(["dmoa", *command])
+        self._is_over = False
+        common.say(f"learning from the traffic: {self._shown}")
+        # Its words go where ours do: the stderr that it would have of us is the log of libraries.
+        self._process = subprocess.Popen(  # noqa: S603 -- our own command
+            [sys.executable, "-m", "dmoa", *command], stdin=subprocess.DEVNULL, stderr=terminal_descriptor()
+        )
+        threading.Thread(target=self._wait, name="dmoa-learner", daemon=True).start()
+
+    def _wait(self) -> None:
+        status = self._process.wait()
+        if not self._is_over and status not in _BY_CTRL_C:
+            warn(f"the learner ended with status {status}, and the server goes on without; start it again: {self._shown}")
+
+    def end(self) -> None:
+        """Tell it to end."""
+        self._is_over = True
+        self._process.terminate()
+
+
+def learner_folder(config: Config, app: str) -> Path:
+    """Return where the learner of an app keeps curves and log: beside the router's state, or where that lies by default.
+
+    The latter also where the state is on another machine.
+    """
+    from dmoa.serving.actors import default_state_uri
+    from dmoa.storage import place_of
+
+    uris = [uri for uri in (config.router.state_uri,) if uri is not None and uri.startswith("file:")]
+    folders = [Path(place_of(uri, "router.state_uri")[1]) for uri in (*uris, default_state_uri(app))]
+    return next((folder for folder in folders if folder.is_dir()), folders[-1]) / "learner"
 
 
 def _policy_files(asked: Sequence[str]) -> tuple[str, ...]:

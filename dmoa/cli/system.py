@@ -154,11 +154,13 @@ def _token_file() -> Iterator[Check]:
 
 def port_check(host: str, port: int) -> Check:
     """Return whether the server's port can be bound."""
-    from dmoa.serving.listening import bare, probe
+    from dmoa.serving.listening import bare, check_free
 
-    fault = probe(bare(host), port)
-    advice = f"not free ({fault.strerror or fault}); stop what holds it, or set server.port" if fault else "free"
-    return Check(name="port", status="warn" if fault else "ok", detail=f"{host}:{port} is {advice}")
+    try:
+        check_free(bare(host), port)
+    except ConfigError as error:
+        return Check(name="port", status="warn", detail=str(error))
+    return Check(name="port", status="ok", detail=f"{host}:{port} is free")
 
 
 def _models() -> Iterator[Check]:
@@ -218,7 +220,7 @@ def _list_by_default(context: typer.Context) -> None:
 
 
 @app.command("list")
-@with_common
+@partial(with_common, has_pool=False)
 def list_models(common: Common) -> None:
     """Show every embedded model and whether it is in the cache."""
     _show(common)
@@ -232,7 +234,7 @@ def _show(common: Common) -> None:
 
 
 @app.command("fetch")
-@with_common
+@partial(with_common, has_pool=False)
 def fetch(
     common: Common,
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Embedded models to get; none: all.")] = None,
@@ -254,7 +256,7 @@ def fetch(
 
 
 @app.command("path")
-@with_common
+@partial(with_common, has_pool=False)
 def path(common: Common, name: NameArgument) -> None:
     """Print the folder of a cached model; exit 1 if it is not there."""
     folder = models.path(name)
@@ -284,7 +286,7 @@ _API = "api"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-@with_common
+@partial(with_common, has_pool=False)
 def policies(common: Common) -> None:
     """List the policies: who is asked when.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,7 @@ def adapt(common: Common, options: AdaptOptions, checkpoint: CheckpointOption = 
     common.write_json(report.model_dump(mode="json"))
 
 
-@with_common
+@partial(with_common, has_pool=False)
 @takes_options(OnlineOptions, leave_out=ADAPT_JOB_ONLY)
 def adapt_online(common: Common, options: OnlineOptions) -> None:
     """Learn from the traffic of a running swarm, and offer what is learned to its router, until a signal comes.
@@ -109,7 +110,7 @@ def adapt_online(common: Common, options: OnlineOptions) -> None:
     run_online_adaptation(options, common, this_command())
 
 
-@with_common
+@partial(with_common, has_pool=False)
 @takes_options(ExportOptions)
 def export(common: Common, options: ExportOptions) -> None:
     """Write what a swarm said as JSON Lines to train a single model with: answers (sft), or better and worse replies (dpo).
@@ -127,7 +128,7 @@ def export(common: Common, options: ExportOptions) -> None:
     common.write_json({"lines": count, "out": str(options.out)})
 
 
-@with_common
+@partial(with_common, has_pool=False)
 @takes_options(ImportOptions)
 def import_logs(common: Common, options: ImportOptions) -> None:
     """Turn logs of model calls into a pool of recorded replies, which is probed, trained, evaluated and served without calls.

@@ -161,7 +161,13 @@ def _gates(value: object) -> object:
     """Accept `a=DIR,b=DIR` where a mapping of names to folders is expected."""
     if not isinstance(value, str):
         return value
-    return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
+    found: dict[str, str] = {}
+    for part in filter(None, map(str.strip, value.split(","))):
+        name, _, folder = part.partition("=")
+        if not folder or name in found:
+            raise ValueError(f"expected NAME=DIR,..., each name once; {part!r} is {'a second one' if folder else 'none'}")
+        found[name] = folder
+    return found
 
 
 Gates = Annotated[dict[Name, Path], BeforeValidator(_gates)]

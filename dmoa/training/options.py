@@ -14,6 +14,8 @@ from dmoa.types import Limits
 
 _SAMPLE = ("benchmarks", "queries", "data_dir", "split", "limit", "difficulty", "max_steps", "max_tokens", "skip_bad_rows")
 """Options that say what is asked, and how: a collection that goes on must have the same."""
+QUERIES = "queries.jsonl"
+"""The queries of a collection, in its folder."""
 
 
 class Weighted(Node):
@@ -116,6 +118,8 @@ class RolloutOptions(Options):
             raise ValueError("weights share out limit, which is not given; add --limit N, or leave the weights out")
         if self.labels is not None and _is_inside(self.labels, self.out):
             raise ValueError(f"labels is {str(self.labels)!r}, inside out; training reads out: name a folder apart")
+        if any(_is_same(Path(source.name), self.out / QUERIES) for source in self.queries):
+            raise ValueError(f"queries names {QUERIES} of out, which is written; name another folder as out")
         return self
 
     def limits(self, pool: Limits) -> Limits:
@@ -138,7 +142,12 @@ class RolloutOptions(Options):
 
 
 def _is_inside(folder: Path, other: Path) -> bool:
-    return folder.absolute() == other.absolute() or other.absolute() in folder.absolute().parents
+    return _is_same(folder, other) or other.resolve() in folder.resolve().parents
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Tell whether two paths are one place, also by way of links."""
+    return path.resolve() == other.resolve()
 
 
 class ProbeOptions(Options):
@@ -259,8 +268,11 @@ class ImportOptions(Options):
     def _sound(self) -> Self:
         if not self.out.name.endswith((".jsonl", ".jsonl.gz")):
             raise ValueError(f"out is {str(self.out)!r}; expected a name that ends with .jsonl or .jsonl.gz")
-        if any(path.absolute() == self.out.absolute() for path in self.logs):
-            raise ValueError(f"out is {str(self.out)!r}, which is read; name another file")
+        for name, path in (("out", self.out), ("pool", self.pool)):
+            if path is not None and any(_is_same(read, path) for read in self.logs):
+                raise ValueError(f"{name} is {str(path)!r}, which is read; name another file")
+        if self.pool is not None and _is_same(self.pool, self.out):
+            raise ValueError(f"pool is {str(self.pool)!r}, as out is; name another file")
         for pair in self.columns:
             if "=" not in pair:
                 raise ValueError(f"columns holds {pair!r}; expected FIELD=COLUMN, such as query=prompt")
@@ -287,6 +299,8 @@ class ExportOptions(Options):
     def _one_source(self) -> Self:
         if (self.traces is None) == (self.run is None):
             raise ValueError("run and traces: give one of the two, --run DIR of an evaluation or --traces FILE")
+        if self.traces is not None and _is_same(self.traces, self.out):
+            raise ValueError(f"out is {str(self.out)!r}, which is read; name another file")
         return self
 
 

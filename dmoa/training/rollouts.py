@@ -23,6 +23,7 @@ from dmoa.engines.recorded import open_table
 from dmoa.errors import ConfigError
 from dmoa.flat import TokenFields, flat_reply
 from dmoa.reading import read_bounded
+from dmoa.training.options import QUERIES
 from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReason, FloatArray, Stage, StepRecord
 from dmoa.validation import describe, short, storable
 
@@ -283,7 +284,7 @@ class RolloutFolder:
     @property
     def queries(self) -> Path:
         """What is asked."""
-        return self.root / "queries.jsonl"
+        return self.root / QUERIES
 
     @property
     def parts(self) -> Path:

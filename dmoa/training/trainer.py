@@ -552,6 +552,7 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
     """
     store = StateStore(options.storage_path or str(options.out.absolute() / "state"))
     store.check()
+    checkpoint.check_replaced(options.out / "checkpoint")
     start = build_start(options, config)
     manifests = check_rollouts(options, start)
     on_ray = options.workers != 0

@@ -41,12 +41,14 @@ NICENESS = 19
 def run_online_adaptation(options: OnlineOptions, common: Common, command: str) -> None:
     """Learn until a signal comes. Raises ConfigError where there is no such app, it takes no offers, or is followed already.
 
-    Raises DmoaError where it stops.
+    Raises ConfigError for `--json` too, and DmoaError where it stops.
 
     The same command goes on: from the gate that is current then, and what the feedback holds.
     """
     from dmoa.serving.launch import AUTO, ray_address
+    from dmoa.workflows.console import refuse_together
 
+    refuse_together({"--json": common.json_path}, "on a learner, which ends with no result; its curves lie in --out")
     address = ray_address(options.address) or AUTO  # before Ray is imported: it reads then whether to send its token
     from dmoa.serving.actors import ClusterMemory
     from dmoa.storage import only_one

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -219,17 +221,28 @@ def _options(limits: Limits, policy: str) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
+_URL = re.compile(r"https?://([^\s/?#@]*@)?(\[[\w:.%]+\]|[^\s\[\]/:?#@]+)(:\d+)?([/?#].*)?")
+
+
 def open_client(url: str, api_key: str | None = None, *, patience_s: float = 0.0) -> ServerClient:
     """Return a client of a server; the key, where it wants one, is DMOA_API_KEY unless given. Raises RequestError.
 
     `patience_s` as in `ServerClient`.
     """
-    if not url.startswith(("http://", "https://")):
+    if not _is_url(url):
         raise RequestError(f"--url is {url!r}; give the server's address, such as http://127.0.0.1:8000")
     from dmoa.serving.client import ServerClient
 
     key = os.environ.get("DMOA_API_KEY", "") if api_key is None else api_key
     return ServerClient(url, api_key=key, patience_s=patience_s)
+
+
+def _is_url(text: str) -> bool:
+    """Tell whether a text is the address of a server, with a port that there can be: HTTP libraries raise for others."""
+    try:
+        return _URL.fullmatch(text) is not None and text.isprintable() and urlsplit(text).port != 0
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -530,16 +530,39 @@ class Common:
             tell(f"dmoa: {text}")
 
     def write_json(self, value: Any) -> None:
-        """Write the command's result where `--json` says, if it does. Raises ConfigError if that cannot be written."""
+        """Write the command's result whole where `--json` says, if it does. Raises ConfigError if that cannot be written."""
+        from dmoa.storage import write_whole
+
         if self.json_path is None:
             return
         try:
-            self.json_path.parent.mkdir(parents=True, exist_ok=True)
-            self.json_path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+            path = self.json_path if _is_device(self.json_path) else self.json_path.resolve()  # a link stays one
+            write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
-            raise ConfigError(
-                f"--json: cannot write {str(self.json_path)!r}: {error}; name a file that can be written"
-            ) from error
+            raise _unwritable_json(self.json_path, error) from error
+
+    def check_json(self, named: Collection[object]) -> None:
+        """Raise ConfigError, before any work, where `--json` cannot be written, or is a file that is `named` elsewhere too."""
+        path = self.json_path
+        if path is None:
+            return
+        if path == Path("-"):
+            raise ConfigError("--json is '-'; expected a file, as stdout has the result as text; name one")
+        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if not _is_device(path) and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            raise _unwritable_json(path, f"{str(above)!r} is no folder that can be written to")
+        places = {one.resolve() for one in (*named, self.config) if isinstance(one, Path)}
+        if path.resolve() in places or (path.is_file() and str(path) in named):
+            raise ConfigError(f"--json is {str(path)!r}, which another option names too; name another file")
+
+
+def _is_device(path: Path) -> bool:
+    """Tell a pipe or a device, such as /dev/stdout, which is written to as it is."""
+    return path.exists() and not path.is_file()
+
+
+def _unwritable_json(path: Path, reason: OSError | str) -> ConfigError:
+    return ConfigError(f"--json: cannot write {str(path)!r}: {reason}; name a file that can be written")
 
 
 def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -595,8 +618,7 @@ def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bo
             json_path=values.pop("json_path"),
             verbosity=int(verbose) - int(quiet),
         )
-        if common.json_path == Path("-"):
-            raise ConfigError("--json is '-'; expected a file, as stdout has the result as text; name one")
+        common.check_json([one for value in values.values() for one in (value if isinstance(value, list) else [value])])
         _start_logging(common.verbosity)
         with libraries_apart(command.__name__.removesuffix("_job"), verbosity=common.verbosity):
             command(common, **values)  # type: ignore[call-arg]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -18,14 +18,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from dmoa.config import is_name
+from dmoa.config import SUMMARIZER, from_tree, is_name
 from dmoa.engines.openai_replies import listed_logprobs
 from dmoa.engines.recorded import RecordedReply, agent_name, read_lines
 from dmoa.errors import ConfigError
 from dmoa.reading import read_bounded, read_json
-from dmoa.storage import replacing
+from dmoa.storage import replacing, write_whole
 from dmoa.training.options import ImportOptions
-from dmoa.validation import describe, short
+from dmoa.validation import describe, did_you_mean, short
+from dmoa.yaml_tree import parse_yaml
 
 MAX_TABLE_BYTES = 1 << 27
 """Largest file that is one JSON value and has to be read whole."""
@@ -71,6 +72,7 @@ class ImportReport(BaseModel):
 
 def import_logs(options: ImportOptions, say: Callable[[str], None]) -> ImportReport:
     """Read the logs, write `options.out` whole, and the pool file where one is asked for. Raises ConfigError."""
+    _check_columns(options.columns)
     requests = _batch_requests(options.logs)
     read, skipped, seen, spelt = 0, Counter[str](), defaultdict[str, set[str]](set), dict[str, str]()
     try:
@@ -100,6 +102,17 @@ def import_logs(options: ImportOptions, say: Callable[[str], None]) -> ImportRep
     if options.pool is not None:
         _write_pool(options, report)
     return report
+
+
+def _check_columns(columns: Iterable[str]) -> None:
+    """Raise ConfigError for columns of fields that a reply does not have."""
+    unknown = [field for field in (pair.partition("=")[0] for pair in columns) if field not in _GUESSES]
+    if unknown:
+        known = ", ".join(_GUESSES)
+        raise ConfigError(
+            f"--columns names {', '.join(map(repr, unknown))}; expected FIELD=COLUMN with a FIELD of {known}"
+            f"{did_you_mean(unknown, _GUESSES)}"
+        )
 
 
 def _admit(reply: RecordedReply, seen: defaultdict[str, set[str]]) -> None:
@@ -323,6 +336,12 @@ def _tree(value: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """Return a name that is not taken: as it is, else with `-logs` at its end."""
+    ends = ("", "-logs", *(f"-logs{number}" for number in range(2, len(taken) + 2)))
+    return next(one for one in (f"{name[: 64 - len(end)]}{end}" for end in ends) if one not in taken)
+
+
 def _milliseconds(start: Any, end: Any) -> float | None:
     try:
         return max(0.0, (datetime.fromisoformat(str(end)) - datetime.fromisoformat(str(start))).total_seconds() * 1e3)
@@ -331,10 +350,12 @@ def _milliseconds(start: Any, end: Any) -> float | None:
 
 
 def _write_pool(options: ImportOptions, report: ImportReport) -> None:
-    """Write a pool file over the replies. Raises ConfigError."""
+    """Write a pool file over the replies. Raises ConfigError, also where no pool can have so many agents."""
     pool = options.pool
     assert pool is not None
-    name = agent_name(options.out.name.removesuffix(".gz").removesuffix(".jsonl")) or "logs"
+    names = {_free_name(agent, report.agents) if agent == SUMMARIZER else agent: agent for agent in report.agents}
+    name = _free_name(agent_name(options.out.name.removesuffix(".gz").removesuffix(".jsonl")) or "logs", names)
+    renamed = {agent: model for agent, model in names.items() if agent != model}
     tree = {
         "name": name,
         "llms": {
@@ -342,14 +363,17 @@ def _write_pool(options: ImportOptions, report: ImportReport) -> None:
                 "model": f"recorded:{name}",
                 "engine": "recorded",
                 "max_num_seqs": 256,
-                "engine_kwargs": {"replies": str(options.out.absolute())},
+                "engine_kwargs": {"replies": str(options.out.absolute()), **({"names": renamed} if renamed else {})},
             }
         },
-        "agents": [{"name": agent, "llm": "logs", "profile": f"The model {agent}, as recorded."} for agent in report.agents],
+        "agents": [
+            {"name": agent, "llm": "logs", "profile": f"The model {model}, as recorded."} for agent, model in names.items()
+        ],
         "limits": {"max_steps": 1},
     }
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    from_tree(parse_yaml(text, str(pool)), source=f"--pool: {pool}")
     try:
-        with replacing(pool) as file:
-            file.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
+        write_whole(pool, text)
     except OSError as error:
         raise ConfigError(f"--pool: cannot write {str(pool)!r}: {error}; name a file that can be written") from error

@@ -28,6 +28,11 @@ def stderr() -> TextIO:
     return _own or sys.stderr
 
 
+def terminal_descriptor() -> int | None:
+    """Return the file descriptor of `stderr`, for a child whose words are the user's too; None where it has none."""
+    return _descriptor(stderr())
+
+
 def tell(text: str, *, nl: bool = True) -> None:
     """Write the program's own words to stderr."""
     typer.echo(text, file=stderr(), nl=nl)

@@ -118,12 +118,12 @@ def rollouts_of_traffic(traffic: Traffic, manifest: Manifest, root: Path) -> Man
     )
     try:
         write_whole(folder.queries, "".join(query.model_dump_json() + "\n" for query in queries))
+        if traffic.outcomes:
+            write_outcomes(root / OUTCOMES, traffic)
         write_whole(folder.parts / "part-000000.parquet", part_of(tables))
-        write_whole(folder.manifest, manifest.model_dump_json(indent=2) + "\n")
+        write_whole(folder.manifest, manifest.model_dump_json(indent=2) + "\n")  # last: what has one is whole
     except OSError as error:
         raise ConfigError(f"--out: cannot write {str(root)!r}: {error}; name a folder that can be written") from error
-    if traffic.outcomes:
-        write_outcomes(root / OUTCOMES, traffic)
     return manifest
 
 

@@ -15,8 +15,10 @@ from dmoa.errors import DmoaError
 from dmoa.evaluation.records import CompareOptions, EvaluateOptions
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.suites.suite import fine_split
+from dmoa.policies.registry import POLICIES, check_words
 from dmoa.serving.http.requests import ChatRequest, CompletionRequest, parse_body, request_error
 from dmoa.serving.http.responses_api import ResponsesRequest
+from dmoa.serving.trace_list import TraceFilter
 from dmoa.training.options import TrainOptions
 from dmoa.validation import describe, did_you_mean
 from dmoa.workflows.evaluate import check_policies
@@ -78,6 +80,28 @@ def test_every_refused_name_gets_its_suggestion(act: Callable[[], object], sugge
     with pytest.raises(DmoaError, match=f"did you mean .*'{suggested}'") as refused:
         act()
     assert str(refused.value).count("did you mean") == 1
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (
+            lambda: loads(POOL, overrides=["agents[0].profile=Hi"]),
+            "agents[0]: unknown key (value {'profile': 'Hi'}); expected one",
+        ),
+        (lambda: loads(POOL, overrides=["gate.a[b]=1"]), "gate.a[b]: unknown key (value 1); expected one of preset"),
+        (lambda: loads(POOL + "gate: {'list[a]': 1}"), "gate.list[a]: unknown key (value 1); expected one of preset"),
+        (lambda: loads(POOL.replace("llms: {fake", "llms: {'a[0]'")), "llms.a[0].[key] is 'a[0]'; expected 1-64 lower case"),
+        (lambda: TrainOptions.parse({"rollouts": "r", "out": "o", "lr[0]": 3}), "lr[0]: unknown key (value 3); expected one"),
+        (lambda: TraceFilter.parse({"filter[a]": "1"}), "filter[a]"),
+        (lambda: check_words(POLICIES["moa"], "layers[0]=2", loads(POOL)), "layers[0]"),
+        (_chat('{"model": "m", "messages": [{"role": "user", "content": "x"}], "stop[0]": "a"}'), "stop[0]"),
+    ],
+)
+def test_a_name_with_brackets_is_a_name(act: Callable[[], object], said: str) -> None:
+    with pytest.raises(DmoaError) as refused:
+        act()
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -196,3 +197,26 @@ def test_standard_input_is_read_once_and_found_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(OSError, match="closed"):
         read("-")
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("llms.qwen2.5-7b.gpus=2", {"qwen2.5-7b": {"gpus": 2}, "qwen2": {}}),
+        ("llms.qwen2.5-7b.kwargs.a.b=1", {"qwen2.5-7b": {"kwargs": {"a": {"b": 1}}}, "qwen2": {}}),
+        ("llms.qwen2.gpus=1", {"qwen2.5-7b": {}, "qwen2": {"gpus": 1}}),
+        ("llms.qwen2.5-7b=3", {"qwen2.5-7b": 3, "qwen2": {}}),
+        ("llms.qwen2.5-8b.gpus=1", {"qwen2.5-7b": {}, "qwen2": {"5-8b": {"gpus": 1}}}),
+    ],
+)
+def test_a_name_with_dots_is_found(override: str, changed: dict[str, Any]) -> None:
+    tree: dict[str, Any] = {"llms": {"qwen2.5-7b": {}, "qwen2": {}}}
+    set_value(tree, override)
+    assert tree == {"llms": changed}
+
+
+def test_of_two_names_the_longer_one_is_meant() -> None:
+    tree: dict[str, Any] = {"a": {"b": {"c": 1}, "b.c": 1, "b.c.d": {}}}
+    set_value(tree, "a.b.c.d.e=2")
+    set_value(tree, "a.b.c=3")
+    assert tree == {"a": {"b": {"c": 1}, "b.c": 3, "b.c.d": {"e": 2}}}

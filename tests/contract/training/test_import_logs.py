@@ -170,6 +170,41 @@ def test_two_spellings_of_a_model_are_one_agent_of_a_file_that_can_be_read(tmp_p
     }
 
 
+@pytest.mark.parametrize(
+    ("model", "out", "names"),
+    [
+        ("llama", "llama.jsonl", ("llama-logs", "llama")),
+        ("a" * 64, f"{'a' * 64}.jsonl", (f"{'a' * 59}-logs", "a" * 64)),
+        ("Summarizer", "replies.jsonl", ("replies", "summarizer-logs")),
+        ("Summarizer", "summarizer-logs.jsonl.gz", ("summarizer-logs-logs", "summarizer-logs")),
+        ("2024-01-01", "1_000.jsonl", ("1_000", "2024-01-01")),
+    ],
+)
+async def test_a_pool_over_any_names_is_one_that_answers(model: str, out: str, names: tuple[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "pool.yaml"
+    run(tmp_path, [pair(model=model)], out=tmp_path / out, pool=path)
+    config = load_pool(path)
+    assert (config.name, *config.agent_names) == names
+    assert await answer_of_pool(path, names[1]) == "The answer is 19."
+
+
+def test_a_column_of_an_unknown_field_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--columns names 'querry'; expected FIELD=COLUMN .* did you mean 'query'") as refused:
+        run(tmp_path, [{}], columns="querry=prompt,text=output")
+    assert "'text'" not in str(refused.value)
+
+
+def test_a_model_called_summarizer_takes_no_other_ones_name(tmp_path: Path) -> None:
+    run(tmp_path, [pair(model="summarizer"), pair(model="summarizer-logs")], pool=tmp_path / "pool.yaml")
+    assert load_pool(tmp_path / "pool.yaml").agent_names == ("summarizer-logs2", "summarizer-logs")
+
+
+def test_more_agents_than_a_pool_may_have_are_no_pool(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--pool: .*agents.*at most 4096 items"):
+        run(tmp_path, [pair(model=f"m{number}") for number in range(4097)], pool=tmp_path / "pool.yaml")
+    assert not (tmp_path / "pool.yaml").exists()
+
+
 def test_a_wandb_table_is_read_by_its_columns(tmp_path: Path) -> None:
     table = {
         "columns": ["Prompt", "model", "output", "latency_ms", "Cost", "api_key"],

@@ -21,6 +21,7 @@ from dmoa.cli.system import examine, port_check
 from dmoa.config import load, loads
 from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
 
+WITHOUT_POOL = ("docs", "schema", "view", "policies", "export", "import-logs")
 COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "docs", "doctor", "bench", "demo", "evaluate", "report")
 COMMANDS += ("compare", "export", "rollouts", "train", "probe", "router", "outcomes", "import-logs", "adapt", "view")
 SCHEMAS = ("pool", "reply", "trace", "rollout", "checkpoint", "bench", "evaluation")
@@ -51,7 +52,7 @@ def test_every_help_has_an_example_and_the_common_options(dmoa: Any, command: st
     for option in ("--json FILE", "-q, --quiet", "-v, --verbose"):
         assert option in result.stdout
     for option in ("--config FILE", "--set A.B=C"):
-        assert (option in result.stdout) == (command not in ("docs", "schema", "view")), "these look at no pool"
+        assert (option in result.stdout) == (command not in WITHOUT_POOL), "these look at no pool"
 
 
 def test_the_version_is_the_packages(dmoa: Any) -> None:
@@ -243,7 +244,13 @@ def test_a_port_in_use_is_seen() -> None:
         holder.listen()
         port = holder.getsockname()[1]
         assert port_check("127.0.0.1", port).status == "warn"
+        assert "another program listens on" in port_check("127.0.0.1", port).detail
     assert port_check("127.0.0.1", port).status == "ok"
+    nowhere = port_check("nohost.invalid", port)
+    assert (nowhere.status, nowhere.detail.partition(" (")[0]) == (
+        "warn",
+        "server.host is 'nohost.invalid'; nothing can listen there",
+    )
 
 
 # serve

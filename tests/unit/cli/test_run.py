@@ -371,10 +371,23 @@ def test_an_empty_question_is_bad_input(dmoa: Any, pool: Path, question: str) ->
     assert dmoa("run", "--config", pool).exit_code == 2
 
 
-def test_a_url_is_checked_before_it_is_called(dmoa: Any) -> None:
-    result = dmoa("run", QUESTION, "--url", "localhost:8000")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "http://h:99999",
+        "http://h:80O0",
+        "http://h:0",
+        "http://h:-1",
+        "http://[::1",
+        "http://[::1]x:80",
+        "http://",
+    ],
+)
+def test_a_url_is_checked_before_it_is_called(dmoa: Any, url: str) -> None:
+    result = dmoa("run", QUESTION, "--url", url)
     assert result.exit_code == 2
-    assert "http://127.0.0.1:8000" in result.stderr
+    assert f"--url is {url!r}; give the server's address, such as http://127.0.0.1:8000" in result.stderr
 
 
 def test_agents_that_all_fail_are_a_failure(dmoa: Any, pool: Path) -> None:

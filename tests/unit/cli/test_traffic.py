@@ -143,6 +143,19 @@ def test_sparse_traffic_says_so_and_keeps_who_was_asked(dmoa: Invoke, tmp_path: 
     assert (again.exit_code, "holds rollouts already" in again.stderr) == (2, True)
 
 
+def test_a_folder_with_a_manifest_has_its_outcomes(dmoa: Invoke, tmp_path: Path, pool_path: Path) -> None:
+    """Where they cannot be written the folder is no collection yet, and the same command makes it one."""
+    save(tmp_path / "state", scripted_pool(gate=GATE))
+    arguments = ("rollouts", "--config", pool_path, "--from-traffic", tmp_path / "state", "--out", tmp_path / "out")
+    in_the_way = tmp_path / "out" / "outcomes.jsonl"
+    in_the_way.mkdir(parents=True)
+    assert dmoa(*arguments).exit_code == 2
+    assert not (tmp_path / "out" / "rollouts.json").exists()
+    in_the_way.rmdir()
+    assert dmoa(*arguments).exit_code == 0
+    assert read_outcomes(tmp_path / "out" / "outcomes.jsonl")
+
+
 def test_queries_of_another_pool_are_refused(dmoa: Invoke, tmp_path: Path, pool_path: Path) -> None:
     save(tmp_path / "state", scripted_pool(gate=GATE), of_pool="f" * 64)
     result = dmoa("rollouts", "--config", pool_path, "--from-traffic", tmp_path / "state", "--out", tmp_path / "o")

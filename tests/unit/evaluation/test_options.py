@@ -68,5 +68,8 @@ def test_gates_are_named_folders() -> None:
     assert options.gates == {"old": Path("a/b"), "new": Path("c")}
     with pytest.raises(ConfigError, match=r"gates.No.*lower case"):
         EvaluateOptions.parse({"benchmarks": "arith", "gates": "No=a"})
+    for given, fault in (("a", "'a' is none"), ("a=b,c=", "'c=' is none"), ("a=b,a=c", "'a=c' is a second one")):
+        with pytest.raises(ConfigError, match=f"gates is '{given}'; expected NAME=DIR,..., each name once; {fault}"):
+            EvaluateOptions.parse({"benchmarks": "arith", "gates": given})
     with pytest.raises(ConfigError, match="gates have no effect with url"):
         EvaluateOptions.parse({"benchmarks": "arith", "gates": "a=b", "url": "http://x"})
