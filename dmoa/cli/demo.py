@@ -47,17 +47,16 @@ _MAX_STEPS = 3
 _MAX_TOKENS = 64
 _OWN = ("before", "after", "rollouts", "gate", "evaluation", "adaptation", "calls", "router")
 """Folders that a demo makes anew in --out."""
+_OUT = Path("out/demo")
 _MARK = ".demo"
-"""File that says of --out that a demo made it."""
+"""File that says of another --out that a demo made it."""
 
 
 @with_common
 def demo(
     common: Common,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port to serve on [a free one].")] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where traces, rollouts, gate and report go.")] = Path(
-        "out/demo"
-    ),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where traces, rollouts, gate and report go.")] = _OUT,
     questions: Annotated[int, typer.Option("--questions", min=1, max=20, metavar="N", help="Shown, before and after.")] = 1,
     queries: Annotated[int, typer.Option("--queries", min=12, max=1000, metavar="N", help="To learn from, without labels.")] = 48,
     held_out: Annotated[int, typer.Option("--held-out", min=1, max=1000, metavar="N", help="To compare on, of each suite.")] = 8,
@@ -98,7 +97,7 @@ def begin_anew(out: Path) -> None:
     from dmoa.storage import unwritable, write_whole
 
     found = [name for name in _OWN if (out / name).exists()]
-    if found and not (out / _MARK).exists():
+    if found and out != _OUT and not (out / _MARK).exists():
         raise ConfigError(
             f"--out is {str(out)!r}; it holds {', '.join(found)}, which a demo makes anew, and no demo is known to have made "
             "what lies there; name another folder, or remove it yourself"
