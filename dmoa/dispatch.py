@@ -144,11 +144,17 @@ class Dispatcher:
         return self._cards
 
     async def ask_once(self, call: AgentCall, card: AgentCard, emit: Callable[[TextDelta], None] | None) -> AgentReply:
-        """Make a call that belongs to no step, with the one retry loop; with `emit` its text is handed on as it comes."""
+        """Make a call that belongs to no step; with `emit` its text is handed on as it comes.
+
+        Where it is lost with its place it is sent again once that is back: nobody stands in.
+        """
         wanted = NextCall(activation=Activation(agent=card.name), chain=0, tokens_used=0)
-        text = StreamedText(emit) if emit else None
-        reply = await self._caller.call_with_recovery(call, card, wanted, Places(), text, has_other=False)
-        return priced(reply, card.price)
+        places, text, sent_unix_s = Places(), StreamedText(emit) if emit else None, time.time()
+        reply = await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=False)
+        if card.place in places.dead - places.waited_out:
+            again = replace(wanted, lost=reply)
+            reply = await self._caller.call_with_recovery(call, card, again, places, text, has_other=False)
+        return replace(priced(reply, card.price), prompt=call.messages, sent_unix_s=sent_unix_s)
 
     def calls_left(self, state: QueryState, plan: StepPlan) -> int | None:
         """Return how many agents' calls the query's budget allows a step, the summarizer's kept back; None: any number."""
@@ -211,8 +217,9 @@ class Dispatcher:
                 for task in [task for task in running if task in done]:
                     reply, has_time = task.result(), state.deadline_unix_s is None or time.time() < state.deadline_unix_s
                     call = running.pop(task)
-                    if reply.status == "ok":
+                    if contributions((reply,)):
                         await hedges.overtake(call, running, done)
+                    if reply.status == "ok":
                         await _end_waits(step, call, running, done)
                     upcoming += step.after(call, reply, has_time=has_time, has_text=bool(text))
                 if quorum is not None and len(contributions(step.replies)) >= quorum:

@@ -177,6 +177,8 @@ class FinalCaller:
             engine_ms=0.0 if has_agent else max(reply.engine_ms for reply in replies),
             finish_reason="length" if first.finish_reason == "length" else "stop",
             price=None if has_agent else total_price(replies),
+            prompt=() if has_agent else replies[0].prompt,
+            sent_unix_s=0.0 if has_agent else replies[0].sent_unix_s,
         )
         step = StepRecord(
             step=len(state.steps),

@@ -123,7 +123,7 @@ class StepCalls:
         self._calls_left = calls_left
         self._reserves = list(plan.reserves)
         self._chains: list[list[tuple[Activation, AgentReply]]] = []
-        self._flying: list[Activation] = []
+        self._flying: list[NextCall] = []
         self._beside: Counter[int] = Counter()  # chain -> its calls under way
         self._has_text = False
         self._has_insisted = False
@@ -158,7 +158,7 @@ class StepCalls:
             chain.append((call.activation, reply))
         else:
             chain[:] = [(activation, reply if old is call.lost else old) for activation, old in chain]
-        self._flying.remove(call.activation)
+        self._flying.remove(call)
         self._has_text = has_text
         calls = self._begun(self._follow(call, reply, has_time=has_time))
         calls += self._release() if has_time else []
@@ -173,7 +173,7 @@ class StepCalls:
         """Note how a call was ended because the other one of its chain brought a contribution first."""
         self._chains[call.chain].append((call.activation, reply))
         self._beside[call.chain] -= 1
-        self._flying.remove(call.activation)
+        self._flying.remove(call)
 
     def is_vain(self, call: NextCall, contributed: NextCall) -> bool:
         """Tell whether a call waits for a place that is not back, though another's call has contributed by now."""
@@ -183,7 +183,7 @@ class StepCalls:
     def withdrawn(self, call: NextCall) -> None:
         """Note that a call that was waiting is not: another place was back first. What it was lost by stays."""
         self._beside[call.chain] -= 1
-        self._flying.remove(call.activation)
+        self._flying.remove(call)
 
     def missed(self) -> tuple[str, ...]:
         """Return agents that were masked when the step was decided, if nobody contributes before a place is back; else nobody.
@@ -191,13 +191,15 @@ class StepCalls:
         The step may be decided anew with one of them that is back: its plan comes from a router, and nothing was handed on.
         """
         decision, unfit = self._plan.decision, self._places.dead | self._places.cold
-        waits = self._flying and all(self._place(activation) in self._places.dead for activation in self._flying)
+        waits = self._flying and all(x.lost is not None and self._place(x.activation) in self._places.dead for x in self._flying)
         if not waits or decision is None or self._plan.fold != "summarizer" or self._has_text or self._calls_left is not None:
             return ()
+        if any(reply.status == "ok" for reply in self.replies):
+            return ()  # what was said would be thrown away
         return tuple(name for name in decision.masked if self._cards[name].place not in unfit)[:MAX_MISSED]
 
     def _begun(self, calls: list[NextCall]) -> list[NextCall]:
-        self._flying += [call.activation for call in calls]
+        self._flying += calls
         self._beside.update(call.chain for call in calls)
         return calls
 
@@ -224,7 +226,7 @@ class StepCalls:
         if not self._is_paced or not replies:
             return True
         usage, num = sum((reply.usage for reply in replies), TokenUsage()), len(replies)
-        asked = [self._cards[x.agent].price for x in (*self._flying, another)]
+        asked = [self._cards[agent].price for agent in (*(call.activation.agent for call in self._flying), another.agent)]
         dear = price + sum((price if rate is None else rate.of(usage)) / num for rate in asked)
         ahead = ((used + len(asked) * used / num, self._tokens_left), (dear, self._price_left))
         return not any(left is not None and cost > left * (1 + 1e-9) for cost, left in ahead)

@@ -195,6 +195,13 @@ def test_the_next_ranked_agent_is_asked_beside_a_slow_one(
     assert seconds == pytest.approx(ends_s, abs=0.01)
 
 
+def test_a_blank_reply_beside_a_slow_one_does_not_end_it() -> None:
+    agents = Timed({"b": Say(text="2"), "c": Say(text=" ")}, SECONDS)
+    replies, seconds = jumping(replies_of(dispatcher_of(agents), state_of(query(hedge_after_ms=300.0)), asks("b", reserves="c")))
+    assert [(reply.agent, reply.status, reply.text) for reply in replies] == [("c", "ok", " "), ("b", "ok", "2")]
+    assert seconds == pytest.approx(1.0, abs=0.01)
+
+
 async def test_hedging_at_the_95th_percentile_waits_until_it_is_known() -> None:
     agents = FakeAgents({"b": (*[Say(text="1")] * FEWEST_RECENT, Hang()), "c": Say(text="2")})
     dispatcher, state = dispatcher_of(agents), state_of(query(hedge_after_ms="p95"))
@@ -318,6 +325,37 @@ def test_a_step_whose_agents_died_is_outdated_once_one_that_was_masked_is_back(m
     asked, _ = jumping(work())
     assert asked.is_outdated
     assert outcomes(asked.replies) == [("c", "failed")]
+
+
+def test_what_was_said_beside_a_dead_place_is_not_thrown_away_for_a_masked_agent() -> None:
+    """a has answered; b died, and c, in the same place, is still at work there. m is back, and nobody needs it."""
+
+    async def work() -> StepReplies:
+        late = asyncio.Event()
+        asyncio.get_running_loop().call_later(1.0, late.set)
+        agents = FakeAgents({"a": Say(text="1"), "b": Lose(), "c": Say(text="2", after=late), "d": Say(text="9")})
+        decided = decision({"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}, 3, masked=("d",))
+        dispatcher = dispatcher_of(agents, places={"b": "gpu", "c": "gpu"})
+        return await dispatcher.ask(state_of(query()), asks("a", "b", "c", decision=decided), None)
+
+    asked, _ = jumping(work())
+    assert not asked.is_outdated
+    assert outcomes(asked.replies) == [("a", "ok"), ("b", "failed"), ("c", "ok")]
+
+
+def test_a_call_that_is_under_way_in_a_dead_place_is_not_given_up_for_a_masked_agent() -> None:
+    """Another replica of the place is at work on it."""
+
+    async def work() -> StepReplies:
+        late = asyncio.Event()
+        asyncio.get_running_loop().call_later(1.0, late.set)
+        agents = FakeAgents({"b": Lose(), "c": Say(text="2", after=late), "d": Say(text="9")})
+        decided = decision({"b": 0.5, "c": 0.4, "d": 0.1}, 2, masked=("d",))
+        dispatcher = dispatcher_of(agents, places={"b": "gpu", "c": "gpu"})
+        return await dispatcher.ask(state_of(query()), asks("b", "c", decision=decided), None)
+
+    asked, _ = jumping(work())
+    assert (asked.is_outdated, outcomes(asked.replies)) == (False, [("b", "failed"), ("c", "ok")])
 
 
 @pytest.mark.parametrize("changes", [{"budget_calls": 9}, {}])

@@ -12,10 +12,10 @@ import pytest
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
 from dmoa.config import SUMMARIZER, SummarizerConfig
 from dmoa.dispatch import Dispatcher
-from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.orchestrator import Orchestrator
-from dmoa.testing import Schedule, answer_of, asks, card, query
-from dmoa.trace import reply_dmoa
+from dmoa.testing import Schedule, answer_of, asks, card, jumping, query
+from dmoa.trace import reply_dmoa, trace_of
 from dmoa.types import (
     AgentCall,
     AgentReply,
@@ -336,3 +336,42 @@ async def test_a_final_call_that_is_lost(status: AgentStatus, reason: FinishReas
     reply = AgentReply(agent="", status=status, finish_reason=reason, error="why")
     with pytest.raises(error):
         await written(Writers(reply), FinalCall(n=1, top_logprobs=0), one=NATIVE)
+
+
+class Dying(Writers):
+    """The place of whoever writes dies, so many times."""
+
+    def __init__(self, *finals: str, deaths: int, work: str = "It is 19.") -> None:
+        super().__init__(*finals, work=work)
+        self._deaths = deaths
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        if call.final and self._deaths:
+            self._deaths -= 1
+            raise AgentUnavailableError("replica died")
+        return await super().call(call)
+
+
+@pytest.mark.parametrize("llm", [False, True])
+def test_a_final_call_that_is_lost_with_its_place_is_sent_again_once_it_is_back(llm: bool) -> None:
+    agents = Dying('{"n": 19}', deaths=2, work="FINAL\n19")
+    answer, _ = jumping(written(agents, FinalCall(schema=FORM, schema_name="f"), llm=llm, one=GUIDED))
+    assert answer.text == '{"n": 19}'
+    assert answer.degraded or llm
+    assert len(answer.steps) == 2
+
+
+def test_a_final_call_whose_place_does_not_come_back_is_given_up() -> None:
+    with pytest.raises(NoAgentError, match="replica died"):
+        jumping(written(Dying("19", deaths=1000), FinalCall(n=1), one=NATIVE))
+
+
+@pytest.mark.parametrize("llm", [False, True])
+async def test_a_trace_holds_what_the_final_call_was_asked(llm: bool) -> None:
+    agents = Writers('{"n": 19}', work="FINAL\n19")
+    final = FinalCall(schema=FORM, schema_name="f")
+    answer = await written(agents, final, llm=llm, one=GUIDED)
+    calls = trace_of(query(), answer, pool="p", fingerprint="f").calls
+    assert [call.agent for call in calls if call.step == 1] == [SUMMARIZER if llm else "one"]
+    assert calls[-1].messages[-1]["content"] == agents.finals[0].messages[-1].content
+    assert calls[-1].started_ms >= 0
