@@ -165,7 +165,7 @@ class Orchestrator:
         counted, examiners = await self._defended(state, plan, asked.replies)
         usable = tuple(contributions(counted))
         if not usable and not state.summary and not self._goes_on(state, plan, asked.replies):
-            raise _nothing_said(state, asked.replies)
+            raise _nothing_said(state, asked.replies, tuple(reply for _, reply in asked.explored))
         judgement = judge(plan.decision, counted, asked=state.asked) if plan.fold == "summarizer" else None
         fold = await self._fold(state, plan, usable, emit, judgement)
         replies = (*examiners, *(_judged(reply, judgement) for reply in counted))
@@ -210,8 +210,10 @@ class Orchestrator:
         fault = self.dispatcher.fault_of(state, examination)
         if fault:
             raise RequestError(f"summarizer.defence: 'cross_examination': {fault}")
-        verdicts = (await self.dispatcher.ask(state, examination, None)).replies
-        found_wrong = [group for (_, group), verdict in zip(groups, verdicts, strict=True) if is_refuted(verdict.text)]
+        used = replace(state, tokens_used=state.tokens_used + sum(reply.usage.total for reply in replies))
+        verdicts = (await self.dispatcher.ask(used, examination, None)).replies
+        # Fewer than asked where what is left of a paced budget does not pay for the last ones.
+        found_wrong = [group for (_, group), verdict in zip(groups, verdicts, strict=False) if is_refuted(verdict.text)]
         out = {id(reply) for group in found_wrong for reply in group} if len(found_wrong) < len(groups) else set()
         examiners = tuple(replace(x, status="examiner") if x.status == "ok" else x for x in verdicts)
         return tuple(replace(reply, is_barred=True) if id(reply) in out else reply for reply in replies), examiners
@@ -251,7 +253,8 @@ class Orchestrator:
             return plan
         asked, cut = plan.activations[: max(1, left)], plan.activations[max(1, left) :]
         explored = plan.explored[: max(0, left - len(asked))]
-        return replace(plan, activations=asked, reserves=(*cut, *plan.reserves), explored=explored)
+        mass = sum(x.probability for x in asked) if cut and plan.decision is not None else plan.mass
+        return replace(plan, activations=asked, reserves=(*cut, *plan.reserves), explored=explored, mass=mass)
 
     def _goes_on(self, state: QueryState, plan: StepPlan, replies: Sequence[AgentReply]) -> bool:
         """Tell whether a set schedule goes on after a step without a contribution: not its last one, and there is more to ask.
@@ -377,16 +380,17 @@ def _no_answer(state: QueryState, policy: str, reason: StopReason) -> Exception:
         return RequestError(f"policy: {policy!r} stopped before any agent was asked; use another policy")
     asked = tuple(reply for step in state.steps for reply in step.replies)
     if not contributions(asked):
-        return _nothing_said(state, asked)
+        return _nothing_said(replace(state, steps=()), asked)
     seen = f"policy {policy!r} was ended by {reason} after {len(asked)} calls, before an agent wrote an answer"
     return EmptyAnswerError(f"{seen}; allow more, or use a policy that answers at its first step", asked)
 
 
-def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Exception:
+def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...], explored: tuple[AgentReply, ...] = ()) -> Exception:
+    """Return why the replies of a step, after those of `state`, are no answer; what all of them cost goes with it."""
     if any(reply.status == "ok" for reply in replies):
         is_thought = any(reply.reasoning and reply.finish_reason == "length" for reply in replies)
         why = f"{THOUGHT_ONLY}, and nothing else was said; raise max_tokens" if is_thought else EMPTY
-        return EmptyAnswerError(why, replies)
+        return EmptyAnswerError(why, (*(reply for step in state.steps for reply in step.replies), *replies, *explored))
     if replies and all(reply.status == "failed" and reply.finish_reason == "length" for reply in replies):
         return RequestError(f"messages: {replies[0].error}", param="messages", code="context_length_exceeded")
     reasons = "; ".join(f"{reply.agent}: {reply.status}, {reply.error}" for reply in replies)

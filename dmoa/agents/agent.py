@@ -103,7 +103,7 @@ class Agent:
                 result = await tools[found.tool].run(found.argument)
                 text = found.before + toolbox.result_text(found, result)
         except Exception as error:  # an engine and its tools are called here: whatever fails is the agent's own failure
-            yield self._failed(call, error, started)
+            yield self._failed(call, error, started, rounds)
             return
         yield self._reply(call, text, rounds, started, is_cut=found is not None)
 
@@ -139,7 +139,6 @@ class Agent:
         usage, is_guess = _counted(sum((item.usage for item in rounds), TokenUsage()), reasoning, answer)
         entropy = sum((item.entropy for item in rounds), EntropySum())
         thought_entropy = sum((item.reasoning_entropy for item in rounds), EntropySum())
-        known = [item.price for item in rounds if item.price is not None and 0 <= item.price < math.inf]
         if self._entropy_scope == "all":
             entropy += thought_entropy
         return AgentReply(
@@ -152,7 +151,7 @@ class Agent:
             reasoning_entropy=_known(thought_entropy),
             usage=usage,
             are_tokens_estimated=is_guess or any(item.are_tokens_estimated for item in rounds),
-            price=sum(known) if len(known) == len(rounds) else None,
+            price=_price(rounds),
             latency_ms=(time.perf_counter() - started) * 1e3,
             tool_calls=rounds[-1].tool_calls,
             logprobs=rounds[-1].logprobs,
@@ -160,8 +159,8 @@ class Agent:
             engine=self._engine.label,
         )
 
-    def _failed(self, call: AgentCall, error: Exception, started: float) -> AgentReply:
-        """Return a failure as a reply; `length` as its finish reason says that the prompt did not fit."""
+    def _failed(self, call: AgentCall, error: Exception, started: float, rounds: list[Generation]) -> AgentReply:
+        """Return a failure as a reply, with what the rounds before it took; `length`: the prompt did not fit."""
         status: AgentStatus = "late" if isinstance(error, DeadlineError) else "failed"
         if not isinstance(error, DmoaError):
             _LOG.log(logging.ERROR if is_bug(error) else logging.INFO, "agent %s raised", call.agent, exc_info=error)
@@ -170,6 +169,10 @@ class Agent:
             status="overloaded" if isinstance(error, AgentOverloadedError) else status,
             error=redact_text(str(error) if isinstance(error, DmoaError) else f"{type(error).__name__}: {error}"),
             finish_reason="length" if isinstance(error, PromptTooLongError) else "error",
+            usage=sum((item.usage for item in rounds), TokenUsage()),
+            are_tokens_estimated=any(item.are_tokens_estimated for item in rounds),
+            price=_price(rounds) if rounds else None,
+            engine_ms=sum(item.engine_ms for item in rounds),
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine=self._engine.label,
             is_bug=is_bug(error),
@@ -182,6 +185,12 @@ def _check_length(generation: Generation, call: AgentCall) -> None:
     if seen > most:
         what = f"agent {call.agent!r}: its reply has {seen} characters for max_tokens {call.sampling.max_tokens}"
         raise EngineError(f"{what}; expected at most {most}")
+
+
+def _price(rounds: list[Generation]) -> float | None:
+    """Return what the rounds cost; None where an engine does not say it of all."""
+    known = [item.price for item in rounds if item.price is not None and 0 <= item.price < math.inf]
+    return sum(known) if len(known) == len(rounds) else None
 
 
 def _sound(text: str) -> str:

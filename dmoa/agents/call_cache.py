@@ -177,6 +177,7 @@ class CachedAgents:
             "stop": call.sampling.stop,
             **({"repetition_penalty": penalty} if (penalty := call.sampling.repetition_penalty) else {}),
             **({"template": template} if (template := call.sampling.template) else {}),
+            **({"query_id": call.query_id} if call.question else {}),  # recorded replies go by it too
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 

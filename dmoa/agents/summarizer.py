@@ -115,6 +115,7 @@ class LlmSummarizer:
             finish_reason=reply.finish_reason if text else _ending(selection, replies),
             is_memoised=reply.is_memoised,
             error=reply.error,
+            price=reply.price,
             prompt=messages,
             sent_unix_s=sent_unix_s,
         )

@@ -27,7 +27,7 @@ from dmoa.testing import (
     orchestrator_of,
     query,
 )
-from dmoa.types import Answer, FinishReason, QueryState, StepPlan, StepRecord, Stop, TextDelta
+from dmoa.types import Activation, Answer, FinishReason, QueryState, StepPlan, StepRecord, Stop, TextDelta
 
 
 async def test_agreement_of_two_agents_ends_the_query() -> None:
@@ -371,6 +371,15 @@ async def test_a_stand_in_changes_the_mass_and_degrades_the_answer() -> None:
     answer = await answer_of(orchestrator_of(agents, "abc"), query(), Schedule(plan))
     assert (answer.steps[0].mass, answer.degraded) == (0.8, False)
     assert (answer.gate_version, answer.gate_trained, answer.routed_by) == ("v1", True, "router")
+
+
+async def test_the_mass_is_that_of_whom_a_budget_of_calls_left_in_the_step() -> None:
+    chance = {"a": 0.5, "b": 0.3, "c": 0.2}
+    activations = tuple(Activation(agent=name, probability=chance[name]) for name in "ab")
+    plan = StepPlan(activations=activations, mass=0.8, decision=decision(chance, 2))
+    agents = FakeAgents({"a": Say(text="19"), "b": Say(text="19")})
+    answer = await answer_of(orchestrator_of(agents, "abc"), query(budget_calls=1), Schedule(plan))
+    assert (answer.steps[0].active, answer.steps[0].mass) == (("a",), 0.5)
 
 
 async def test_the_answer_says_what_the_gate_was() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -27,7 +28,8 @@ from dmoa.testing import (
     scripted_pool,
 )
 from dmoa.trace import answer_of_reply, reply_dmoa
-from dmoa.types import AgentCall, AgentReply, Price, SummarizerRecord, TokenUsage, priced, total_price
+from dmoa.types import AgentCall, AgentReply, Price, SummarizerRecord, TextDelta, TokenUsage, priced, total_price
+from tests.unit.policies.schedules import run
 
 TEN_FOUR = TokenUsage(prompt_tokens=10, completion_tokens=4)
 PRICE = Price(prompt_per_1m=100_000.0, completion_per_1m=500_000.0)  # a call of 10 + 4 tokens costs 1 + 2
@@ -157,6 +159,32 @@ async def test_a_stand_in_grows_no_longer_than_the_tokens_that_are_left() -> Non
     agents = LostLast({"a": Fail(), "b": Say(text="b"), "c": Say(text="c")})
     await answer_of(orchestrator_of(agents, "abc"), query(max_steps=1, budget_tokens=40), Schedule(asks("a", "b", reserves="c")))
     assert [call.sampling.max_tokens for call in agents.calls] == [40, 40, 26]
+
+
+class Dear(FakeAgents):
+    """An endpoint that says itself what a call cost."""
+
+    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        async for item in super().stream(call):
+            yield replace(item, price=0.25) if isinstance(item, AgentReply) else item
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        return replace(await super().call(call), price=0.25)
+
+
+@pytest.mark.parametrize("price", [None, PRICE])
+async def test_what_the_summarizers_endpoint_says_that_it_cost_counts(price: Price | None) -> None:
+    agents = Dear({"a": Say(text="1"), "summarizer": Say(text="FINAL\n1")})
+    answer = await answer_of(orchestrator_of(agents, "a", llm=True, price=price), query(), Schedule(asks("a")))
+    assert answer.price == 0.5
+
+
+@pytest.mark.parametrize("policy", ["moa:layers=2", "self_moa:k=3", "chain"])
+async def test_the_calls_of_all_steps_are_counted_where_nothing_was_said(policy: str) -> None:
+    calls = []
+    with pytest.raises(EmptyAnswerError) as caught:
+        await run(policy, lambda call: calls.append(call) or " ", query(max_steps=50), pool="ab")
+    assert len(caught.value.replies) == len(calls) > 1
 
 
 async def test_an_evaluation_adds_prices_and_calls_up() -> None:

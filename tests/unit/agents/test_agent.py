@@ -281,7 +281,8 @@ async def test_tags_are_text_to_an_agent_without_tools() -> None:
 async def test_whatever_the_engine_raises_is_the_agents_own_failure(entry: Exception, message: str, rounds_before: int) -> None:
     engine = ListEngine(*[generated("<calculator>1+1")] * rounds_before, entry)
     reply = await agent_of(engine, ["calculator"]).call(call_of())
-    assert (reply.status, reply.text, reply.usage.completion_tokens, reply.engine) == ("failed", "", 0, "list")
+    tokens = 4 * rounds_before  # what was generated before counts
+    assert (reply.status, reply.text, reply.usage.completion_tokens, reply.engine) == ("failed", "", tokens, "list")
     assert reply.error is not None
     assert message in reply.error
 
@@ -326,3 +327,11 @@ async def test_local_agents_are_reached_by_name() -> None:
     assert (await agents.call(call_of())).text == "84"
     items = [item async for item in agents.stream(call_of())]
     assert [type(item) for item in items] == [TextDelta, AgentReply]
+
+
+async def test_a_reply_that_fails_after_a_tool_call_counts_what_it_took_before() -> None:
+    engine = ListEngine(generated("<calculator>12*7", price=0.25, engine_ms=5.0), EngineError("gone"))
+    reply = await agent_of(engine, ["calculator"]).call(call_of())
+    assert (reply.status, reply.error, reply.text) == ("failed", "gone", "")
+    assert (reply.usage, reply.price, reply.engine_ms) == (USAGE, 0.25, 5.0)
+    assert (await agent_of(ListEngine(EngineError("gone"))).call(call_of())).price is None

@@ -328,3 +328,10 @@ async def test_a_file_that_fails_costs_no_reply(tmp_path: Path, caplog: pytest.L
     replies = [await cache.call(call_of()) for _ in range(2)]
     assert [(reply.status, reply.text, reply.is_memoised) for reply in replies] == [("ok", "19", False)] * 2
     assert len([record for record in caplog.records if "call cache" in record.getMessage()]) == 1
+
+
+async def test_recorded_replies_to_two_queries_of_one_text_are_two(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": (Say(text="19"), Say(text="20"))})
+    cache = cached(agents, tmp_path)
+    calls = [replace(call_of(), question="digest", query_id=name) for name in ("q1", "q2", "q1")]
+    assert [(await cache.call(call)).text for call in calls] == ["19", "20", "19"]

@@ -202,3 +202,15 @@ async def test_what_is_not_left_is_not_spent_to_examine(limits: dict[str, Any]) 
     answer = await answer_of(orchestrator, query(**limits), Schedule(asks("a", "b", "c")))
     assert len(agents.calls) == 3
     assert answer.text == "The answer is 2."
+
+
+async def test_examinations_that_a_paced_budget_does_not_pay_for_are_left_out() -> None:
+    """Three answers take 42 of 80 tokens and the first examination 34: another one would be too much."""
+    answers = {"a": "The answer is 1.", "b": "The answer is 2.", "c": "The answer is 3."}
+    fates = {name: (Say(text=text), Say(text="RIGHT", prompt_tokens=30)) for name, text in answers.items()}
+    agents = FakeAgents(fates)
+    orchestrator = orchestrator_of(agents, "abc", defence="cross_examination")
+    answer = await answer_of(orchestrator, query(max_steps=1, budget_tokens=80, within_steps=True), Schedule(asks("a", "b", "c")))
+    assert len(agents.calls) == 4
+    assert answer.usage.total == 76
+    assert answer.text == "The answer is 1."
