@@ -35,7 +35,7 @@ class ExploringPolicy:
     def __init__(self, policy: Policy, *, epsilon: float | None, budget_tokens: int | None = None) -> None:
         """`epsilon`: probability, (0, 1], with which a step explores one agent; None: the query's own, else all (dense).
 
-        `budget_tokens` is the budget that the other policy lives on; give the query itself none, explorers would use it up.
+        `budget_tokens` is the budget that the other policy lives on where the query has none of its own, which explorers use up.
         """
         self._policy = policy
         self._epsilon = epsilon
@@ -44,7 +44,8 @@ class ExploringPolicy:
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return the other policy's plan with explored agents, drawn by the query's id and the step's number alone."""
         seen = self._with_budget(unexplored(state))
-        if self._budget_tokens is not None and seen.steps and seen.tokens_used >= self._budget_tokens:
+        budget = seen.query.limits.budget_tokens
+        if budget is not None and seen.steps and seen.tokens_used >= budget:
             return Stop(reason="budget_tokens")
         plan = await self._policy.next_step(seen)
         if isinstance(plan, Stop):
@@ -52,7 +53,7 @@ class ExploringPolicy:
         return replace(plan, explored=self._draw(state, plan.reserves))
 
     def _with_budget(self, state: QueryState) -> QueryState:
-        if self._budget_tokens is None:
+        if self._budget_tokens is None or state.query.limits.budget_tokens is not None:
             return state
         limits = replace(state.query.limits, budget_tokens=self._budget_tokens)
         return replace(state, query=replace(state.query, limits=limits))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dmoa.core.aggregate import contributions
 from dmoa.errors import RequestError
 from dmoa.protocols import Policy, ended
-from dmoa.types import Activation, AgentReply, QueryState, StepPlan, StepRecord, Stop
+from dmoa.types import Activation, AgentReply, Fold, QueryState, StepPlan, StepRecord, Stop
 from dmoa.validation import describe, did_you_mean
 
 
@@ -150,8 +150,9 @@ class Staged:
                 f"policy: {self.name!r} writes no answer at its first step, and a query with stages asks each stage as that; "
                 "expected one that does; use another policy"
             )
-        activations = tuple(replace(x, history=None) for x in plan.activations)
-        return replace(plan, activations=activations, fold="vote" if len(activations) > 1 else "pass", ends_with=None)
+        activations, reserves = (tuple(replace(x, history=None) for x in found) for found in (plan.activations, plan.reserves))
+        fold: Fold = "vote" if len(activations) > 1 else "pass"
+        return replace(plan, activations=activations, reserves=reserves, fold=fold, ends_with=None)
 
 
 def ask(agents: Iterable[str], **changes: Any) -> tuple[Activation, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from dmoa.core.aggregate import answer_key
-from dmoa.errors import RequestError
+from dmoa.errors import NoAgentError, RequestError
 from dmoa.policies.dmoa import build_dmoa
 from dmoa.policies.options import Count, PolicyOptions, ask
 from dmoa.policies.registry import POLICIES, PolicyContext, policy
@@ -81,14 +81,15 @@ class CapacityOptions(PolicyOptions):
 class CapacityPolicy(_Wrapping):
     """The capacity factor of mixtures of experts, over the newest calls instead of a batch (ours).
 
-    An agent that is full yields to the first reserve with room; where none has room, it is asked all the same.
+    An agent that is full yields to the first reserve with room; where none has room, it is asked all the same. Of an inner policy
+    that asks the whole pool, the next-ranked agents that take part stand in for those that do not.
     """
 
     name = "capacity_aware"
 
     def __init__(self, context: PolicyContext) -> None:
         self._options: CapacityOptions = context.options
-        self._inner = inner_policy(context, self._options.inner)
+        self._inner = inner_policy(context, self._options.inner, self._options.agents)
         self._newest: deque[str] = _kept(context, self.name, deque(maxlen=self._options.window))
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
@@ -96,11 +97,12 @@ class CapacityPolicy(_Wrapping):
         plan = await self._inner.next_step(state)
         if isinstance(plan, Stop):
             return plan
-        taken, asked, reserves = Counter(self._newest), list[Activation](), list(plan.reserves)
-        for activation in plan.activations:
+        wanted, reserves = self._taking_part(plan)
+        taken, asked = Counter(self._newest), list[Activation]()
+        for activation in wanted:
             chosen = activation
             if taken[activation.agent] >= self._options.capacity:
-                known = {x.agent for x in (*plan.activations, *asked)}
+                known = {x.agent for x in (*wanted, *asked)}
                 has_room = (x for x in reserves if taken[x.agent] < self._options.capacity and x.agent not in known)
                 chosen = next(has_room, activation)
             if chosen is not activation:
@@ -110,7 +112,17 @@ class CapacityPolicy(_Wrapping):
             taken[chosen.agent] += 1
         self._newest.extend(x.agent for x in asked)
         mass = plan.mass if plan.decision is None else sum(x.probability for x in asked)
-        return replace(plan, activations=tuple(asked), reserves=tuple(reserves), mass=mass)
+        explored = tuple(x for x in plan.explored if x.agent in self._options.agents)
+        return replace(plan, activations=tuple(asked), reserves=tuple(reserves), explored=explored, mass=mass)
+
+    def _taking_part(self, plan: StepPlan) -> tuple[list[Activation], list[Activation]]:
+        """Return whom a plan asks, and who may stand in, of the agents that take part. Raises NoAgentError."""
+        found = [x for x in (*plan.activations, *plan.reserves) if x.agent in self._options.agents]
+        if not found and plan.decision is not None:
+            raise NoAgentError("the agents that take part are all masked")
+        if not found:  # who only prepares an answer, as a chooser
+            return list(plan.activations), list(plan.reserves)
+        return found[: len(plan.activations)], found[len(plan.activations) :]
 
 
 class KnapsackOptions(PolicyOptions):
@@ -150,13 +162,15 @@ class KnapsackPolicy(_Wrapping):
         self._context = context
         self._options: KnapsackOptions = context.options
         self._gate = build_dmoa(replace(context, agent=None, options=None))
+        self._asked: str | None = None
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Choose the agents, as at the query's first step, and ask the inner policy."""
-        options = self._options
-        worth = await self._worth(state)
-        chosen = self._chosen([worth[name] for name in options.agents])
-        self._inner = inner_policy(self._context, options.inner, tuple(options.agents[a] for a in chosen))
+        """Choose the agents at the query's first step, or at each stage, and ask the inner policy."""
+        if self._asked != state.query.text:
+            options, worth = self._options, await self._worth(state)
+            chosen = self._chosen([worth[name] for name in options.agents])
+            self._inner = inner_policy(self._context, options.inner, tuple(options.agents[a] for a in chosen))
+            self._asked = state.query.text
         return await self._inner.next_step(state)
 
     async def _worth(self, state: QueryState) -> dict[str, float]:

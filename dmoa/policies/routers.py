@@ -186,13 +186,13 @@ async def fitted_to_labels(context: PolicyContext, name: str, fit: Callable[[Flo
 async def _fitted(
     rows: Sequence[Judged], agents: Sequence[str], encoder: Encoder, fit: Callable[[FloatArray, FloatArray], Fitted]
 ) -> Fitted:
+    rows = [row for row in rows if row.agent in agents]
     queries = list(dict.fromkeys(row.query for row in rows))
     place = {query: i for i, query in enumerate(queries)}
     reward_QA = np.full((len(queries), len(agents)), np.nan, np.float32)
     rewards = defaultdict[tuple[int, int], list[float]](list)
     for row in rows:
-        if row.agent in agents:
-            rewards[place[row.query], agents.index(row.agent)].append(row.reward)
+        rewards[place[row.query], agents.index(row.agent)].append(row.reward)
     for cell, judged in rewards.items():
         reward_QA[cell] = np.mean(judged)
     return fit(np.stack(await encoder.embed(queries)), reward_QA)

@@ -142,3 +142,10 @@ async def test_a_state_without_its_explorers_is_as_if_nobody_had_been_explored()
         [reply.agent for reply in step.replies] for step in plain.steps
     ]
     assert all(step.explored == () for step in state.steps)
+
+
+async def test_the_gate_reads_the_querys_own_budget_where_it_is_lower_than_the_pools() -> None:
+    inner = Schedule(asks("a"))
+    await ExploringPolicy(inner, epsilon=None, budget_tokens=5000).next_step(state_of(query(budget_tokens=500)))
+    await ExploringPolicy(inner, epsilon=None, budget_tokens=5000).next_step(state_of(query()))
+    assert [state.query.limits.budget_tokens for state in inner.states] == [500, 5000]

@@ -185,3 +185,35 @@ async def test_a_roster_without_shadows_costs_a_call_a_place_and_at_most_as_many
     answer, calls = await run("free_agency:roster=2")
     assert schedule_of(calls) == ["a.0", "b.0"]
     assert answer.stop_reason == "schedule"
+
+
+@pytest.mark.parametrize(
+    ("inner", "asked"),
+    [("majority_k", "ab"), ("dmoa", "ab"), ("dense", "ab"), ("single", "a"), ("exploring", "ab"), ("star", "a")],
+)
+async def test_only_agents_that_take_part_are_asked_within_capacities(inner: str, asked: str) -> None:
+    plan = await plan_of(f"capacity_aware:agents=a+b:inner={inner}", context_of("capacity_aware"))
+    assert sorted(x.agent for x in plan.activations) == list(asked)
+    assert {x.agent for x in (*plan.activations, *plan.reserves, *plan.explored)} <= {"a", "b"}
+    if plan.decision is not None:
+        assert [x.agent for x in plan.activations] == ["b", "a"]  # as the gate ranks them
+        assert plan.mass == pytest.approx(0.3)
+
+
+async def test_a_chooser_that_takes_no_part_is_asked_all_the_same() -> None:
+    _, calls = await run("capacity_aware:agents=b+c:inner=selector", lambda call: "c" if call.step == 0 else None)
+    assert schedule_of(calls) == ["a.0", "c.1"]
+
+
+async def test_a_sub_pool_is_chosen_once_for_a_query() -> None:
+    """d is worth most, and dies while the query is under way."""
+    context = context_of("knapsack", priced_pool(PRICED))
+    built = build_policy("knapsack", replace(context, agent="inner=self_moa:price=6"))
+    first = await built.next_step(state_of(query()))
+    assert isinstance(first, StepPlan)
+    router = context.router
+    before = [x.agent for x in first.activations]
+    router.report_unavailable(before[0], "gone")
+    loop = orchestrator_of(FakeAgents({name: Say(text="1") for name in POOL}), POOL)
+    answer = await answer_of(loop, query(max_steps=5), built)
+    assert {name for step in answer.steps for name in step.active} == {before[0]}

@@ -15,7 +15,7 @@ import pytest
 from dmoa.errors import RequestError
 from dmoa.policies.registry import POLICIES, build_policy, split_policy
 from dmoa.policies.routers import fitted_to_labels, mean_rewards
-from dmoa.testing import FakeEncoder, query, scripted_pool, state_of
+from dmoa.testing import FakeEncoder, embedding, query, scripted_pool, state_of
 from dmoa.types import FloatArray, StepPlan
 from tests.unit.policies.schedules import context_of
 
@@ -51,6 +51,14 @@ async def test_the_nearest_neighbours_are_averaged(tmp_path: Path) -> None:
     data = write(tmp_path / "judged.jsonl", rows)
     assert (await chosen(f"knn_router:k=1:agents=b+c:data={data}", "x"))[0] == "b"
     assert (await chosen(f"knn_router:k=3:agents=b+c:data={data}", "x"))[0] == "c"
+
+
+async def test_queries_of_agents_that_take_no_part_are_no_neighbours(tmp_path: Path) -> None:
+    # On the nearest query of theirs b was right, on the two others c, which is the better one in the mean.
+    near, *far = sorted("wyz", key=lambda text: -float(embedding(text) @ embedding("x")))
+    rows = [("x", "a", 1.0), (near, "b", 1.0), (near, "c", 0.0), (far[0], "c", 1.0), (far[1], "b", 0.0), (far[1], "c", 1.0)]
+    data = write(tmp_path / "judged.jsonl", rows)
+    assert (await chosen(f"knn_router:k=1:agents=b+c:data={data}", "x"))[0] == "b"
 
 
 async def test_of_several_rewards_of_one_reply_the_mean_counts(tmp_path: Path) -> None:

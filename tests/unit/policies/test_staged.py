@@ -10,9 +10,9 @@ from dmoa.errors import RequestError
 from dmoa.policies.options import ask
 from dmoa.policies.registry import POLICIES, PolicyContext, can_do_stages, policy
 from dmoa.testing import query
-from dmoa.types import QueryState, Stage, StepPlan, Stop
+from dmoa.types import AgentCall, AgentReply, QueryState, Stage, StepPlan, Stop
 from dmoa.workflows.evaluate import check_stages, expand_policies
-from tests.unit.policies.schedules import run
+from tests.unit.policies.schedules import run, schedule_of
 
 
 async def test_a_policy_of_a_file_is_asked_at_every_stage() -> None:
@@ -50,3 +50,12 @@ def test_all_other_policies_of_ours_do_stages() -> None:
     assert {name for name in POLICIES.builtin if not can_do_stages(name)} == {"selector", "symbolic", "group_chat"}
     assert set(POLICIES.builtin) - set(expand_policies(("all",), None, ("relay",))) >= {"selector", "symbolic", "group_chat"}
     assert "selector" in expand_policies(("all",), None, ("arith",))
+
+
+@pytest.mark.parametrize("name", ["escalate", "refine", "mcts"])
+async def test_who_stands_in_at_a_stage_sees_what_the_lost_one_saw(name: str) -> None:
+    def says(call: AgentCall) -> AgentReply | None:
+        return AgentReply(agent="a", status="failed", error="x") if (call.agent, call.step) == ("a", 1) else None
+
+    _, calls = await run(name, says, replace(query(), stages=(Stage(part="one?"), Stage(part="two?"))))
+    assert schedule_of(calls) == ["a.0", "a.1 <- a.0", "b.1 <- a.0"]
