@@ -76,7 +76,7 @@ class NoAgentError(DmoaError, RuntimeError):
 
 
 class BrokenStreamError(DmoaError, RuntimeError):
-    """A stream was lost, and the repeated call said something else than what was handed on (HTTP 503, `stream_lost`)."""
+    """A stream was lost, and nothing came of it, or something else than what was handed on (HTTP 503, `stream_lost`)."""
 
 
 class EmptyAnswerError(DmoaError, RuntimeError):

@@ -19,7 +19,14 @@ from dmoa.core.defences import EXAMINE, EXAMINE_TOKENS, barred, examined_groups,
 from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
 from dmoa.dispatch import Dispatcher, StepReplies
-from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.errors import (
+    AgentUnavailableError,
+    BrokenStreamError,
+    DeadlineError,
+    EmptyAnswerError,
+    NoAgentError,
+    RequestError,
+)
 from dmoa.final_call import FinalCaller
 from dmoa.protocols import Policy, ended
 from dmoa.recovery import PATIENCE_S, patiently
@@ -79,7 +86,7 @@ class Orchestrator:
         """Yield every finished step, pieces of the final text where it streams, and last the Answer.
 
         `done`: steps that the query goes on from; they are part of the Answer. Closing the iterator cancels the query's agent
-        calls. Raises NoAgentError, EmptyAnswerError, DeadlineError.
+        calls. Raises NoAgentError, EmptyAnswerError, DeadlineError, BrokenStreamError.
         """
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         task = asyncio.create_task(self._run(query, policy, events.put_nowait, done))
@@ -155,10 +162,18 @@ class Orchestrator:
             raise _no_contribution(state, why) from None
 
     async def _ask(self, state: QueryState, plan: StepPlan, emit: Emit) -> StepReplies:
-        """Ask the planned agents."""
+        """Ask the planned agents. Raises BrokenStreamError, DeadlineError where the text that was handed on is no answer."""
         is_last_word = plan.ends_with is not None and plan.fold == "pass" and len(plan.activations) == 1
-        words = emit if is_last_word and state.query.is_streamed else None
-        return await self.dispatcher.ask(state, plan, words, self.defence)
+        is_heard, handed_on = state.query.is_streamed and state.query.final is None, list[str]()
+
+        def words(event: TextDelta) -> None:
+            handed_on.extend(() if event.is_reasoning else (event.text,))
+            emit(event)
+
+        asked = await self.dispatcher.ask(state, plan, words if is_last_word and is_heard else None, self.defence)
+        if state.summary and "".join(handed_on).strip() and not contributions(asked.replies):
+            raise _broken_off(state, asked.replies)
+        return asked
 
     async def _step(self, state: QueryState, plan: StepPlan, asked: StepReplies, emit: Emit, started: float) -> _Stepped:
         """Fold what the agents contributed; the step's clock began with its planning."""
@@ -400,6 +415,14 @@ def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...], explored: 
     if isinstance(error, NoAgentError):
         error.has_bug = any(reply.is_bug for reply in replies)
     return error
+
+
+def _broken_off(state: QueryState, replies: tuple[AgentReply, ...]) -> Exception:
+    """Return why a text that was handed on in part is no answer, and what was said before must not follow it."""
+    last = replies[-1]
+    if last.status == "late":
+        return DeadlineError(f"the deadline of {state.query.limits.deadline_s} s passed in mid-stream; allow more time")
+    return BrokenStreamError(f"agent {last.agent!r} was lost in mid-stream ({last.status}, {last.error}); ask again")
 
 
 def _no_contribution(state: QueryState, why: str, advice: str = "try again later") -> Exception:

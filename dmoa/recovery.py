@@ -112,7 +112,7 @@ class StreamedText:
         return bool(self._text)
 
     def go_on(self, seen: str, agent: str, *, is_whole: bool = False) -> None:
-        """Hand on what is new in the text `seen` of an attempt, or of its whole reply.
+        """Hand on what is new in the text `seen` of an attempt, or of its whole reply; white space waits for the first word.
 
         Raises BrokenStreamError where it says something else than what was handed on. It need not repeat its text: an engine's
         numbers may depend on what else is in its batch.
@@ -121,7 +121,7 @@ class StreamedText:
             raise BrokenStreamError(
                 f"agent {agent!r} was lost in mid-stream, and said something else when asked again; ask again"
             )
-        if len(seen) > len(self._text):
+        if len(seen) > len(self._text) and seen.strip():
             self._emit(TextDelta(text=seen[len(self._text) :]))
             self._text = seen
 

@@ -503,6 +503,16 @@ async def test_a_stand_in_streams_where_no_text_was_handed_on() -> None:
     assert pieces == ["2"]
 
 
+async def test_an_agent_that_fails_before_its_first_word_is_replaced_in_a_stream() -> None:
+    agents, pieces = (
+        FakeAgents({"a": Fail(pieces=("\n", " ")), "b": Say(text="\n19", pieces=("\n", "1", "9"))}),
+        list[TextDelta](),
+    )
+    replies = await replies_of(dispatcher_of(agents), state_of(query()), asks("a", reserves="b", fold="pass"), pieces.append)
+    assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
+    assert [piece.text for piece in pieces] == ["\n1", "9"]
+
+
 async def test_a_failure_after_text_was_handed_on_is_final() -> None:
     agents = FakeAgents({"a": Fail(pieces=("It ",)), "b": Say(text="2")})
     replies, pieces = await ask_streaming(agents, reserves="b")

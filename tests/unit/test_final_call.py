@@ -14,7 +14,7 @@ from dmoa.config import SUMMARIZER, SummarizerConfig
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.orchestrator import Orchestrator
-from dmoa.testing import Schedule, answer_of, asks, card, jumping, query
+from dmoa.testing import Fail, FakeAgents, Say, Schedule, answer_of, asks, card, jumping, query
 from dmoa.trace import reply_dmoa, trace_of
 from dmoa.types import (
     AgentCall,
@@ -375,3 +375,22 @@ async def test_a_trace_holds_what_the_final_call_was_asked(llm: bool) -> None:
     assert [call.agent for call in calls if call.step == 1] == [SUMMARIZER if llm else "one"]
     assert calls[-1].messages[-1]["content"] == agents.finals[0].messages[-1].content
     assert calls[-1].started_ms >= 0
+
+
+async def test_work_of_which_no_text_leaves_goes_on_with_another_agent() -> None:
+    """The client is to get a form, so what is said before is not streamed, and who is lost in the midst of it is replaced."""
+    agents = FakeAgents({"one": Fail(pieces=("It", " is")), "two": (Say(text="19"), Say(text='{"n": 19}'))})
+    loop = Orchestrator(
+        dispatcher=Dispatcher(
+            agents=agents,
+            cards={name: card(name, abilities=NATIVE) for name in ("one", "two")},
+            router=None,
+            is_select=True,
+        ),
+        summarizer=SelectSummarizer(),
+        summarizer_sampling=Sampling(),
+        is_select=True,
+    )
+    plan = asks("one", reserves=["two"], fold="pass", ends_with="single")
+    asked = replace(query(), final=FinalCall(schema=FORM, schema_name="f"))
+    assert (await answer_of(loop, asked, Schedule(plan))).text == '{"n": 19}'

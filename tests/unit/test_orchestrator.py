@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError, RoutingError
+from dmoa.errors import BrokenStreamError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError, RoutingError
 from dmoa.orchestrator import ANEW_S, begin
 from dmoa.policies.baselines import SinglePolicy
 from dmoa.testing import (
@@ -269,6 +269,27 @@ async def test_calls_of_a_query_that_nobody_reads_along_with_do_not_stream(deadl
     answer = await answer_of(orchestrator_of(agents, "a", llm=True), asked, Schedule(asks("a")))
     assert (answer.text, answer.stop_reason) == ("19", "summarizer")
     assert agents.streamed == streamed
+
+
+TWO_STEPS = (asks("a", fold="vote"), asks("b", reserves="c", fold="pass", ends_with="schedule"))
+
+
+async def test_a_text_that_was_streamed_in_part_is_not_taken_for_an_answer_of_before() -> None:
+    agents = FakeAgents({"a": Say(text="18"), "b": Fail(pieces=("It ", "is")), "c": Say(text="19")})
+    events = orchestrator_of(agents, "abc").answer(query(), Schedule(*TWO_STEPS))
+    seen = [await anext(events) for _ in range(3)]
+    assert [event.text for event in seen if isinstance(event, TextDelta)] == ["It ", "is"]
+    with pytest.raises(BrokenStreamError, match=r"agent 'b' was lost in mid-stream \(failed, out of memory\)"):
+        await anext(events)
+    # Where nobody reads along the next agent stands in.
+    answer = await answer_of(orchestrator_of(agents, "abc"), replace(query(), is_streamed=False), Schedule(*TWO_STEPS))
+    assert answer.text == "19"
+
+
+async def test_a_deadline_in_mid_stream_is_no_answer_of_before() -> None:
+    agents = FakeAgents({"a": Say(text="18"), "b": Hang(pieces=("It ", "is"))})
+    with pytest.raises(DeadlineError, match="passed in mid-stream"):
+        await events_of(orchestrator_of(agents, "abc"), query(deadline_s=0.2), Schedule(*TWO_STEPS))
 
 
 async def test_a_step_that_passes_but_does_not_end_is_not_streamed() -> None:
