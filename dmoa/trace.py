@@ -411,12 +411,17 @@ def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
 
 
 def replies_in_order(step: StepRecord) -> list[AgentReply]:
-    """Return a step's replies: the active agents in order of probability, then lost ones, explored ones, and examiners."""
+    """Return a step's replies: the active agents in order of probability, then lost ones, explored ones, and examiners.
+
+    An agent may be active and lost: one of its samples, or when it was to examine another's answer.
+    """
     rank = {name: i for i, name in enumerate(step.active)}
     explored = {name for name, _ in step.explored}
-    return sorted(
-        step.replies, key=lambda reply: (reply.status == "examiner", reply.agent in explored, rank.get(reply.agent, len(rank)))
-    )
+
+    def place(reply: AgentReply) -> tuple[bool, bool, bool, int]:
+        return reply.status == "examiner", reply.agent in explored, reply.status != "ok", rank.get(reply.agent, len(rank))
+
+    return sorted(step.replies, key=place)
 
 
 def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:

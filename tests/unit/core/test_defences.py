@@ -14,6 +14,7 @@ from dmoa.evaluation.answering import answered
 from dmoa.evaluation.records import Task
 from dmoa.policies.registry import build_policy
 from dmoa.testing import (
+    Fail,
     FakeAgents,
     Say,
     Schedule,
@@ -214,3 +215,13 @@ async def test_examinations_that_a_paced_budget_does_not_pay_for_are_left_out() 
     assert len(agents.calls) == 4
     assert answer.usage.total == 76
     assert answer.text == "The answer is 1."
+
+
+async def test_an_examiner_that_is_lost_takes_no_active_agents_place_in_a_trace() -> None:
+    answers = {"a": "The answer is 1.", "b": "The answer is 2.", "c": "The answer is 3."}
+    fates = {name: (Say(text=text), Fail()) for name, text in answers.items()}
+    orchestrator = orchestrator_of(FakeAgents(fates), "abc", defence="cross_examination")
+    answer = await answer_of(orchestrator, query(max_steps=1), Schedule(asks("a", "b", "c")))
+    again = answer_of_reply(reply_dmoa(answer, with_texts=True), text=answer.text, finish_reason="stop", wall_ms=0.0).steps[0]
+    assert again.active == answer.steps[0].active == ("a", "b", "c")
+    assert [(reply.agent, reply.status) for reply in again.replies][3:] == [("a", "failed"), ("b", "failed"), ("c", "failed")]
