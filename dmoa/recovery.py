@@ -152,9 +152,11 @@ class LateReplies:
         """
         self._recent_s[agent].append(after_s)
 
-    def answered(self, agent: str, latency_s: float) -> None:
-        """Note a reply that came in time."""
+    def answered(self, agent: str, latency_s: float | None) -> None:
+        """Note a reply that came in time; None: the agent failed, and it does not say how long one takes."""
         self._in_a_row.pop(agent, None)
+        if latency_s is None:
+            return
         self._recent_s[agent].append(latency_s)
         self._usual_s[agent] = 0.8 * self._usual_s.get(agent, latency_s) + 0.2 * latency_s
 
@@ -276,7 +278,8 @@ class AgentCaller:
         started = time.perf_counter()
         reply = await (self._agents.call(call) if text is None else self._stream(call, text))
         latency_s = time.perf_counter() - started
-        self.late_replies.answered(call.agent, latency_s)
+        if reply.status != "late":
+            self.late_replies.answered(call.agent, latency_s if reply.status == "ok" else None)
         return replace(reply, latency_ms=latency_s * 1e3)
 
     async def _stream(self, call: AgentCall, text: StreamedText) -> AgentReply:

@@ -144,13 +144,13 @@ class Timed(FakeAgents):
 
     def __init__(self, fates: Mapping[str, Fate | Sequence[Fate]], seconds: Mapping[str, float]) -> None:
         super().__init__(fates)
-        self._seconds = seconds
+        self.seconds = dict(seconds)
         self.asked: list[tuple[str, float]] = []
 
     async def call(self, call: AgentCall) -> AgentReply:
         loop = asyncio.get_running_loop()
         self.asked.append((call.agent, round(loop.time(), 6)))
-        await asyncio.sleep(self._seconds[call.agent])
+        await asyncio.sleep(self.seconds[call.agent])
         return await super().call(call)
 
 
@@ -210,6 +210,22 @@ async def test_hedging_at_the_95th_percentile_waits_until_it_is_known() -> None:
     (lost, reply) = await replies_of(dispatcher, state, asks("b", reserves="c"))
     assert (lost.agent, lost.status, lost.error) == ("b", "late", "c, asked beside it, replied first")
     assert (reply.agent, reply.status) == ("c", "ok")
+
+
+def test_failures_say_nothing_of_how_long_a_reply_takes() -> None:
+    """They come at once, and a call that takes as long as ever would have another agent asked beside it."""
+    agents = Timed({"b": (*[Fail()] * FEWEST_RECENT, Say(text="1")), "c": Say(text="2")}, SECONDS)
+
+    async def work() -> tuple[AgentReply, ...]:
+        dispatcher, state = dispatcher_of(agents), state_of(query(hedge_after_ms="p95"))
+        for _ in range(FEWEST_RECENT):
+            agents.seconds["b"] = 0.01
+            await replies_of(dispatcher, state, asks("b"))
+        agents.seconds["b"] = 1.0
+        return await replies_of(dispatcher, state, asks("b", reserves="c"))
+
+    replies, _ = jumping(work())
+    assert outcomes(replies) == [("b", "ok")]
 
 
 def test_the_95th_percentile_neither_sinks_nor_climbs_with_calls_that_were_overtaken() -> None:
