@@ -338,11 +338,10 @@ def _sampling_of(activation: Activation, sampling: Sampling) -> Sampling:
 
 def _seen(state: QueryState, activation: Activation) -> tuple[Query, tuple[str, ...]]:
     """Return the query and the earlier work as an agent sees them at the next step."""
-    history = state.history if activation.history is None else activation.history
     query, stage = state.query, state.stage
-    if stage is None:
-        return query, history
-    return (query if stage.part is None else replace(query, text=stage.part)), (history if stage.has_history else ())
+    earlier = state.history if stage is None or stage.has_history else ()
+    history = earlier if activation.history is None else activation.history  # as of who examines another's answer
+    return (query if stage is None or stage.part is None else replace(query, text=stage.part)), history
 
 
 def _extra(query: Query, history: tuple[str, ...], activation: Activation) -> str:

@@ -26,7 +26,7 @@ from dmoa.testing import (
     said,
 )
 from dmoa.trace import answer_of_reply, reply_dmoa
-from dmoa.types import Defence, Price, StepPlan
+from dmoa.types import Defence, Price, Stage, StepPlan
 from tests.unit.policies.schedules import context_of
 
 
@@ -225,3 +225,13 @@ async def test_an_examiner_that_is_lost_takes_no_active_agents_place_in_a_trace(
     again = answer_of_reply(reply_dmoa(answer, with_texts=True), text=answer.text, finish_reason="stop", wall_ms=0.0).steps[0]
     assert again.active == answer.steps[0].active == ("a", "b", "c")
     assert [(reply.agent, reply.status) for reply in again.replies][3:] == [("a", "failed"), ("b", "failed"), ("c", "failed")]
+
+
+async def test_an_examiner_sees_the_answer_at_a_stage_that_shows_no_earlier_work() -> None:
+    answers = {"a": "The answer is 1.", "b": "The answer is 2.", "c": "The answer is 3."}
+    agents = FakeAgents({name: (Say(text=text), Say(text="RIGHT")) for name, text in answers.items()})
+    asked = replace(query(), stages=(Stage(part="one?", has_history=False),))
+    orchestrator = orchestrator_of(agents, "abc", defence="cross_examination")
+    await answer_of(orchestrator, asked, Schedule(asks("a", "b", "c")))
+    prompts = [call.messages[-1].content for call in agents.calls[3:]]
+    assert [answer in prompt for answer, prompt in zip(answers.values(), prompts, strict=True)] == [True] * 3
