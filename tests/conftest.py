@@ -20,6 +20,7 @@ from xdist.workermanage import WorkerController
 
 from dmoa import sandbox
 from tests.examples import is_all
+from tests.logged import LOGGED, Logged
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow everything some thirty times on a busy machine
 
@@ -31,6 +32,7 @@ _OF_OTHER_TIERS = ("contract", "accept", "real_model")
 _started: list[str] = []
 
 
+logging.getLogger().addHandler(LOGGED)
 gc.disable()  # until all tests are collected: their imports make millions of objects that stay
 
 
@@ -46,12 +48,12 @@ def pytest_collection_finish() -> None:
 
 _FONTS = "fc-list"
 """What matplotlib starts when it is imported for the first time on a machine, to find fonts."""
+_STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"})
 
 
 def _on_audit(event: str, arguments: tuple[object, ...]) -> None:
-    if arguments and arguments[0] == _FONTS:
-        return
-    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"):
+    # Millions of events a run: most are none of these.
+    if event in _STARTS and not (arguments and arguments[0] == _FONTS):
         _started.append(f"{event} {arguments[0] if arguments else ''}")
 
 
@@ -69,7 +71,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Fail a unit test that starts a process or takes too long; every test's processor time stands in the JUnit file."""
     _started.clear()
     before = time.process_time()
-    result = yield
+    try:
+        result = yield
+    finally:
+        item.add_report_section("call", "log", LOGGED.text)
     cpu_s = time.process_time() - before
     item.user_properties.append(("cpu_s", round(cpu_s, 3)))
     if _is_unit(item):
@@ -84,12 +89,23 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 def _leaves_nothing_open() -> Iterator[None]:
     """Look for garbage at the end of every file: what was left open fails a test there, not whichever runs when it is found.
 
-    Nor does a Ray that a file has joined stay for the next one.
+    What stays, such as modules and what they keep, need not be looked through at the end of every later file. Nor does a Ray
+    that a file has joined stay for the next one.
     """
     yield
     gc.collect()
+    gc.freeze()
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         sys.modules["ray"].shutdown()  # whoever joined one: the next file finds a process without
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _leaves_nothing_open_for_later() -> Iterator[None]:
+    """Look once more after the last test through all that stayed at the end of a file: what became garbage since then."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -99,14 +115,22 @@ def _host_is_known() -> None:
     sandbox.probe_levels()
 
 
+@pytest.fixture
+def logged() -> Logged:
+    """What the test has logged."""
+    return LOGGED
+
+
 @pytest.fixture(autouse=True)
 def _same_logging() -> Iterator[None]:
-    """Leave dmoa's logger as it was: commands set its level for their whole process."""
+    """Leave dmoa's logger as it was, as commands set its level for their whole process, and nothing that was logged."""
     logger = logging.getLogger("dmoa")
     level, handlers = logger.level, list(logger.handlers)
     yield
-    logger.setLevel(level)
+    if logger.level != level:  # to set it clears what every logger of the process knows of its own
+        logger.setLevel(level)
     logger.handlers[:] = handlers
+    LOGGED.clear()
 
 
 _TOGETHER = (
