@@ -42,6 +42,8 @@ def pytest_collection_finish() -> None:
     It is given back last, for extension modules that complain of what is never freed.
     """
     gc.freeze()
+    # What is frozen does not count, so that all the rest would be looked through again and again while a test makes many records.
+    gc.set_threshold(100_000, 20, 20)
     gc.enable()
     atexit.register(gc.unfreeze)
 
@@ -58,6 +60,10 @@ def _on_audit(event: str, arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_on_audit)
+
+
+def _is_fast(config: pytest.Config) -> bool:
+    return "not contract" in str(config.option.markexpr)
 
 
 def _is_unit(item: pytest.Item) -> bool:
@@ -79,8 +85,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     item.user_properties.append(("cpu_s", round(cpu_s, 3)))
     if _is_unit(item):
         assert not _started, f"a unit test starts no process, see the marker `contract`: {_started}"
-        is_fast = "not contract" in str(item.config.option.markexpr)
-        most_s = UNIT_CPU_S if is_fast else UNIT_CPU_S * _BESIDE_OTHERS
+        most_s = UNIT_CPU_S if _is_fast(item.config) else UNIT_CPU_S * _BESIDE_OTHERS
         assert cpu_s <= most_s, f"{cpu_s:.1f} s of processor time, a unit test takes {most_s} at most"
     return result
 
@@ -100,12 +105,16 @@ def _leaves_nothing_open() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _leaves_nothing_open_for_later() -> Iterator[None]:
-    """Look once more after the last test through all that stayed at the end of a file: what became garbage since then."""
+def _leaves_nothing_open_for_later(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Look once more after the last test through all that stayed at the end of a file: what became garbage since then.
+
+    It takes a second or two, which `make fast` leaves to `make test`.
+    """
     yield
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
+    if not _is_fast(pytestconfig):
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -258,15 +258,7 @@ def unknown_run(run_id: str) -> RequestError:
 
 BODIES: tuple[type[BaseModel], ...] = (RollbackRequest, WhatIfRequest, BranchRequest)
 """Request records for the OpenAPI document, ..."""
-REPLIES: tuple[type[BaseModel], ...] = (
-    StatusReply,
-    TracePage,
-    GatesReply,
-    RollbackReply,
-    WhatIfReply,
-    BranchReply,
-    RunsReply,
-)
+REPLIES: tuple[type[BaseModel], ...] = (StatusReply, TracePage, GatesReply, RollbackReply, WhatIfReply, BranchReply, RunsReply)
 """... and those of replies."""
 
 
