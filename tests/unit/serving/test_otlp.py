@@ -152,7 +152,7 @@ def collector() -> Iterator[tuple[str, list[tuple[str, str | None, bytes]], thre
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", taken, answers
         server.shutdown()
