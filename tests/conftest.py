@@ -1,4 +1,4 @@
-"""Settings that must be made before torch is loaded, what a unit test may not do, and how tests are dealt to two processes."""
+"""Settings that must be made before torch is loaded, what a unit test may not do, and how tests are dealt to processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 import time
-import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -80,7 +79,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     try:
         result = yield
     finally:
-        item.add_report_section("call", "log", LOGGED.text)
+        if LOGGED.records:
+            item.add_report_section("call", "log", LOGGED.text)
     cpu_s = time.process_time() - before
     item.user_properties.append(("cpu_s", round(cpu_s, 3)))
     if _is_unit(item):
@@ -169,10 +169,18 @@ def pytest_configure_node(node: WorkerController) -> None:
     node.workerinput["has_share"] = node.config.getoption("dist") == "each"
 
 
+_SHARES = (("agents", "cli", "training"), ("core", "evaluation"))
+"""Folders of unit tests that one process each of `make fast` has; another one has the rest. Files of a folder import much the
+same, which takes seconds a process; the rest waits a good deal, so that its share of the work is smaller."""
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--dist=each`, let a process collect its own share of the files: to collect all of them takes each 16 seconds."""
+    """With `--dist=each`, let a process collect its own share of the folders: to collect all of them takes each 16 seconds."""
     mine = getattr(config, "workerinput", None)
-    if mine is None or not mine["has_share"] or not collection_path.name.startswith("test_"):
+    if mine is None or not mine["has_share"] or collection_path.parent != Path(__file__).parent / "unit":
         return None
-    is_other = zlib.crc32(collection_path.name.encode()) % int(mine["workercount"]) != int(mine["workerid"].removeprefix("gw"))
+    if not (collection_path.is_dir() or collection_path.name.startswith("test_")):
+        return None
+    share = next((place for place, names in enumerate(_SHARES) if collection_path.name in names), len(_SHARES))
+    is_other = share % int(mine["workercount"]) != int(mine["workerid"].removeprefix("gw"))
     return is_other or None
