@@ -184,3 +184,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     share = next((place for place, names in enumerate(_SHARES) if collection_path.name in names), len(_SHARES))
     is_other = share % int(mine["workercount"]) != int(mine["workerid"].removeprefix("gw"))
     return is_other or None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let a report of what passed be short: three a test go from process to process."""
+    report = yield
+    if report.passed:
+        report.keywords, report.sections = {}, []
+    return report
