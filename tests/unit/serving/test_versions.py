@@ -29,6 +29,7 @@ from dmoa.serving.router.actor import RouterActor
 from dmoa.serving.router.state import RouterState
 from dmoa.serving.router.versions import MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, _line
 from tests.examples import examples
+from tests.logged import Logged
 
 AGENTS = ("adder", "sorter")
 X = 2 * 384 + 4
@@ -281,15 +282,15 @@ def test_a_checkpoint_trained_again_in_its_folder_is_another_one(root: Path, tmp
     assert opened(root, deployed, version_of(folder)).version == version_of(folder)
 
 
-def test_another_pool_begins_anew(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_pool_begins_anew(root: Path, tmp_path: Path, logged: Logged) -> None:
     found = opened(root)
     opened(root)
-    assert caplog.text == "", "the same pool again"
+    assert logged.text == "", "the same pool again"
     found.install(files_of(trained(tmp_path, 1)), "", [])
     other = pool(name="other", agents=[{"name": name, "llm": "tiny", "profile": "Other."} for name in AGENTS])
     again = opened(root, other)
     assert actions(again) == [("configured", build_pool_gate(other)[1].version, None)]
-    (line,) = caplog.messages
+    (line,) = logged.messages
     assert f"{root.as_uri()} held the gates of pool 'pool' ({fingerprint(pool())[:12]})" in line
     assert f"those of pool 'other' ({fingerprint(other)[:12]})" in line
 
