@@ -116,9 +116,7 @@ def test_what_was_installed_moves_along_to_an_empty_place(root: Path, tmp_path: 
     assert GateVersions(there, pool(), None).version == first, "what is there already stays"
 
 
-def test_a_place_that_is_gone_is_not_taken_over_but_for_what_is_remembered(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_place_that_is_gone_is_not_taken_over_but_for_what_is_remembered(root: Path, tmp_path: Path, logged: Logged) -> None:
     here = RouterState(root.as_uri())
     GateVersions(here, pool(), None).install(files_of(trained(tmp_path, 1)), "", [])
     shutil.rmtree(root)
@@ -128,7 +126,7 @@ def test_a_place_that_is_gone_is_not_taken_over_but_for_what_is_remembered(
     (root / "state.json").write_text("{")
     (root / "state.json.last").write_text("{")
     RouterState((tmp_path / "elsewhere").as_uri()).take_over(RouterState(root.as_uri()))
-    assert "is not taken over, and" in caplog.text
+    assert "is not taken over, and" in logged.text
     assert not (tmp_path / "elsewhere" / "state.json").exists()
 
 
