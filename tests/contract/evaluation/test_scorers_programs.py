@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -58,6 +59,11 @@ PASSING = {
     "a fence in the docstring": f"```python\n{WITH_FENCE}```\nThat is all.",
     "a thought with another program": f"<think>\n```python\nx = 0\n```\n</think>\n```python\n{WHOLE}```",
     "imports from the future": f"```python\nfrom __future__ import annotations\n{WHOLE}```",
+    "JSON in a block": f"```json\n{json.dumps({'reasoning': 'It adds.', 'answer': WHOLE})}\n```",
+    "a helper in a block before": "```python\ndef add(a, b):\n    return a + b\n```\nThen:\n```python\ndef total(numbers):\n"
+    "    found = 0\n    for number in numbers:\n        found = add(found, double(number))\n    return found\n```",
+    "an example in a block before": f"```python\nresult = total([1, 2])\n```\nThat is:\n```python\n{WHOLE}```",
+    "what it prints in a block behind": "```\n    return sum(double(n) for n in numbers)\n```\nIt prints:\n```text\n6\n```",
     "an indented block in a list": "1. Write\n" + "".join(f"   {line}\n" for line in ["```python", *WHOLE.splitlines(), "```"]),
 }
 FAILING = {
