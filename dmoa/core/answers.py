@@ -52,17 +52,18 @@ _NO_MARK = re.compile(
 )
 # "The answer is rounded to 2 decimals" speaks about an answer that was given; "... is rounded to 12" gives one.
 _IS_PROSE = re.compile(r"\b(?:is|was|be)\s*\Z", re.IGNORECASE)
+_ENDS = r"(?=\s*(?:\W*\Z|[.,;!)]|(?:and|but|because|since|as|for|with|in|by|to|if|when|under|given|based|due|less|greater)\b))"
 _REMARK = re.compile(
     r"\A[\W_]*(?:(?:indeed|also|therefore|thus|then|now|clearly|simply|already|always|still|just|only|quite|both)\s+)*(?:"
-    r"(?:correct|right|reasonable|sensible|plausible|valid|consistent|accurate|exact|complete|final|unique|clear|compatible"
-    r"|positive|negative)(?![\w-]|\s*[:=]|\s+[-+$]?[0-9])"
-    r"|(?:less|more|greater|smaller|larger|higher|lower|fewer)\s+than\b|at\s+(?:least|most)\b|in(?!\s+fact)\b|the\s+same\b(?!.*[0-9])"
-    r"|left\s+(?:in|as)\b|an?\s+(?:\w+\s+)?(?:integer|number|fraction|decimal|percentage|approximation|estimate|expression)\b(?!\s+(?:of|between)\b)"
-    r"|(?:based|rounded|obtained|derived|found|verified|confirmed|checked|validated|supported|justified|computed|calculated|determined"
-    r"|reached|given|stated|provided|expressed|written|represented|presented|shown|formatted|measured|simplified)\b"
-    r"(?!\s*[:=]|(?:\s+\w+)?\s+(?:to\s+be|by|to|as)\s+[\W_]*[0-9](?!\S*[\s-]*(?:decimal|significant|place|digit|d\.?p|s\.?f))"
-    r"|[^.]{0,40}\sas\s+(?!an?\b|the\b|requested|required|asked|above|instructed|specified|needed|shown))"
-    r")",
+    r"(?:correct|right|reasonable|sensible|plausible|valid|consistent|accurate|exact|complete|final|unique|positive|negative"
+    rf"|an?\s+(?:\w+\s+)?(?:integer|number|fraction|decimal|percentage|approximation|estimate|expression)){_ENDS}"
+    r"|(?P<measure>(?:less|more|greater|smaller|larger|higher|lower|fewer)\s+than\b|at\s+(?:least|most)\b"
+    r"|in\s+(?!fact\b|(?:the\s+)?[0-9])|the\s+same\b(?!.*[0-9]))|in\s+(?:the\s+)?(?:\w+\s+)?(?:paragraph|passage|text|context)\b"
+    r"|(?:based|rounded|obtained|derived|found|verified|confirmed|checked|supported|justified|computed|calculated|determined|left"
+    r"|reached|given|stated|provided|expressed|written|represented|presented|shown|measured|simplified)"
+    r"(?=\s*(?:\W*\Z|[.,;!)]|(?:(?:\w+ly|up|down|off)\s+)?(?:on|to|by|in|from|with|as|using|for|at|above|twice|again|and|because)\b))"
+    r"(?!(?:\s+\w+)?\s+(?:to\s+be|by|to|as)\s+[\W_]*[0-9](?!\S*[\s-]*(?:decimal|significant|place|digit|d\.?p|s\.?f))"
+    r"|[^.]{0,40}\sas\s+(?!an?\b|the\b|requested|required|asked|above|instructed|specified|needed|shown)))",
     re.IGNORECASE,
 )
 _OPPOSITE = re.compile(r"\W*(?:incorrect|wrong|left|invalid)\b", re.IGNORECASE)
@@ -81,7 +82,6 @@ _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*)?(?:question|problem|q|exercise|human|user|instruction)(?:\*\*)?[ \t]*:", re.IGNORECASE
 )
 _END_OF_TURN = re.compile(r"<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text)\|>|<end_of_turn>")
-_STOPS = ("</s>", "<eos>")
 _MADE_UP = re.compile(
     r"\?\s|(?:^|[.!]\s)[ \t]*(?:find|calculate|determine|compute|work out)\s+(?:the|how|what|which)\b", re.I | re.M
 )
@@ -172,7 +172,7 @@ def open_reply(text: str) -> ReplyText:
     final = final_statement(prose)
     if json_answer is not None:
         span = plain_text(json_answer.span).strip()
-        after = final_statement(plain_text(said[json_answer.end :].replace("```", " ")), is_given=True)
+        after = final_statement(plain_text(said[json_answer.end :].replace("```", " ")), given=span)
         final = replace(after, before=span) if after is not None and after.span else Final(span, how="json")
     return ReplyText(prose, final, code)
 
@@ -193,7 +193,7 @@ def _turn(text: str) -> str:
         if text[ended.end() : ended.end() + 2].lstrip(" ")[:1] in ("", "\n", "<"):
             text = text[: ended.start()] if text[: ended.start()].strip() else text
             break
-    while (bare := text.rstrip()).endswith(_STOPS):
+    while (bare := text.rstrip()).endswith(("</s>", "<eos>")):
         text = bare[: bare.rfind("<")]
     return text
 
@@ -245,13 +245,13 @@ def _with_latex(value: str) -> str:
     return re.sub(r"\t(?=ext|imes|heta|an\b)", r"\\t", value)
 
 
-def final_statement(prose: str, *, is_given: bool = False) -> Final | None:
-    """Return what a plain text states last; None if it states nothing. `is_given`: an answer stands before the text."""
-    found = statement_places(prose, is_given=is_given)
-    given = [statement for statement in found if statement.span]
-    if not given:
+def final_statement(prose: str, *, given: str = "") -> Final | None:
+    """Return what a plain text states last; None if it states nothing. `given`: the answer that stands before the text."""
+    found = statement_places(prose, given=given)
+    places = [statement for statement in found if statement.span]
+    if not places:
         return Final("") if found else None
-    last, before = given[-1], given[-2] if len(given) > 1 else None
+    last, before = places[-1], places[-2] if len(places) > 1 else None
     is_next = before is not None and _NEXT_TO.fullmatch(prose, before.end, last.start)
     return Final(last.span, before.span if before and is_next else None, before.span if before else None, last.how)
 
@@ -261,11 +261,10 @@ def last_line(prose: str) -> str:
     return prose.rstrip().rpartition("\n")[2].strip()
 
 
-def statement_places(prose: str, *, is_given: bool = False) -> list[Statement]:
+def statement_places(prose: str, *, given: str = "") -> list[Statement]:
     """Return all statements by position; a box inside a marked line stands for the line.
 
-    What is said about an answer that stands before ("The answer is rounded to 2 decimals") states none. `is_given`: one stands
-    before the text.
+    What is said about an answer before it ("The answer is rounded to 2 decimals") states none; `given` stands before the text.
     """
     boxes = _boxes(prose)[-_MAX_STATEMENTS:]
     marks = list(_MARK.finditer(prose))[-_MAX_STATEMENTS:]
@@ -285,12 +284,22 @@ def statement_places(prose: str, *, is_given: bool = False) -> list[Statement]:
         if _LETS_THINK.match(span):
             continue
         if not any(mark.start() <= box.start < end for box in boxes):
-            is_remark = _IS_PROSE.search(mark[0]) and _REMARK.match(span)
+            is_remark = _IS_PROSE.search(mark[0]) is not None and _REMARK.match(span) is not None
             (remarks if is_remark else found).append(Statement(span, mark.start(), end))
     found += _hashed(prose)
-    first = min((place.start for place in found if place.span and not _OPPOSITE.match(place.span)), default=len(prose))
-    found += [remark for remark in remarks if not is_given and remark.start < first]
+    first = min((place for place in found if place.span), key=lambda place: place.start, default=None)
+    for remark in remarks:
+        before = given or (first.span if first and first.start < remark.start else "")
+        if not _is_about(remark.span, before):
+            found.append(remark)
     return sorted(found, key=lambda statement: statement.start)
+
+
+def _is_about(remark: str, before: str) -> bool:
+    """Whether a remark speaks about the answer before it; `in 1896` and `less than 5` may be others where that is words."""
+    match = _REMARK.match(remark)
+    is_other = match is not None and match["measure"] is not None and not re.search("[0-9]", before)
+    return bool(before) and not is_other and not _OPPOSITE.match(before)
 
 
 def _hashed(prose: str) -> list[Statement]:
@@ -416,11 +425,13 @@ def _span_answer(span: str) -> tuple[str | None, Kind]:
 
 def _main_part(span: str) -> str:
     """Return a statement without why (`0, as 12 is too few`), on what condition (`7 when x = 2`) and asides with `=`."""
-    span = _without_reason(span)
+    reason = _REASON.search(span)
+    if reason and find_numbers(span[: reason.start()]) and not _GOES_ON.search(span, reason.end()):
+        span = span[: reason.start()]
     if "=" in span and find_numbers(bare := _EQUATION_ASIDE.sub(" ", span)):
         span = bare
     first = _leading_number(span)
-    condition = _CONDITION.match(span, first.end) if first and not _CALENDAR.search(span) else None
+    condition = _CONDITION.match(span, first.end) if first and not (_CALENDAR.search(span) or _RANGE.search(span)) else None
     if condition is None or _RESULT.search(span, condition.end()):
         return span
     if condition["loose"] and (_GOES_ON.search(span, condition.end()) or _CALCULATED.match(span, condition.end())):
@@ -433,14 +444,6 @@ def _leading_number(span: str) -> FoundNumber | None:
     first = next(iter_numbers(span), None)
     leading = _LEADING.match(span)
     return first if first and first.start <= (leading.end() if leading else 0) <= first.end else None
-
-
-def _without_reason(span: str) -> str:
-    """Cut a statement where, after its number, it says why, unless a result follows."""
-    reason = _REASON.search(span)
-    if reason is None or not find_numbers(span[: reason.start()]) or _GOES_ON.search(span, reason.end()):
-        return span
-    return span[: reason.start()]
 
 
 def is_ordinal(answer: str) -> bool:
@@ -547,7 +550,7 @@ _LIST = re.compile(r"\W*[-$]?[0-9.]+%?(?:(?:,\s+|;\s*|,?\s+(?:and|&)\s+)[-$]?[0-
 _RESULT = re.compile(r"\b(?:so|thus|therefore|hence)\b", re.IGNORECASE)
 # After a number and its unit; a loose one may also be a part of a calculation, as in `10 pens at $5 each = $50`.
 _CONDITION = re.compile(
-    r"(?P<unit>(?:(?!\b(?:so|thus|therefore|hence|or|makes?|leaves?|equals?|that|which)\b)[^0-9=(]){0,40}?)[ \t,;:$]*"
+    r"(?P<unit>(?:(?!\b(?:so|thus|therefore|hence|or|makes?|leaves?|equals?|that|which)\b)[^0-9=(]){0,24}?)[ \t,;:$]*"
     r"(?:\b(?:attained|reached|achieved|obtained)\s+)?"
     r"(?:\b(?:when|where|if|given|assuming|meaning|using|provided)\b|\b(?P<loose>for|with|at|across|less|more)\b"
     r"|\bwhich\s+is\s+(?=\S+\s+(?:\w+\s+){0,2}(?:more|less|fewer|times|greater|higher|lower|larger|smaller|older|younger)\b))",
@@ -613,9 +616,7 @@ def read_number(text: str) -> Reading:
 
 def _json_number(value: str) -> Reading:
     """Return the number of a value in JSON: of several sentences or steps, the last one ends in it."""
-    if _is_several(value):
-        return _NONE
-    is_worked = len(SENTENCE_END.split(value.strip())) > 1
+    is_worked = not _is_several(value) and len(SENTENCE_END.split(value.strip())) > 1
     return _last_reading(value) if is_worked else _span_number(value)
 
 

@@ -105,6 +105,8 @@ _PLAIN = re.compile(
 )
 _RESULT = re.compile(r"\b(?:so|thus|therefore|hence|leaving|leaves)\b[,:]?\s*")
 _CLAUSE = re.compile(r"[,;]\s*(?:(?:and|but)\s+)?")
+_SEVERAL = re.compile(r"[0-9][^0-9]*[A-Za-z]{2}[^0-9^]*[0-9]")
+"""Two quantities, such as 7 hours 30 minutes: a choice of them is not the value of either."""
 _MAX_PLAIN_CHARS = 300
 _MAX_PLAIN_WORDS = 8
 _NO_LETTER = "no letter found"
@@ -270,7 +272,8 @@ def _choice_of_value(span: str, choices: Sequence[str]) -> str | None:
     values = [read_number_span(plain_text(choice)) if _is_value(plain_text(choice)) else None for choice in choices]
     wanted = read_number_span(span)
     same = [number for number, value in enumerate(values) if value is not None and value == wanted]
-    return chr(ord("A") + same[0]) if len(same) == 1 else None
+    is_one = len(same) == 1 and not _SEVERAL.search(plain_text(choices[same[0]]))
+    return chr(ord("A") + same[0]) if is_one else None
 
 
 def _is_value(choice: str) -> bool:

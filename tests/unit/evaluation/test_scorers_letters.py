@@ -124,6 +124,13 @@ def test_equal_choices_are_told_apart_by_letter_only() -> None:
     assert read_choice("Answer: C", choices).letter == "C"
 
 
+def test_a_choice_of_two_quantities_has_no_value() -> None:
+    choices = ["23 chromosomes, 46 chromatids", "46 chromosomes, 46 chromatids", "7 hours", "90"]
+    assert read_choice("I think 23 chromosomes, 46 chromatids", choices).letter is None
+    assert read_choice("Answer: 46 chromosomes, 46 chromatids", choices).letter == "B"
+    assert read_choice("Answer: x = 7", choices).letter == "C"
+
+
 def test_a_fifth_choice_exists_where_there_are_five() -> None:
     assert read_choice("Answer: E", [*CHOICES, "14"]).letter == "E"
 
