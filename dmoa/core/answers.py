@@ -57,8 +57,9 @@ _REMARK = re.compile(
     r"\A[\W_]*(?:(?:indeed|also|therefore|thus|then|now|clearly|simply|already|always|still|just|only|quite|both)\s+)*(?:"
     r"(?:correct|right|reasonable|sensible|plausible|valid|consistent|accurate|exact|complete|final|unique|positive|negative"
     rf"|an?\s+(?:\w+\s+)?(?:integer|number|fraction|decimal|percentage|approximation|estimate|expression)){_ENDS}"
+    r"|in\s+(?:the\s+)?(?:\w+\s+)?(?:paragraph|passage|text|context)\b"
     r"|(?P<measure>(?:less|more|greater|smaller|larger|higher|lower|fewer)\s+than\b|at\s+(?:least|most)\b"
-    r"|in\s+(?!fact\b|(?:the\s+)?[0-9])|the\s+same\b(?!.*[0-9]))|in\s+(?:the\s+)?(?:\w+\s+)?(?:paragraph|passage|text|context)\b"
+    r"|in\s+(?!fact\b|(?:the\s+)?[0-9])|the\s+same\b(?!.*[0-9]))"
     r"|(?:based|rounded|obtained|derived|found|verified|confirmed|checked|supported|justified|computed|calculated|determined|left"
     r"|reached|given|stated|provided|expressed|written|represented|presented|shown|measured|simplified)"
     r"(?=\s*(?:\W*\Z|[.,;!)]|(?:(?:\w+ly|up|down|off)\s+)?(?:on|to|by|in|from|with|as|using|for|at|above|twice|again|and|because)\b))"
@@ -298,7 +299,7 @@ def statement_places(prose: str, *, given: str = "") -> list[Statement]:
 def _is_about(remark: str, before: str) -> bool:
     """Whether a remark speaks about the answer before it; `in 1896` and `less than 5` may be others where that is words."""
     match = _REMARK.match(remark)
-    is_other = match is not None and match["measure"] is not None and not re.search("[0-9]", before)
+    is_other = match is not None and match["measure"] is not None and not re.search(r"[0-9]|\A\W*\w\W*\Z", before)
     return bool(before) and not is_other and not _OPPOSITE.match(before)
 
 

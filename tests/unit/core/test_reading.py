@@ -184,6 +184,8 @@ ANSWERS = [
     ("Answer: Paris\n\nThe answer is based on paragraph 2.", "paris"),
     ("Answer: Paris. The answer was found in paragraph 2.", "paris"),
     ("Answer: Paris\nThe correct answer is London.", "london"),
+    ("Answer: Paris\nNote: the correct answer is in paragraph 2.", "paris"),
+    ("Answer: B\nThe answer is in dollars.", "b"),
     ("Answer: Paris<|eot_id|>", "paris"),
     ("Answer: incorrect\nWait, the answer is correct.", "correct"),
     ("The answer is correct.", "correct"),
