@@ -190,11 +190,14 @@ class TransformersEngine:
 
     def _run(self) -> None:
         use_threads(self._options)
+        is_open = True
         with torch.inference_mode():
-            while self._take_inbox():
+            while is_open:
                 try:
-                    assert self._loop is not None
-                    self._loop.step()
+                    is_open = self._take_inbox()
+                    if is_open:
+                        assert self._loop is not None
+                        self._loop.step()
                 except Exception as error:  # kept in what every request in flight raises; the engine goes on
                     self._fail_all(error)
                 self._flush()

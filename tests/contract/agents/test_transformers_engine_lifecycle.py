@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from dmoa.engine_options import TransformersOptions
@@ -120,6 +121,27 @@ async def test_a_failing_forward_fails_its_requests_and_no_later_ones(tmp_path: 
     after = await engine.generate(request(shared, max_tokens=4))
     assert after.usage.cached_tokens == 0, "keys and values of a forward that failed were reused"
     assert (await engine.generate(request("?", max_tokens=4))).usage.completion_tokens > 0
+    await engine.close()
+
+
+async def test_of_a_failed_forward_no_memory_is_kept(tmp_path: Path) -> None:
+    """Where it ran out amid the layers, some have grown and others not: no later forward could use them."""
+    engine = TransformersEngine(save_tiny_model(tmp_path, vocab_size=300), CPU, idle_s=(600.0, 600.0))
+    with pytest.raises(EngineError, match="IndexError"):
+        await engine.generate(request(tiny_tokenizer().decode(range(300, 320))))
+    assert engine.held_bytes == 0
+    await engine.close()
+
+
+async def test_what_fails_between_two_steps_does_not_end_the_engine(tiny_model: Path) -> None:
+    engine = TransformersEngine(tiny_model, CPU)
+    running = asyncio.create_task(engine.generate(request("fox", **ENDLESS)))
+    await wait_until(lambda: engine.num_running == 1)
+    engine._inbox.put(lambda: torch.empty(1 << 60))  # as keeping a prompt does, where memory runs out
+    with pytest.raises(EngineError, match="RuntimeError"):
+        await running
+    async with asyncio.timeout(10):
+        assert (await engine.generate(request("fox", max_tokens=4))).usage.completion_tokens > 0
     await engine.close()
 
 
