@@ -483,6 +483,8 @@ class DecodeLoop:
 
     def _take(self, sequences: Sequence[Running], logits_BV: Tensor) -> float:
         """Pick and hand out the next token of every sequence, evict the finished; return the seconds spent on entropy."""
+        if logits_BV.is_cuda:
+            torch.cuda.synchronize(logits_BV.device)  # else the forward, which still runs there, would count as entropy
         began = time.perf_counter()
         entropies = token_entropy(logits_BV).tolist()
         entropy_s = time.perf_counter() - began

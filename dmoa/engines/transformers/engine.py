@@ -81,6 +81,7 @@ class TransformersEngine:
             check_adapter(f"adapters.{name}", folder, base=base, engine="transformers")
         loaded = load_model(model, self._options, has_adapters=bool(folders), gpu=gpu)
         self._label = loaded.label
+        self._max_model_len = loaded.max_model_len
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
         self._keeps_special = has_special_marks(loaded.tokenizer.backend_tokenizer)
@@ -163,7 +164,7 @@ class TransformersEngine:
         self._adapters.check(request.adapter)
         tokens = self._encode(request.messages, request.sampling)
         is_opened, opening = opened_thought(self._tokenizer, tokens, request.messages)
-        room = room_for_reply(len(tokens), self._options.max_model_len, model=self._name)
+        room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         sampling = request.sampling
         listener = _Listener(asyncio.get_running_loop())
         sequence = Running(

@@ -174,7 +174,7 @@ class ReplyText:
         for number in range(len(self._ends), len(self._tokens)):
             try:
                 piece = self._decoder.step(self._format.backend, self._tokens[number])
-            except Exception:  # tokenizers has no other: bytes that are no text spoil those before them; vLLM begins anew there too
+            except Exception:  # tokenizers has no other: bytes that are no text spoil those before them; vLLM begins anew too
                 self._decoder = self._format.decoder((), keeps_marks=self._keeps_marks)
                 piece = self._decoder.step(self._format.backend, self._tokens[number])
             self._ends.append(self._start(number) + len(piece or ""))

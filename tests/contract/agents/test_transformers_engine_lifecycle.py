@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.transformers.decode import SPLIT_TOKENS
 from dmoa.engines.transformers.engine import TransformersEngine
-from dmoa.errors import ConfigError, EngineError
+from dmoa.errors import ConfigError, EngineError, PromptTooLongError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
 from tests.unit.agents.conftest import ADAPTERS, plain_model, save_tiny_model, teacher_forced_entropies, tiny_tokenizer
 from tests.unit.agents.openai_server import request
@@ -121,6 +121,20 @@ async def test_a_failing_forward_fails_its_requests_and_no_later_ones(tmp_path: 
     after = await engine.generate(request(shared, max_tokens=4))
     assert after.usage.cached_tokens == 0, "keys and values of a forward that failed were reused"
     assert (await engine.generate(request("?", max_tokens=4))).usage.completion_tokens > 0
+    await engine.close()
+
+
+async def test_a_reply_ends_where_the_model_knows_no_more_places(tmp_path: Path) -> None:
+    """Whatever max_model_len says: its forward would fail there, and take all that runs beside it along."""
+    sizes = {"vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=319)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    engine = TransformersEngine(tmp_path, CPU)
+    found = await engine.generate(request("fox", **ENDLESS))
+    assert found.finish_reason in ("stop", "length")
+    assert found.usage.prompt_tokens + found.usage.completion_tokens <= 64
+    with pytest.raises(PromptTooLongError, match="expected at most 63"):
+        await engine.generate(request("?" * 64))
     await engine.close()
 
 

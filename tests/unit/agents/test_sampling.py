@@ -129,7 +129,8 @@ def test_text_that_may_become_a_stop_text_is_held_back_until_it_cannot() -> None
 def byte_fallback_tokenizer() -> Tokenizer:
     """Return a tokenizer that writes what it has no token for in bytes, as those of Llama 2 and Gemma do."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581on", "on"]
-    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    numbers = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(numbers, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
     )
