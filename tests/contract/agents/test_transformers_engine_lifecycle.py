@@ -138,6 +138,19 @@ async def test_a_reply_ends_where_the_model_knows_no_more_places(tmp_path: Path)
     await engine.close()
 
 
+async def test_a_prompt_without_tokens_fails_alone(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    engine = TransformersEngine(tmp_path, CPU)
+    running = asyncio.create_task(engine.generate(request("fox", **ENDLESS)))
+    await wait_until(lambda: engine.num_running == 1)
+    with pytest.raises(EngineError, match="the prompt has no tokens"):
+        await engine.generate(request(""))
+    assert engine.num_running == 1
+    running.cancel()
+    await engine.close()
+
+
 async def test_of_a_failed_forward_no_memory_is_kept(tmp_path: Path) -> None:
     """Where it ran out amid the layers, some have grown and others not: no later forward could use them."""
     engine = TransformersEngine(save_tiny_model(tmp_path, vocab_size=300), CPU, idle_s=(600.0, 600.0))
