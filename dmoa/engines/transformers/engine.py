@@ -164,7 +164,9 @@ class TransformersEngine:
         self._adapters.check(request.adapter)
         tokens = self._encode(request.messages, request.sampling)
         if not tokens:  # its forward would fail, and take all that runs beside it along
-            raise EngineError(f"{self._name}: the prompt has no tokens; ask something, or use a chat template with marks of its own")
+            raise EngineError(
+                f"{self._name}: the prompt has no tokens; ask something, or use a chat template with marks of its own"
+            )
         is_opened, opening = opened_thought(self._tokenizer, tokens, request.messages)
         room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         sampling = request.sampling
