@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from dataclasses import replace
@@ -426,14 +427,18 @@ class _Cluster:
         return len([self.kept.pop(key) for key in list(self.kept) if key.startswith(prefix)])
 
 
-@pytest.mark.parametrize("is_same_pool", [True, False])
-async def test_a_deploy_with_another_place_serves_the_gate_that_was_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same_pool: bool
-) -> None:
-    """Of the same pool: another pool's gates stay where they are."""
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a router actor asks of its cluster, without one."""
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=False))
     monkeypatch.setattr(internal_kv, "global_gcs_client", _Cluster())
     monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app: SimpleNamespace(options=lambda **_: name))
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("is_same_pool", [True, False])
+async def test_a_deploy_with_another_place_serves_the_gate_that_was_installed(tmp_path: Path, is_same_pool: bool) -> None:
+    """Of the same pool: another pool's gates stay where they are."""
     here, there = (pool(router={"state_uri": (tmp_path / name).as_uri()}) for name in ("here", "there"))
     if not is_same_pool:
         singers = [{"name": name, "llm": "tiny", "profile": "Sing."} for name in AGENTS]
@@ -442,3 +447,16 @@ async def test_a_deploy_with_another_place_serves_the_gate_that_was_installed(
     await actor.install(files_of(trained(tmp_path, 1)))
     current = await actor.configure(there.model_dump_json())
     assert (current == version_of(tmp_path / "checkpoint-1"), len(await actor.history())) == (is_same_pool, 1 + is_same_pool)
+
+
+@pytest.mark.usefixtures("cluster")
+async def test_an_agent_of_the_ingress_that_was_late_takes_part_again(tmp_path: Path) -> None:
+    llms = {"tiny": {"model": "scripted:x", "engine": "scripted", "placement": "ingress"}}
+    config = pool(llms=llms, router={"state_uri": tmp_path.as_uri(), "probe_interval_s": 0.1})
+    actor = RouterActor(config.model_dump_json(), "app", watch_interval_s=60.0)
+    for _ in range(2):
+        await actor.report_unavailable("adder", "its last replies came too late", 0.05)
+        assert (await actor.status()).masked == ("adder",)
+        async with asyncio.timeout(5):
+            while (await actor.status()).masked:  # noqa: ASYNC110 another task of the actor changes it
+                await asyncio.sleep(0.02)
