@@ -48,9 +48,10 @@ audit: setup
 	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)-audit/freeze.txt
 	$(VENV)-audit/bin/pip-audit --requirement $(VENV)-audit/freeze.txt --no-deps --disable-pip
 
-# What a change needs at every save: no Ray, no process, no model. Plug-ins that its tests do not need are not loaded.
+# What a change needs at every save: no Ray, no process, no model. Plug-ins that its tests do not need are not loaded. Three
+# processes are for two cores: now and then a test waits.
 fast: setup
-	$(PYTEST) --tx=2*popen --dist=each -p no:schemathesis -p no:anyio -m "not contract and not real_model and not accept" --junitxml=out/tests/fast.xml tests/unit $(PYTEST_ARGS)
+	$(PYTEST) --tx=3*popen --dist=each -p no:schemathesis -p no:anyio -m "not contract and not real_model and not accept" --junitxml=out/tests/fast.xml tests/unit $(PYTEST_ARGS)
 
 # On two processes: one takes the tests on Ray, which come first and wait a good deal, the other one all that need none.
 test: setup

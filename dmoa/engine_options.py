@@ -142,7 +142,7 @@ class TransformersOptions(EngineOptions):
     """CPU threads of the engine; None: half of the cores, because the small operations of small models gain little from more,
     lose much where another process wants a core, and gateway, router and encoder need theirs."""
     max_model_len: int = Field(default=2048, ge=64, le=1048576)
-    """Longest prompt plus reply in tokens."""
+    """Longest prompt plus reply in tokens; where the model was made for fewer, that is the limit."""
     prefix_cache: bool = True
     """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
 

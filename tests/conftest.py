@@ -1,4 +1,4 @@
-"""Settings that must be made before torch is loaded, what a unit test may not do, and how tests are dealt to two processes."""
+"""Settings that must be made before torch is loaded, what a unit test may not do, and how tests are dealt to processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 import time
-import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from xdist.workermanage import WorkerController
 
 from dmoa import sandbox
 from tests.examples import is_all
+from tests.logged import LOGGED, Logged
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow everything some thirty times on a busy machine
 
@@ -31,6 +31,7 @@ _OF_OTHER_TIERS = ("contract", "accept", "real_model")
 _started: list[str] = []
 
 
+logging.getLogger().addHandler(LOGGED)
 gc.disable()  # until all tests are collected: their imports make millions of objects that stay
 
 
@@ -40,22 +41,28 @@ def pytest_collection_finish() -> None:
     It is given back last, for extension modules that complain of what is never freed.
     """
     gc.freeze()
+    # What is frozen does not count, so that all the rest would be looked through again and again while a test makes many records.
+    gc.set_threshold(100_000, 20, 20)
     gc.enable()
     atexit.register(gc.unfreeze)
 
 
 _FONTS = "fc-list"
 """What matplotlib starts when it is imported for the first time on a machine, to find fonts."""
+_STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"})
 
 
 def _on_audit(event: str, arguments: tuple[object, ...]) -> None:
-    if arguments and arguments[0] == _FONTS:
-        return
-    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"):
+    # Millions of events a run: most are none of these.
+    if event in _STARTS and not (arguments and arguments[0] == _FONTS):
         _started.append(f"{event} {arguments[0] if arguments else ''}")
 
 
 sys.addaudithook(_on_audit)
+
+
+def _is_fast(config: pytest.Config) -> bool:
+    return "not contract" in str(config.option.markexpr)
 
 
 def _is_unit(item: pytest.Item) -> bool:
@@ -69,13 +76,16 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Fail a unit test that starts a process or takes too long; every test's processor time stands in the JUnit file."""
     _started.clear()
     before = time.process_time()
-    result = yield
+    try:
+        result = yield
+    finally:
+        if LOGGED.records:
+            item.add_report_section("call", "log", LOGGED.text)
     cpu_s = time.process_time() - before
     item.user_properties.append(("cpu_s", round(cpu_s, 3)))
     if _is_unit(item):
         assert not _started, f"a unit test starts no process, see the marker `contract`: {_started}"
-        is_fast = "not contract" in str(item.config.option.markexpr)
-        most_s = UNIT_CPU_S if is_fast else UNIT_CPU_S * _BESIDE_OTHERS
+        most_s = UNIT_CPU_S if _is_fast(item.config) else UNIT_CPU_S * _BESIDE_OTHERS
         assert cpu_s <= most_s, f"{cpu_s:.1f} s of processor time, a unit test takes {most_s} at most"
     return result
 
@@ -84,12 +94,27 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 def _leaves_nothing_open() -> Iterator[None]:
     """Look for garbage at the end of every file: what was left open fails a test there, not whichever runs when it is found.
 
-    Nor does a Ray that a file has joined stay for the next one.
+    What stays, such as modules and what they keep, need not be looked through at the end of every later file. Nor does a Ray
+    that a file has joined stay for the next one.
     """
     yield
     gc.collect()
+    gc.freeze()
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         sys.modules["ray"].shutdown()  # whoever joined one: the next file finds a process without
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _leaves_nothing_open_for_later(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Look once more after the last test through all that stayed at the end of a file: what became garbage since then.
+
+    It takes a second or two, which `make fast` leaves to `make test`.
+    """
+    yield
+    if not _is_fast(pytestconfig):
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -99,14 +124,22 @@ def _host_is_known() -> None:
     sandbox.probe_levels()
 
 
+@pytest.fixture
+def logged() -> Logged:
+    """What the test has logged."""
+    return LOGGED
+
+
 @pytest.fixture(autouse=True)
 def _same_logging() -> Iterator[None]:
-    """Leave dmoa's logger as it was: commands set its level for their whole process."""
+    """Leave dmoa's logger as it was, as commands set its level for their whole process, and nothing that was logged."""
     logger = logging.getLogger("dmoa")
     level, handlers = logger.level, list(logger.handlers)
     yield
-    logger.setLevel(level)
+    if logger.level != level:  # to set it clears what every logger of the process knows of its own
+        logger.setLevel(level)
     logger.handlers[:] = handlers
+    LOGGED.clear()
 
 
 _TOGETHER = (
@@ -136,10 +169,27 @@ def pytest_configure_node(node: WorkerController) -> None:
     node.workerinput["has_share"] = node.config.getoption("dist") == "each"
 
 
+_SHARES = (("agents", "cli", "training"), ("core", "evaluation"))
+"""Folders of unit tests that one process each of `make fast` has; another one has the rest. Files of a folder import much the
+same, which takes seconds a process; the rest waits a good deal, so that its share of the work is smaller."""
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--dist=each`, let a process collect its own share of the files: to collect all of them takes each 16 seconds."""
+    """With `--dist=each`, let a process collect its own share of the folders: to collect all of them takes each 16 seconds."""
     mine = getattr(config, "workerinput", None)
-    if mine is None or not mine["has_share"] or not collection_path.name.startswith("test_"):
+    if mine is None or not mine["has_share"] or collection_path.parent != Path(__file__).parent / "unit":
         return None
-    is_other = zlib.crc32(collection_path.name.encode()) % int(mine["workercount"]) != int(mine["workerid"].removeprefix("gw"))
+    if not (collection_path.is_dir() or collection_path.name.startswith("test_")):
+        return None
+    share = next((place for place, names in enumerate(_SHARES) if collection_path.name in names), len(_SHARES))
+    is_other = share % int(mine["workercount"]) != int(mine["workerid"].removeprefix("gw"))
     return is_other or None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let a report of what passed be short: three a test go from process to process."""
+    report = yield
+    if report.passed:
+        report.keywords, report.sections = {}, []
+    return report

@@ -120,15 +120,17 @@ def bench(
     results: list[BenchResult] = []
     groups = group(only)
     refuse_engine(engine, [name for ids in groups.values() for name in ids])
-    for module, ids in groups.items():
-        common.say(f"measuring {', '.join(ids)}")
-        found = _measure(module, ids, rounds, engine)
-        results += found
-        for result in found:
-            common.say(f"{result.id}: {result.value:.4g} {result.unit}")
-    print_results(results)
-    report = BenchReport(machine=machine(), results=results)
-    common.write_json(report.model_dump(mode="json"))
+    try:
+        for module, ids in groups.items():
+            common.say(f"measuring {', '.join(ids)}")
+            found = _measure(module, ids, rounds, engine)
+            results += found
+            for result in found:
+                common.say(f"{result.id}: {result.value:.4g} {result.unit}")
+    finally:  # what was measured is told, whatever becomes of the rest
+        if results:
+            print_results(results)
+            common.write_json(BenchReport(machine=machine(), results=results).model_dump(mode="json"))
     if any(result.passed is False for result in results):
         raise typer.Exit(EXIT_FAILED)
 

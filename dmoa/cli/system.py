@@ -109,8 +109,13 @@ def _compute() -> Iterator[Check]:
         yield Check(name="gpus", status="fail", detail=f"torch cannot be imported: {error}")
         return
     count = torch.cuda.device_count()
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
-    yield Check(name="gpus", status="ok", detail=names or "none that torch sees; engines run on the CPU")
+    try:
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
+    except RuntimeError as error:  # a driver that is too old, or a device that does not answer
+        why = " ".join(str(error).split())[:300]
+        yield Check(name="gpus", status="fail", detail=f"{count} here, which torch cannot use: {why}; mend the driver")
+    else:
+        yield Check(name="gpus", status="ok", detail=names or "none that torch sees; engines run on the CPU")
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     detail = f"{cores} cores, torch uses {threads}"
     advice = f"; set OMP_NUM_THREADS to {cores} or less" if threads > cores else ""

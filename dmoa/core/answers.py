@@ -1,8 +1,9 @@
 r"""Finds what a reply answers: the one reader for stopping, selection, agreement, the scorers and the reports.
 
 A reply states its answer in a LaTeX box, a line `#### X`, "Answer: X" and its like, or a JSON object with an answer; else a short
-reply is its answer, and of longer prose the last number. Thoughts count for nothing, and a question that a model made up after
-its answer is not read. Only the end of a long reply is read, so any text is read in bounded time. Source: ours.
+reply is its answer, and of longer prose the last number. The last statement counts; what is said about one that was given, as in
+"This answer is rounded to 2 decimals", is none. Thoughts count for nothing, and a question that a model made up after its answer
+is not read. Only the end of a long reply is read, so any text is read in bounded time. Source: ours.
 """
 
 from __future__ import annotations
@@ -45,9 +46,28 @@ _MARK = re.compile(
 )
 _NO_MARK = re.compile(
     r"\b(?:find|get|give|gives|know|see|reach|compute|calculate|determine|obtain|derive|check|verify|write|an?)"
-    r"[ \t]+(?:(?:the|your|our|my|this|that|final|correct|right|complete)[ \t]+){0,3}\Z",
+    r"[ \t]+(?:(?:the|your|our|my|this|that|final|correct|right|complete)[ \t]+){0,3}\Z"
+    r"|\b(?:confidence|certainty)(?:[ \t]+(?:level|score))?[ \t]+(?:in|of|for|about)[ \t]+(?:(?:the|my|this|final)[ \t]+){0,2}\Z",
     re.IGNORECASE,
 )
+# "The answer is rounded to 2 decimals" speaks about an answer that was given; "... is rounded to 12" gives one.
+_IS_PROSE = re.compile(r"\b(?:is|was|be)\s*\Z", re.IGNORECASE)
+_ENDS = r"(?=\s*(?:\W*\Z|[.,;!)]|(?:and|but|because|since|as|for|with|in|by|to|if|when|under|given|based|due|less|greater)\b))"
+_REMARK = re.compile(
+    r"\A[\W_]*(?:(?:indeed|also|therefore|thus|then|now|clearly|simply|already|always|still|just|only|quite|both)\s+)*(?:"
+    r"(?:correct|right|reasonable|sensible|plausible|valid|consistent|accurate|exact|complete|final|unique|positive|negative"
+    rf"|an?\s+(?:\w+\s+)?(?:integer|number|fraction|decimal|percentage|approximation|estimate|expression)){_ENDS}"
+    r"|in\s+(?:the\s+)?(?:\w+\s+)?(?:paragraph|passage|text|context)\b"
+    r"|(?P<measure>(?:less|more|greater|smaller|larger|higher|lower|fewer)\s+than\b|at\s+(?:least|most)\b"
+    r"|in\s+(?!fact\b|(?:the\s+)?[0-9])|the\s+same\b(?!.*[0-9]))"
+    r"|(?:based|rounded|obtained|derived|found|verified|confirmed|checked|supported|justified|computed|calculated|determined|left"
+    r"|reached|given|stated|provided|expressed|written|represented|presented|shown|measured|simplified)"
+    r"(?=\s*(?:\W*\Z|[.,;!)]|(?:(?:\w+ly|up|down|off)\s+)?(?:on|to|by|in|from|with|as|using|for|at|above|twice|again|and|because)\b))"
+    r"(?!(?:\s+\w+)?\s+(?:to\s+be|by|to|as)\s+[\W_]*[0-9](?!\S*[\s-]*(?:decimal|significant|place|digit|d\.?p|s\.?f))"
+    r"|[^.]{0,40}\sas\s+(?!an?\b|the\b|requested|required|asked|above|instructed|specified|needed|shown)))",
+    re.IGNORECASE,
+)
+_OPPOSITE = re.compile(r"\W*(?:incorrect|wrong|left|invalid)\b", re.IGNORECASE)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*([^\n]*)$", re.MULTILINE)
 _BRACES = re.compile(r"\\(?:boxed|fbox)[ ]?\{|\{|\}")
 _NEXT_TO = re.compile(r"[\s.,;:$*]*")
@@ -62,6 +82,7 @@ _REFUSAL = re.compile(
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*)?(?:question|problem|q|exercise|human|user|instruction)(?:\*\*)?[ \t]*:", re.IGNORECASE
 )
+_END_OF_TURN = re.compile(r"<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text)\|>|<end_of_turn>")
 _MADE_UP = re.compile(
     r"\?\s|(?:^|[.!]\s)[ \t]*(?:find|calculate|determine|compute|work out)\s+(?:the|how|what|which)\b", re.I | re.M
 )
@@ -152,18 +173,30 @@ def open_reply(text: str) -> ReplyText:
     final = final_statement(prose)
     if json_answer is not None:
         span = plain_text(json_answer.span).strip()
-        after = final_statement(plain_text(said[json_answer.end :].replace("```", " ")))
+        after = final_statement(plain_text(said[json_answer.end :].replace("```", " ")), given=span)
         final = replace(after, before=span) if after is not None and after.span else Final(span, how="json")
     return ReplyText(prose, final, code)
 
 
 def without_next_question(text: str) -> str:
-    """Cut a reply where, after a statement, the model asks itself the next question."""
+    """Cut a reply where its turn ends, or where, after a statement, the model asks itself the next question."""
+    text = _turn(text)
     first = next((mark for mark in re.finditer(f"(?:{_MARK.pattern})\\S|{_HASHES.pattern}", text, _MARK.flags)), None)
     if first is None:
         return text
     question = _NEXT_QUESTION.search(text, first.end())
     return text[: question.start()] if question else text
+
+
+def _turn(text: str) -> str:
+    """Cut a reply at the token that ends a turn, where one stands at the end of a line; text that speaks about it goes on."""
+    for ended in _END_OF_TURN.finditer(text):
+        if text[ended.end() : ended.end() + 2].lstrip(" ")[:1] in ("", "\n", "<"):
+            text = text[: ended.start()] if text[: ended.start()].strip() else text
+            break
+    while (bare := text.rstrip()).endswith(("</s>", "<eos>")):
+        text = bare[: bare.rfind("<")]
+    return text
 
 
 def is_refusal(prose: str) -> bool:
@@ -185,15 +218,13 @@ def json_answer(text: str) -> str | None:
 
 def _json_answer(text: str) -> Statement | None:
     """Return the answer of the last JSON object that has one, also of an object that does not parse as a whole."""
-    found: Statement | None = None
-    for key in _JSON_KEY.finditer(text):
-        opening = text.rfind("{", 0, key.start())
-        if opening < 0:
-            continue
-        value, end = _json_value(text, key.end())
-        closing = text.find("}", end)
-        found = Statement(value, opening, len(text) if closing < 0 else closing + 1, "json")
-    return found
+    keys = list(_JSON_KEY.finditer(text))
+    opening = text.rfind("{", 0, keys[-1].start()) if keys else -1
+    if opening < 0:
+        return None
+    value, end = _json_value(text, keys[-1].end())
+    closing = text.find("}", end)
+    return Statement(value, opening, len(text) if closing < 0 else closing + 1, "json")
 
 
 def _json_value(text: str, start: int) -> tuple[str, int]:
@@ -215,13 +246,13 @@ def _with_latex(value: str) -> str:
     return re.sub(r"\t(?=ext|imes|heta|an\b)", r"\\t", value)
 
 
-def final_statement(prose: str) -> Final | None:
-    """Return what a plain text states last; None if it states nothing."""
-    found = statement_places(prose)
-    given = [statement for statement in found if statement.span]
-    if not given:
+def final_statement(prose: str, *, given: str = "") -> Final | None:
+    """Return what a plain text states last; None if it states nothing. `given`: the answer that stands before the text."""
+    found = statement_places(prose, given=given)
+    places = [statement for statement in found if statement.span]
+    if not places:
         return Final("") if found else None
-    last, before = given[-1], given[-2] if len(given) > 1 else None
+    last, before = places[-1], places[-2] if len(places) > 1 else None
     is_next = before is not None and _NEXT_TO.fullmatch(prose, before.end, last.start)
     return Final(last.span, before.span if before and is_next else None, before.span if before else None, last.how)
 
@@ -231,11 +262,14 @@ def last_line(prose: str) -> str:
     return prose.rstrip().rpartition("\n")[2].strip()
 
 
-def statement_places(prose: str) -> list[Statement]:
-    """Return all statements by position; a box inside a marked line stands for the line."""
+def statement_places(prose: str, *, given: str = "") -> list[Statement]:
+    """Return all statements by position; a box inside a marked line stands for the line.
+
+    What is said about an answer before it ("The answer is rounded to 2 decimals") states none; `given` stands before the text.
+    """
     boxes = _boxes(prose)[-_MAX_STATEMENTS:]
     marks = list(_MARK.finditer(prose))[-_MAX_STATEMENTS:]
-    found = list(boxes)
+    found, remarks = list(boxes), list[Statement]()
     for number, mark in enumerate(marks):
         if _NO_MARK.search(prose[max(0, mark.start() - 40) : mark.start()]):
             continue
@@ -244,14 +278,29 @@ def statement_places(prose: str) -> list[Statement]:
         if number + 1 < len(marks):
             end = max(mark.end(), min(end, marks[number + 1].start()))
         span = prose[mark.end() : end].strip()
+        if end < len(prose) and prose[end] != "\n" and (ends := list(SENTENCE_END.finditer(span))):
+            span = span[: ends[-1].end()]  # the rest of the line begins the next statement
         if "\n" not in mark[0]:  # on a line of its own it is the mark of a list
             span = re.sub(r"\A[-\u2013\u2014]\s+(?=[$\u20ac\u00a3]?[0-9.])", "-", span)
         if _LETS_THINK.match(span):
             continue
         if not any(mark.start() <= box.start < end for box in boxes):
-            found.append(Statement(span, mark.start(), end))
+            is_remark = _IS_PROSE.search(mark[0]) is not None and _REMARK.match(span) is not None
+            (remarks if is_remark else found).append(Statement(span, mark.start(), end))
     found += _hashed(prose)
+    first = min((place for place in found if place.span), key=lambda place: place.start, default=None)
+    for remark in remarks:
+        before = given or (first.span if first and first.start < remark.start else "")
+        if not _is_about(remark.span, before):
+            found.append(remark)
     return sorted(found, key=lambda statement: statement.start)
+
+
+def _is_about(remark: str, before: str) -> bool:
+    """Whether a remark speaks about the answer before it; `in 1896` and `less than 5` may be others where that is words."""
+    match = _REMARK.match(remark)
+    is_other = match is not None and match["measure"] is not None and not re.search(r"[0-9]|\A\W*\w\W*\Z", before)
+    return bool(before) and not is_other and not _OPPOSITE.match(before)
 
 
 def _hashed(prose: str) -> list[Statement]:
@@ -369,18 +418,39 @@ def _span_answer(span: str) -> tuple[str | None, Kind]:
         return None, "number"
     if is_symbolic(span):
         return span, "expression"
-    number = _numeric_line(_without_reason(span))
+    number = _numeric_line(_main_part(span))
     if number:
         return number, "number"
     return (None, "number") if _is_range(span) else (_normal_text(span) or None, "text")
 
 
-def _without_reason(span: str) -> str:
-    """Cut a statement where, after its number, it says why: `0, as 12 is too few`, unless a result follows."""
+def _main_part(span: str) -> str:
+    """Return a statement without why (`0, as 12 is too few`), on what condition (`7 when x = 2`) and asides with `=`."""
     reason = _REASON.search(span)
-    if reason is None or not find_numbers(span[: reason.start()]) or _GOES_ON.search(span, reason.end()):
+    if reason and find_numbers(span[: reason.start()]) and not _GOES_ON.search(span, reason.end()):
+        span = span[: reason.start()]
+    if "=" in span and find_numbers(bare := _EQUATION_ASIDE.sub(" ", span)):
+        span = bare
+    first = _leading_number(span)
+    condition = _CONDITION.match(span, first.end) if first and not (_CALENDAR.search(span) or _RANGE.search(span)) else None
+    if condition is None or _RESULT.search(span, condition.end()):
         return span
-    return span[: reason.start()]
+    if condition["loose"] and (_GOES_ON.search(span, condition.end()) or _CALCULATED.match(span, condition.end())):
+        return span
+    return span[: condition.end("unit")]
+
+
+def _leading_number(span: str) -> FoundNumber | None:
+    """Return the number that a span begins with, if it does."""
+    first = next(iter_numbers(span), None)
+    leading = _LEADING.match(span)
+    return first if first and first.start <= (leading.end() if leading else 0) <= first.end else None
+
+
+def is_ordinal(answer: str) -> bool:
+    """Tell whether an answer is an ordinal and nothing else, such as 6th, which counts as the number 6."""
+    ordinal = _ORDINAL.fullmatch(answer)
+    return ordinal is not None and not ordinal[2].strip()
 
 
 def is_denied(text: str, place: int, end: int | None = None) -> bool:
@@ -421,7 +491,7 @@ def _short(prose: str) -> str | None:
         return None
     if any(is_denied(line, match.start(), match.end()) for match in _CHOICE_INSIDE.finditer(line)):
         return None
-    return _numeric_line(_without_reason(line)) or _normal_text(line) or None
+    return _numeric_line(_main_part(line)) or _normal_text(line) or None
 
 
 def _numeric_line(line: str) -> str | None:
@@ -433,7 +503,10 @@ def _numeric_line(line: str) -> str | None:
     if value is not None:
         return spelled(value)
     found = _outside_asides(result)
-    if len(found) > 1 and len(line.split()) <= _MAX_LISTING_WORDS and not _GOES_ON.search(result, found[-2].end, found[-1].start):
+    if len(found) > 1 and _is_total(result):
+        found = found[:1]
+    is_short = len(line.split()) <= _MAX_LISTING_WORDS
+    if len(found) > 1 and (_is_several(result) or (is_short and not _GOES_ON.search(result, found[-2].end, found[-1].start))):
         return None
     return spelled(found[-1].value) if found and found[-1].value is not None else None
 
@@ -473,8 +546,30 @@ _TRAILING = re.compile(r"(?:[A-Za-z$\u20ac\u00a3\u00a5%.,;:!?\"')\]}>*\s\u00b0/]
 _UNIT_WORDS = re.compile(r"[ \t][ \tA-Za-z.]*\Z")
 _GOES_ON = re.compile(r"\b(?:so|thus|therefore|hence|total|altogether|makes?|leaves?|which is|that is|equals?)\b", re.IGNORECASE)
 _ALTERNATIVE = re.compile(r"\s?[A-Za-z%]{0,12}\s?(?:\bor\b|\bto\b|[-\u2013\u2014])\s?\Z", re.IGNORECASE)
-_ORDINAL = re.compile(r"\W*([0-9]{1,6})(?:st|nd|rd|th)\b[A-Za-z\s]{0,40}\W*", re.IGNORECASE)
+_ORDINAL = re.compile(r"\W*([0-9]{1,6})(?:st|nd|rd|th)\b([A-Za-z\s]{0,40})\W*", re.IGNORECASE)
 _LIST = re.compile(r"\W*[-$]?[0-9.]+%?(?:(?:,\s+|;\s*|,?\s+(?:and|&)\s+)[-$]?[0-9.]+%?){1,20}\W*")
+_RESULT = re.compile(r"\b(?:so|thus|therefore|hence)\b", re.IGNORECASE)
+# After a number and its unit; a loose one may also be a part of a calculation, as in `10 pens at $5 each = $50`.
+_CONDITION = re.compile(
+    r"(?P<unit>(?:(?!\b(?:so|thus|therefore|hence|or|makes?|leaves?|equals?|that|which)\b)[^0-9=(]){0,24}?)[ \t,;:$]*"
+    r"(?:\b(?:attained|reached|achieved|obtained)\s+)?"
+    r"(?:\b(?:when|where|if|given|assuming|meaning|using|provided)\b|\b(?P<loose>for|with|at|across|less|more)\b"
+    r"|\bwhich\s+is\s+(?=\S+\s+(?:\w+\s+){0,2}(?:more|less|fewer|times|greater|higher|lower|larger|smaller|older|younger)\b))",
+    re.IGNORECASE,
+)
+_CALCULATED = re.compile(r"[^=]*[0-9][^=]*=")
+_EQUATION_ASIDE = re.compile(r"(?<![A-Za-z0-9])\((?:[^()=]|\([^()]*\))*=(?:[^()]|\([^()]*\))*\)")
+_TOTAL = re.compile(
+    r"[^0-9,;:=]{0,30}?\b(?:total|altogether|in\s+all)\b(?!\s+(?:of|is|was|are|comes|makes)\b|\s*[$=]?[0-9])", re.IGNORECASE
+)
+_NO_UNIT = (
+    "and|of|out|or|to|per|each|more|less|fewer|total|altogether|in|so|thus|that|which|is|are|was|were|makes?|than|for|at|with|by|after"
+    "|before|left|remain|from|times|every|when|where|if|because|since|as|minus|plus|divided|multiplied"
+)
+_UNIT = rf"(?:\s*[%\u00b0]|(?:[\s-]+(?!(?:{_NO_UNIT})\b)[A-Za-z'\u2019]+){{1,3}})"
+_QUANTITY = rf"[$\u20ac\u00a3]?[0-9.,/]+{_UNIT}"
+_SEVERAL = re.compile(rf"\W*{_QUANTITY}(?:\s*(?:,|;|&|\band\b|,\s*and\b|\s)\s*{_QUANTITY})+\W*")
+_OBJECT = re.compile(r"\s*\{[^{}:=]{1,80}:")
 _RANGE = re.compile(r"\bbetween\b[^\n]*\band\b", re.IGNORECASE)
 
 
@@ -522,7 +617,7 @@ def read_number(text: str) -> Reading:
 
 def _json_number(value: str) -> Reading:
     """Return the number of a value in JSON: of several sentences or steps, the last one ends in it."""
-    is_worked = len(SENTENCE_END.split(value.strip())) > 1
+    is_worked = not _is_several(value) and len(SENTENCE_END.split(value.strip())) > 1
     return _last_reading(value) if is_worked else _span_number(value)
 
 
@@ -555,13 +650,26 @@ def _is_range(span: str) -> bool:
     return bool(_RANGE.search(span)) or any(_ALTERNATIVE.fullmatch(span, a.end, b.start) for a, b in pairwise(found))
 
 
+def _is_total(part: str) -> bool:
+    """Whether a part begins with a number that is said to be the total: 18 in total, 6 of them red."""
+    first = _leading_number(part)
+    return first is not None and _TOTAL.match(part, first.end) is not None and not _RESULT.search(part, first.end)
+
+
+def _is_several(part: str) -> bool:
+    """Whether a part gives several quantities and no one number: 4 red and 6 blue, 7 hours 30 minutes, an object of JSON."""
+    bare = _ASIDE.sub(" ", part[:_MAX_SPAN_CHARS])
+    is_listed = _OBJECT.match(bare) is not None or _SEVERAL.fullmatch(bare) is not None
+    return is_listed and len({number.value for number in find_numbers(bare)}) > 1
+
+
 def _span_number(span: str) -> Reading:
     """Return the number that a statement amounts to."""
     span = SENTENCE_END.split(span[:_MAX_SPAN_CHARS], maxsplit=1)[0]
     left = without_denial(span)
     if left is None:
         return _DENIAL
-    span = _without_reason(left)
+    span = _main_part(left)
     parts = [part.strip() for part in span.split("=") if part.strip()]
     if not parts:
         return _NONE
@@ -575,19 +683,18 @@ def _span_number(span: str) -> Reading:
 def _part_number(part: str) -> Reading:
     value = expression_value(_UNIT_WORDS.sub("", part.strip(" .$")))
     found = find_numbers(part)
-    leading = _LEADING.match(part)
-    begin = leading.end() if leading else 0
-    is_first = bool(found) and found[0].start <= begin <= found[0].end
+    is_first = _leading_number(part) is not None
     if is_first and _TRAILING.fullmatch(part, found[0].end):
         return Reading(found[0].value, "") if found[0].value is not None else _AMBIGUOUS
     if value is not None:
         return Reading(value, "")
     if not found and (ordinal := _ORDINAL.fullmatch(part)):
         return Reading(Fraction(ordinal[1]), "")
-    if not found or _is_range(part):
+    if not found or _is_range(part) or _is_several(part):
         return _NONE
     outside = _outside_asides(part)
-    number = found[0] if is_first and not _GOES_ON.search(part, found[0].end) else outside[-1]
+    is_result = not is_first or (_GOES_ON.search(part, found[0].end) is not None and not _is_total(part))
+    number = outside[-1] if is_result else found[0]
     if is_denied(part, number.start):
         return _DENIAL
     return Reading(number.value, "") if number.value is not None else _AMBIGUOUS

@@ -1,7 +1,8 @@
 """Gives a reply the key of its answer: replies whose keys are equal agree. The equality is the one that scorers use.
 
-A number is its exact value, a choice its letter, a Python literal its value, a mathematical expression its values at fixed points
-(`core/expressions`), and anything else its words. Source: ours.
+A number is its exact value (6th is 6; several quantities, which score as no number, are words), a choice its letter, a Python
+literal its value, a mathematical expression its values at fixed points (`core/expressions`), and anything else its words. Source:
+ours.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
-from dmoa.core.answers import canonical_answer, read_answer, read_number
+from dmoa.core.answers import canonical_answer, is_ordinal, read_answer, read_number
 from dmoa.core.literals import read_literal
 from dmoa.core.numbers import spelled
 
@@ -53,8 +54,8 @@ def _key(reply: str, form: Form) -> str | None:
     found = read_answer(reply)
     if found.value is None:
         return None
-    number = read_number(reply).value if found.kind == "number" else None
-    return f"{found.kind}:{canonical_answer(found.value) if number is None else spelled(number)}"
+    number = read_number(reply).value if found.kind == "number" or is_ordinal(found.value) else None
+    return f"{found.kind}:{canonical_answer(found.value)}" if number is None else f"number:{spelled(number)}"
 
 
 _kept_key = lru_cache(maxsize=1024)(_key)

@@ -233,19 +233,19 @@ class LabelModel:
         factor_R: Array = total_R / (known_RA.sum(axis=1) + (1 - share) / share)
         return factor_R
 
-    def truth(self, witnesses: Witnesses) -> Truth:
-        """Return what the replies of each query say about its truth."""
+    def truth(self, witnesses: Witnesses, right_RAK: Array | None = None) -> Truth:
+        """Return what the replies of each query say about its truth; `right_RAK`: what `logits` says, where that is known."""
         _, weight_K = nodes(self.spread)
-        right_RAK = 1 / (1 + np.exp(-self.logits(witnesses)))
+        right_RAK = 1 / (1 + np.exp(-self.logits(witnesses))) if right_RAK is None else right_RAK
         log_prior_RZ = outcome_evidence(witnesses, self.noise)
         return truth_posterior(witnesses.answer_RA, right_RAK, self.copy_AA, weight_K, log_prior_RZ, self.order)
 
     def right_probability(self, witnesses: Witnesses) -> Array:
         """Return the probability of each agent being right, given its row's replies [R, A]; beforehand if not asked."""
-        truth = self.truth(witnesses)
+        right_RAK = 1 / (1 + np.exp(-self.logits(witnesses)))
+        truth = self.truth(witnesses, right_RAK)
         given_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
-        node_RK = truth.weight_RZK.sum(axis=1)
-        prior_RA = np.einsum("rak,rk->ra", 1 / (1 + np.exp(-self.logits(witnesses))), node_RK)
+        prior_RA = np.einsum("rak,rk->ra", right_RAK, truth.weight_RZK.sum(axis=1))
         return np.where(witnesses.asked, given_RA, prior_RA)
 
     def foretold(self, witnesses: Witnesses) -> Array:
@@ -378,7 +378,8 @@ def _fitted(
 ) -> LabelModel:
     """Return the model after so many rounds of expectation and maximisation from where it is."""
     for _ in range(rounds):
-        model = _maximised(model, witnesses, context_R, weight_R, held_open(model.truth(witnesses), side_RZ))
+        p_RAK = 1 / (1 + np.exp(-model.logits(witnesses)))
+        model = _maximised(model, witnesses, context_R, weight_R, held_open(model.truth(witnesses, p_RAK), side_RZ), p_RAK)
     return model
 
 
@@ -418,7 +419,7 @@ def _led_by_doubt(
         truth = held_open(told().truth(alike), side_RZ)
         right_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
         slope_A, middle_A = _two_kinds(witnesses.doubt_RA - start.doubt_mean_A, right_RA, weight_R[:, None] * witnesses.asked)
-        found = _maximised(prior, witnesses, context_R, weight_R, truth)
+        found = _maximised(prior, witnesses, context_R, weight_R, truth, 1 / (1 + np.exp(-prior.logits(witnesses))))
         sd = min(found.context_sd, _DOUBT_CONTEXT_SD)
         prior = replace(prior, ability_CA=found.ability_CA, copy_AA=found.copy_AA, context_sd=sd)
     return told()
@@ -486,12 +487,16 @@ def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) ->
     )
 
 
-def _maximised(model: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, truth: Truth) -> LabelModel:
-    """Return the model after one step of maximisation: a Newton step of competences and slopes, then the shared errors."""
+def _maximised(
+    model: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, truth: Truth, p_RAK: Array
+) -> LabelModel:
+    """Return the model after one step of maximisation: a Newton step of competences and slopes, then the shared errors.
+
+    `p_RAK`: the probability of each agent being right before answers are compared.
+    """
     asked_RA = witnesses.asked
     right_RAK = right_of(truth.weight_RZK, witnesses.answer_RA) * weight_R[:, None, None]
     all_RAK = truth.weight_RZK.sum(axis=1)[:, None, :] * (asked_RA * weight_R[:, None])[:, :, None]
-    p_RAK = 1 / (1 + np.exp(-model.logits(witnesses)))
     slope_RA = (right_RAK - all_RAK * p_RAK).sum(axis=2)
     curve_RA = (all_RAK * p_RAK * (1 - p_RAK)).sum(axis=2)
     member_CR = (context_R == np.arange(len(model.ability_CA))[:, None]).astype(np.float64)

@@ -203,7 +203,8 @@ def _places(said: str) -> Iterator[tuple[str, How, str]]:
     """Yield the texts where an answer is stated, from the one that counts most on."""
     field, field_end = _field(said)
     places = [(match.start(), match["said"], "an assertion") for match in _ASSERTED.finditer(said) if "??" not in match["said"]]
-    places += [(place.start, place.span, "stated") for place in statement_places(said) if place.span]
+    given = field or (places[0][1] if places else "")
+    places += [(place.start, place.span, "stated") for place in statement_places(said, given=given) if place.span]
     after = [place for place in places if field is None or place[0] >= field_end]
     for _, span, reason in sorted(after, reverse=True)[:3]:
         if field is None or _key_of(span, is_whole=False) is not None:

@@ -63,14 +63,14 @@ def truth_posterior(
     is_used_RZ = np.zeros((num_rows, num_truths), dtype=bool)
     is_used_RZ[:, -1] = True
     rows = np.arange(num_rows)
-    for answer_R in answer_RA.T:
-        is_used_RZ[rows[answer_R >= 0], answer_R[answer_R >= 0]] = True
+    said_ARZ = answer_RA.T[:, :, None] == np.arange(num_truths)
+    is_used_RZ |= said_ARZ.any(axis=0)
     log_RZK[~is_used_RZ] = -np.inf
     log_right_RAK, log_wrong_RAK = np.log(right_RAK), np.log1p(-right_RAK)
     order = order[(answer_RA[:, order] > NOT_ASKED).any(axis=0)]
     for place, agent in enumerate(order):
         answer_R = answer_RA[:, agent]
-        shared_RZ = shared_errors(answer_RA, copy_AA[agent], order[:place])
+        shared_RZ = shared_errors(said_ARZ, copy_AA[agent], order[:place])
         is_given_R = answer_R >= 0
         said_R = np.maximum(answer_R, 0)
         # Given z, the wrong answers are those of the other classes.
@@ -96,18 +96,14 @@ def held_open(truth: Truth, side_RZ: Array) -> Truth:
     return truth._replace(weight_RZK=np.where(np.asarray(side_RZ.any(axis=1))[:, None, None], open_RZK, truth.weight_RZK))
 
 
-def shared_errors(answer_RA: IntArray, copy_A: Array, before: IntArray) -> Array:
+def shared_errors(said_ARZ: npt.NDArray[np.bool_], copy_A: Array, before: IntArray) -> Array:
     """Return how probable it is that an agent, if wrong, repeats each class of wrong answers given before it [R, Z].
 
     Of several agents with one answer the one counts that it errs most alike with: a crowd of copies is one witness.
     """
-    num_rows, num_agents = answer_RA.shape
-    shared_RZ = np.zeros((num_rows, num_agents + 1))
-    rows = np.arange(num_rows)
+    shared_RZ = np.zeros(said_ARZ.shape[1:])
     for other in before:
-        given = answer_RA[:, other] >= 0
-        row, said = rows[given], answer_RA[given, other]
-        shared_RZ[row, said] = np.maximum(shared_RZ[row, said], copy_A[other])
+        np.maximum(shared_RZ, said_ARZ[other] * copy_A[other], out=shared_RZ)
     return shared_RZ
 
 

@@ -53,13 +53,13 @@ def standing(
     available_A: npt.NDArray[np.bool_] | None = None,
 ) -> Standing:
     """Return where the one query of `witnesses` [1, A] stands and what each further reply is worth."""
-    truth = model.truth(witnesses)
+    before_RAK = 1 / (1 + np.exp(-model.logits(witnesses)))
+    truth, before_AK = model.truth(witnesses, before_RAK), before_RAK[0]
     answer_A = witnesses.answer_RA[0]
     is_open_A = (answer_A == NOT_ASKED) & ~(model.copy_AA[:, answer_A >= 0] >= ONE_WITNESS).any(axis=1)
     if available_A is not None:
         is_open_A = is_open_A & available_A
     weight_ZK = truth.weight_RZK[0]
-    before_AK = 1 / (1 + np.exp(-model.logits(witnesses)[0]))
     given_A = right_of(truth.weight_RZK, witnesses.answer_RA)[0].sum(axis=1)
     right_A = np.where(answer_A == NOT_ASKED, before_AK @ weight_ZK.sum(axis=0), given_A)
     leader = _leader(weight_ZK.sum(axis=1), answer_A, before_AK.mean(axis=1))

@@ -122,10 +122,10 @@ class OutcomeTable:
         value_P, model = prior_P.copy(), start
         for _ in range(_ROUNDS):
             model = replace(start, ability_CA=(design_AP @ value_P)[None])
-            truth = model.truth(witnesses)
+            p_RAK = 1 / (1 + np.exp(-model.logits(witnesses)))
+            truth = model.truth(witnesses, p_RAK)
             right_RAK = right_of(truth.weight_RZK, witnesses.answer_RA)
             all_RAK = truth.weight_RZK.sum(axis=1)[:, None, :] * witnesses.asked[:, :, None]
-            p_RAK = 1 / (1 + np.exp(-model.logits(witnesses)))
             slope_A = (right_RAK - all_RAK * p_RAK).sum(axis=(0, 2))
             curve_A = (all_RAK * p_RAK * (1 - p_RAK)).sum(axis=(0, 2))
             slope_P = design_AP.T @ slope_A - precision_P * (value_P - prior_P)

@@ -46,12 +46,14 @@ def encode_chat(
     is_forged = any(map(controls.are_in, (*(message.content for message in messages), *_texts_of(list(tools)))))
     offered = {"tools": [controls.broken_tree(tool) for tool in tools] if is_forged else list(tools)} if tools else {}
     is_continued = messages[-1].role == "assistant"
-    text = tokenizer.apply_chat_template(
-        [
-            {"role": message.role, "content": controls.broken(message.content) if is_forged else message.content}
-            for message in messages
-        ],
-        tokenize=False,
+    turns = [
+        {"role": message.role, "content": controls.broken(message.content) if is_forged else message.content}
+        for message in messages
+    ]
+    text = _rendered(
+        tokenizer,
+        turns,
+        model,
         add_generation_prompt=not is_continued,
         continue_final_message=is_continued,
         **dict(settings) | offered,
@@ -61,6 +63,21 @@ def encode_chat(
     # The backend's own call: transformers' sets padding on the shared tokenizer, which is not safe among threads.
     tokens: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     return tokens
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]], model: str, **options: Any) -> str:
+    """Return a conversation as the chat template writes it; where that takes no system text, the first question begins with it.
+
+    Raises EngineError.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    except Exception as error:  # the template is a program that came with the model
+        if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise EngineError(f"{model}: its chat template refuses the conversation: {why}") from error
+    first = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+    return _rendered(tokenizer, [first, *turns[2:]], model, **options)
 
 
 def opened_thought(tokenizer: Any, tokens: Sequence[int], messages: Sequence[Message]) -> tuple[bool, str]:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,7 @@ MANIFEST = "dmoa-manifest.json"
 _LAYOUT = 1  # part of the folder's name: a change in the conversion makes a new folder
 _PIP_TIMEOUT_S = 1800.0
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _IDENTITY_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja"})
 
 Progress = Callable[[str], None]
@@ -351,13 +352,15 @@ def _content_hash(folder: Path) -> str:
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps([str(folder.resolve()), stamps]).encode()).hexdigest()
     remembered = cache_root() / "hashes" / key
-    if remembered.is_file():
-        return remembered.read_text(encoding="ascii")
+    with suppress(OSError, ValueError):  # a cache that cannot be used costs time alone
+        if _DIGEST.fullmatch(found := remembered.read_text(encoding="ascii")):
+            return found
     digest = _combine({p.name: hash_file(p) for p in files})
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=remembered.parent, delete=False) as handle:
-        handle.write(digest)
-    Path(handle.name).replace(remembered)
+    with suppress(OSError):
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=remembered.parent, delete=False) as handle:
+            handle.write(digest)
+        Path(handle.name).replace(remembered)
     return digest
 
 

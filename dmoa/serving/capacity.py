@@ -126,10 +126,17 @@ def joined_supply(address: str) -> Supply:
 
 
 def local_supply() -> Supply:
-    """Return the GPUs of this machine, as torch sees them."""
+    """Return the GPUs of this machine, as torch sees them. Raises ConfigError for those that it cannot use."""
     import torch
 
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    try:
+        devices = [torch.cuda.get_device_properties(i) for i in range(count)]
+    except RuntimeError as error:  # a driver that is too old, or a device that does not answer
+        raise ConfigError(
+            f"this machine has {count} GPU(s) that torch cannot use ({' '.join(str(error).split())[:300]}); mend the driver, "
+            "hide them by CUDA_VISIBLE_DEVICES= , or name a cluster by --address"
+        ) from error
     groups: dict[tuple[str, int], int] = {}
     for device in devices:
         key = (str(device.name), int(device.total_memory))
@@ -536,7 +543,8 @@ class DryRun:
 def dry_run(config: Config, address: str | None = None) -> DryRun:
     """Return what starting a pool would come to, on the Ray at `address` or else on this machine.
 
-    Reads configuration files of models, never weights. Raises ConfigError where no Ray answers at the address.
+    Reads configuration files of models, never weights. Raises ConfigError where no Ray answers at the address, or as
+    `local_supply`.
     """
     supply = joined_supply(address) if address else local_supply()
     used = [config.llms[agent.llm] for agent in callable_agents(config)]

@@ -106,12 +106,17 @@ def wait_ready(url: str, mark: str, timeout_s: float, *, patience_s: float = FOR
 
     Raises ConfigError where another one answers on the same port, NoAgentError if it is not ready in time.
     """
+    # A new connection every time, and none through a proxy: it is the own server that is asked.
+    with httpx.Client(timeout=READY_TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+        _wait_ready(client, url, mark, timeout_s, patience_s)
+
+
+def _wait_ready(client: httpx.Client, url: str, mark: str, timeout_s: float, patience_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     last, in_a_row, foreign_since = "no answer", 0, None
     while time.monotonic() < deadline:
         try:
-            # A new connection every time, and none through a proxy: it is the own server that is asked.
-            reply = httpx.get(f"{url}/readyz", timeout=READY_TIMEOUT_S, trust_env=False)
+            reply = client.get(f"{url}/readyz")
         except httpx.HTTPError as error:
             last, in_a_row = str(error) or type(error).__name__, 0
         else:

@@ -55,8 +55,8 @@ class Observatory:
 
     async def gates(self) -> dict[str, Any]:
         """Return the current gate and the history. Raises NoAgentError while the router is away."""
-        history = await self._ask("history")
-        return {"current": history[-1]["version"] if history else None, "history": history}
+        history, status = await self._ask("history"), await self._ask("status")
+        return {"current": status.gate_version, "history": history}  # the last entry may be of an offer that was refused
 
     async def rollback(self, version: str | None, note: str) -> dict[str, Any]:
         """Make an earlier gate current again. Raises RequestError where there is none such."""

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -283,6 +284,7 @@ def _histogram(values: Iterable[float], top: float) -> list[int]:
     return counts
 
 
+@cache
 def described_filter() -> list[dict[str, Any]]:
     """Return the parameters of the list for the OpenAPI document."""
     fields = TraceFilter.model_json_schema()["properties"]

@@ -62,12 +62,17 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
     collect = partial(_collect, config=config, common=common, options=options, command=command)
     if options.rollouts is not None:
         return _look(options.rollouts, out, config, common, options, collect)
+    sources = sources_of(options, config, out, common)
+    with goes_on(f"the same command with --out {out} goes on from here"), opened_ray(options.address):
+        collect(sources, out / "dense")
+        return _look(out / "dense", out, config, common, options, collect)
+
+
+def sources_of(options: ProbeOptions, config: Config, out: Path, common: Common) -> dict[str, Any]:
+    """Return what is asked, as `RolloutOptions` has it: queries, benchmarks, or those that a pool has recorded replies to."""
     queries: Any = options.queries or (None if options.benchmarks else _recorded_queries(config, out, common, options))
     benchmarks = options.benchmarks or ("" if queries else DEFAULT_SUITES)
-    sources = {"queries": queries or (), "benchmarks": benchmarks, "data_dir": options.data_dir}
-    with goes_on(f"the same command with --out {out} goes on from here"), opened_ray(options.address):
-        collect({**sources, "limit": options.limit}, out / "dense")
-        return _look(out / "dense", out, config, common, options, collect)
+    return {"queries": queries or (), "benchmarks": benchmarks, "data_dir": options.data_dir, "limit": options.limit}
 
 
 def _recorded_queries(config: Config, out: Path, common: Common, options: ProbeOptions) -> list[dict[str, str]] | None:

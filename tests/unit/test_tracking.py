@@ -19,6 +19,7 @@ import pytest
 
 from dmoa import tracking
 from dmoa.tracking import is_logged, keep_group, keep_run_id, open_tracker
+from tests.logged import Logged
 from tests.unit.offline_runs import synced
 
 SECRET = "hunter2-do-not-show"
@@ -100,21 +101,21 @@ def test_a_torn_line_stays_apart_from_the_next(tmp_path: Path) -> None:
     assert json.loads(lines[2])["metrics"] == {"loss": 1.0}
 
 
-def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, logged: Logged) -> None:
     (tmp_path / "file").write_text("no folder")
     tracker = open_tracker("wandb", run_dir=tmp_path / "file" / "run", name="x", config={"a": 1})
     tracker.log({"loss": 1.0})
     tracker.finish()
-    assert "the run goes on without it" in caplog.text
+    assert "the run goes on without it" in logged.text
 
 
-def test_after_finish_nothing_is_logged_and_nothing_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_finish_nothing_is_logged_and_nothing_raised(tmp_path: Path, logged: Logged) -> None:
     tracker = open_tracker("jsonl", run_dir=tmp_path, name="x")
     tracker.finish()
     tracker.finish()
     tracker.log({"loss": 1.0})
     assert lines_of(tmp_path) == []
-    assert "log after finish" in caplog.text
+    assert "log after finish" in logged.text
 
 
 def test_none_logs_nothing(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_an_id_that_was_kept_before_is_still_the_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.contract
-def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
     monkeypatch.setenv("SOME_ENVIRONMENT", SECRET)
     config = {"gate": {"hidden": 128}, "api_key": SECRET, "url": f"https://me:{SECRET}@host/v1"}
     patience = {"finish_timeout_s": 120.0, "init_timeout_s": 120.0}  # on a busy machine W&B takes longer than users would wait
@@ -193,7 +194,7 @@ def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert part in kept.replace(b": ", b":")
     assert tracker.run_id in run.parent.name
     assert SECRET.encode() not in everything_under(tmp_path)
-    assert caplog.text == ""
+    assert logged.text == ""
     assert len(lines_of(tmp_path)) == 7
 
 
@@ -276,7 +277,7 @@ def test_a_message_that_wandb_refuses_loses_no_other(tmp_path: Path) -> None:
 
 @pytest.mark.contract
 def test_a_server_that_never_answers_slows_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str, logged: Logged
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", silent_server)
     monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
@@ -289,7 +290,7 @@ def test_a_server_that_never_answers_slows_nothing(
     finished_s = time.monotonic() - began
     assert logged_s < 30.0, "logging waited for the server"
     assert finished_s < 45.0, "it waited for its start, not for `finish_timeout_s`"
-    assert "W&B did not end in time" in caplog.text
+    assert "W&B did not end in time" in logged.text
     assert len(lines_of(tmp_path)) == 100
     assert b"f" * 40 not in everything_under(tmp_path)
 
@@ -308,7 +309,7 @@ def test_a_server_that_never_answers_leaves_an_offline_run(
 
 
 @pytest.mark.contract
-def test_a_wandb_that_dies_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wandb_that_dies_stops_nothing(tmp_path: Path, logged: Logged) -> None:
     tracker = open_tracker("wandb", run_dir=tmp_path, name="x", finish_timeout_s=60.0)
     os.kill(wandb_pid(tracker), signal.SIGKILL)
     for step in range(2000):
@@ -316,7 +317,7 @@ def test_a_wandb_that_dies_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptu
     began = time.monotonic()
     tracker.finish()
     assert time.monotonic() - began < 45.0, "it waited for a process that is gone"
-    assert "W&B ended with status -9; metrics.jsonl has everything" in caplog.text
+    assert "W&B ended with status -9; metrics.jsonl has everything" in logged.text
     assert len(lines_of(tmp_path)) == 2000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dmoa.engines.vllm.local import check_parser
 from dmoa.engines.vllm.thoughts import HARMONY, ReasoningFormat, ReplyText, parser_class
 from dmoa.errors import ConfigError
 from dmoa.types import EntropySum, Generation, GenerationRequest, Message, Sampling, TextDelta
+from tests.unit.agents.test_sampling import BYTES, FIRST_BYTE, PLAIN, SPACED
 from tests.vllm.conftest import MAX_MODEL_LEN, Running
 
 session = pytest.mark.asyncio(loop_scope="session")
@@ -133,6 +135,14 @@ async def test_listed_log_probabilities_are_kept_apart_too(vllm: Running, model:
     for entropy, expected in ((found.reasoning_entropy, nats[:7]), (found.entropy, nats[7:])):
         assert (entropy.tokens, entropy.kind) == (7, "truncated")
         assert abs(entropy.sum_nats - sum(expected)) <= entropy.slack_nats + PER_TOKEN_NATS * 7
+
+
+def test_half_a_character_after_a_whole_one_does_not_end_the_call() -> None:
+    emoji = [FIRST_BYTE + byte for byte in "\U0001f600".encode()]
+    reply = ReplyText(ReasoningFormat(SimpleNamespace(backend_tokenizer=BYTES)), [PLAIN], (True, "<think>"))
+    reply.feed("on\U0001f600on</think>on", [PLAIN, *emoji, *emoji[:2], SPACED, PLAIN])  # its tags are no tokens here
+    reply.finish()
+    assert len(reply.answer_tokens()) == 9
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Take one token; return the text that may be shown now: it cannot be part of a stop text."""
         self._tokens.append(token)
-        piece = self._decoder.step(self._tokenizer, token)
+        piece = self._decoded(token)
         if piece:
             self._extend(piece)
         self._ends.append(len(self._text))
@@ -179,6 +179,18 @@ class TextStream:
             if whole.startswith(self._text):
                 self._extend(whole[len(self._text) :])
         return self._release(0)
+
+    def _decoded(self, token: int) -> str:
+        """Return the text that the newest token adds; bytes before it that are no text are left out where they spoil what was."""
+        try:
+            return self._decoder.step(self._tokenizer, token) or ""
+        except Exception:  # tokenizers has no other: bytes that are no text have changed how those before them are decoded
+            self._decoder = DecodeStream(ids=[token], skip_special_tokens=not self._keeps_special)
+            before, after = (
+                self._tokenizer.decode(tokens, skip_special_tokens=not self._keeps_special)
+                for tokens in (self._tokens[:-1], self._tokens)
+            )
+            return str(after[len(before) :]) if after.startswith(before) else ""
 
     def _extend(self, piece: str) -> None:
         longest = max(map(len, self._stop), default=1)
@@ -344,6 +356,7 @@ class DecodeLoop:
         """Forget every sequence: after a failure nothing that is in their rows can be trusted."""
         self._rows.clear()
         self._waiting.clear()
+        self._kv.release()  # some layers may have grown and others not, where memory ran out
 
     @property
     def held_bytes(self) -> int:
@@ -470,6 +483,8 @@ class DecodeLoop:
 
     def _take(self, sequences: Sequence[Running], logits_BV: Tensor) -> float:
         """Pick and hand out the next token of every sequence, evict the finished; return the seconds spent on entropy."""
+        if logits_BV.is_cuda:
+            torch.cuda.synchronize(logits_BV.device)  # else the forward, which still runs there, would count as entropy
         began = time.perf_counter()
         entropies = token_entropy(logits_BV).tolist()
         entropy_s = time.perf_counter() - began

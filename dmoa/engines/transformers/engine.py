@@ -81,6 +81,7 @@ class TransformersEngine:
             check_adapter(f"adapters.{name}", folder, base=base, engine="transformers")
         loaded = load_model(model, self._options, has_adapters=bool(folders), gpu=gpu)
         self._label = loaded.label
+        self._max_model_len = loaded.max_model_len
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
         self._keeps_special = has_special_marks(loaded.tokenizer.backend_tokenizer)
@@ -162,8 +163,12 @@ class TransformersEngine:
             raise EngineError(f"{self._name}: the engine is closed; start it again")
         self._adapters.check(request.adapter)
         tokens = self._encode(request.messages, request.sampling)
+        if not tokens:  # its forward would fail, and take all that runs beside it along
+            raise EngineError(
+                f"{self._name}: the prompt has no tokens; ask something, or use a chat template with marks of its own"
+            )
         is_opened, opening = opened_thought(self._tokenizer, tokens, request.messages)
-        room = room_for_reply(len(tokens), self._options.max_model_len, model=self._name)
+        room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         sampling = request.sampling
         listener = _Listener(asyncio.get_running_loop())
         sequence = Running(
@@ -190,11 +195,14 @@ class TransformersEngine:
 
     def _run(self) -> None:
         use_threads(self._options)
+        is_open = True
         with torch.inference_mode():
-            while self._take_inbox():
+            while is_open:
                 try:
-                    assert self._loop is not None
-                    self._loop.step()
+                    is_open = self._take_inbox()
+                    if is_open:
+                        assert self._loop is not None
+                        self._loop.step()
                 except Exception as error:  # kept in what every request in flight raises; the engine goes on
                     self._fail_all(error)
                 self._flush()

@@ -192,7 +192,12 @@ class PrefixStore:
         return len(tokens) - self.find(adapter, tokens)[1] >= self._min_tokens
 
     def put(self, entry: StoredPrefix) -> None:
-        """Store one prompt, dropping stored ones that it extends and the least recently used ones beyond the limit."""
+        """Store one prompt, dropping stored ones that it extends and the least recently used ones beyond the limit.
+
+        One that is larger than the limit by itself is not stored, and nothing goes for it.
+        """
+        if entry.kv_NTE.nbytes > self._max_bytes:
+            return
         for key, old in list(self._entries.items()):
             if old.adapter == entry.adapter and common_prefix(old.tokens, entry.tokens, len(old.tokens)):
                 self._drop(key)

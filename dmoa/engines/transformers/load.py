@@ -6,6 +6,7 @@ Every option is part of the label that goes into every result, because each may 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import HubModel
 from dmoa.errors import ConfigError
 
+_LOG = logging.getLogger("dmoa.engine")
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 """What transformers raises for files that it can make no model of."""
 
@@ -47,6 +49,8 @@ class LoadedModel:
     num_heads: int
     """Key-value heads."""
     head_size: int
+    max_model_len: int
+    """Longest prompt plus reply in tokens: as the options say, where the model was made for as many."""
     label: str
     """Engine and the options that may change numbers, such as `transformers/bfloat16+compile`."""
 
@@ -91,6 +95,7 @@ def load_model(
         num_layers=config.num_hidden_layers,
         num_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        max_model_len=_max_model_len(name, config, options),
         label=label_of(options),
     )
 
@@ -170,6 +175,16 @@ def _check_attention(name: str, config: Any) -> None:
             f"model: {name!r} has layers with other than full attention; the transformers engine runs models with full "
             "attention only; use engine vllm for this model"
         )
+
+
+def _max_model_len(name: str, config: Any, options: TransformersOptions) -> int:
+    """Return how long a sequence may be; one that is longer than the model knows places fails, with all that run beside it."""
+    most = getattr(config, "max_position_embeddings", None) or options.max_model_len
+    if most < options.max_model_len:
+        _LOG.warning(
+            "engine_kwargs.max_model_len is %d; model %s was made for %d tokens, which holds", options.max_model_len, name, most
+        )
+    return min(most, options.max_model_len)
 
 
 def _quantize(model: Any) -> Any:

@@ -16,7 +16,7 @@ from dmoa.engines.chat_template import load_tokenizer
 from dmoa.engines.models import model_id, resolve_adapter
 from dmoa.engines.size import cached_folder
 from dmoa.engines.vllm.options import cpu_environment, engine_args, gpu_environment, local_source, remote_source, vllm_options
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from dmoa.engines.gpus import GpuSlice
@@ -27,7 +27,7 @@ _ENVIRONMENT = threading.Lock()
 
 
 def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str], gpus: GpuSlice | None = None) -> Any:
-    """Start vLLM for an LLM and return the engine over it, for use in one event loop. Blocks; raises ConfigError.
+    """Start vLLM for an LLM and return the engine over it, for use in one event loop. Blocks; raises ConfigError, EngineError.
 
     `gpus` are its own of those that this process sees; None: all of them.
     """
@@ -79,7 +79,7 @@ def connect(
     gpus: GpuSlice | None = None,
     start: Callable[[dict[str, Any]], Any] = _start,
 ) -> Any:
-    """Start vLLM with these arguments, on GPUs of its own, and return the client. Blocks; raises ConfigError.
+    """Start vLLM with these arguments, on GPUs of its own, and return the client. Blocks; raises ConfigError, EngineError.
 
     `start` makes the client of vLLM's arguments, with the environment that its processes need.
     """
@@ -88,7 +88,11 @@ def connect(
     # Its workers run beside this process, also where that is a part of a Ray job.
     beside = {"distributed_executor_backend": "mp"} if given.num_workers > 1 else {}
     with environment(start_environment(part, given, gpus)):
-        return start({"model": source, **args, **beside})
+        try:
+            return start({"model": source, **args, **beside})
+        except Exception as error:  # whatever vLLM has against the model, its options or the machine
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            raise EngineError(f"model {part.model!r}: vLLM did not start: {why}; what it wrote before may say more") from error
 
 
 def start_environment(part: LlmConfig, given: VllmOptions, gpus: GpuSlice | None) -> dict[str, str]:

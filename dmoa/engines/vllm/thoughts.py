@@ -172,8 +172,12 @@ class ReplyText:
         if self._decoder is None:
             self._decoder = self._format.decoder(self._prompt_tokens, keeps_marks=self._keeps_marks)
         for number in range(len(self._ends), len(self._tokens)):
-            piece = self._decoder.step(self._format.backend, self._tokens[number]) or ""
-            self._ends.append(self._start(number) + len(piece))
+            try:
+                piece = self._decoder.step(self._format.backend, self._tokens[number])
+            except Exception:  # tokenizers has no other: bytes that are no text spoil those before them; vLLM begins anew too
+                self._decoder = self._format.decoder((), keeps_marks=self._keeps_marks)
+                piece = self._decoder.step(self._format.backend, self._tokens[number])
+            self._ends.append(self._start(number) + len(piece or ""))
 
     def _start(self, number: int) -> int:
         return self._ends[number - 1] if number else 0

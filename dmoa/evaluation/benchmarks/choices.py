@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from dmoa.core.answers import THOUGHT_ONLY, is_denied, last_line, open_reply, read_number_span
+from dmoa.core.answers import SENTENCE_END, THOUGHT_ONLY, is_denied, last_line, open_reply, read_number_span, without_denial
 from dmoa.core.numbers import plain_text
 from dmoa.evaluation.benchmarks.base import VALUE, HubSource, ScorerEntry, Slice, Text, UpstreamRow, benchmark, gold_of, unscored
 from dmoa.evaluation.records import Label, Reply, Score
@@ -98,6 +98,17 @@ class AquaRow(UpstreamRow):
 _QUOTES = "\"'\u2018\u2019\u201c\u201d"
 _EDGES = _QUOTES + " \t\r\n$*_{}[]<>\\"
 _LEAD = re.compile(r"(?:the\s+)?(?:(?:correct|best|right|final)\s+)?(?:option|choice|letter|answer)\b(?:\s+is\b)?\s*:?\s*", re.I)
+_PLAIN = re.compile(
+    r"(?:(?:it|that|this)(?:\s+(?:is|must\s+be|has\s+to\s+be|should\s+be)|['\u2019]s)|(?:my|our)\s+(?:choice|pick)\s+is"
+    r"|(?:i|we)(?:\s+(?:would|will)|['\u2019](?:d|ll))?\s+(?:choose|chose|pick|select|say|go\s+(?:with|for)|opt\s+for))\s+",
+    re.I,
+)
+_RESULT = re.compile(r"\b(?:so|thus|therefore|hence|leaving|leaves)\b[,:]?\s*")
+_CLAUSE = re.compile(r"[,;]\s*(?:(?:and|but)\s+)?")
+_SEVERAL = re.compile(r"[0-9][^0-9]*[A-Za-z]{2}[^0-9^]*[0-9]")
+"""Two quantities, such as 7 hours 30 minutes: a choice of them is not the value of either."""
+_MAX_PLAIN_CHARS = 300
+_MAX_PLAIN_WORDS = 8
 _NO_LETTER = "no letter found"
 
 
@@ -119,6 +130,8 @@ class _Patterns:
     conflict: re.Pattern[str]
     listed: re.Pattern[str]
     inside: re.Pattern[str]
+    letter: re.Pattern[str]
+    preferred: re.Pattern[str]
     verdicts: tuple[re.Pattern[str], ...]
 
 
@@ -135,6 +148,10 @@ def _patterns(num_choices: int) -> _Patterns:
         ),
         listed=re.compile(rf"^[ \t]*(?:\(({both})\)|({both})[.):])", re.MULTILINE),
         inside=re.compile(rf"(?<!\w)\(({upper})\)"),
+        letter=re.compile(rf"(?:[Oo]ption\s+|[Cc]hoice\s+)?\(?({upper})\)?(?![\w'])"),
+        preferred=re.compile(
+            rf"\(?({upper})\)?\s+(?:{right}|(?:and|but)\s+not\b|(?:not|over)\s+\(?{upper}\b|rather\s+than\b|instead\s+of\b)"
+        ),
         verdicts=(
             re.compile(rf"\b(?:option|choice|answer)\s+\(?({both})\)?(?![\w'])\s*{right}", re.IGNORECASE),
             re.compile(rf"(?<!\w)\(({both})\)\s*{right}"),
@@ -154,11 +171,15 @@ def read_choice(text: str, choices: Sequence[str]) -> ChosenLetter:
     if reply.is_only_thought:
         return ChosenLetter(None, THOUGHT_ONLY)
     if final is None:
-        return ChosenLetter(None, "the reply refuses to answer") if reply.is_refusal else _unmarked_choice(prose.strip(), choices)
+        if reply.is_refusal:
+            return ChosenLetter(None, "the reply refuses to answer")
+        choice, line = _unmarked_choice(prose.strip(), choices), prose.strip()
+        is_plain = choice.reason == _NO_LETTER and "\n" not in line and len(line.split()) <= _MAX_PLAIN_WORDS
+        return _stated_choice(line, choices) if is_plain else choice
     if not final.span:
         return ChosenLetter(None, "an answer is announced and not given")
-    choice = _span_choice(final.span, choices)
-    rival = _span_choice(final.rival, choices).letter if final.rival else None
+    choice = _stated_choice(final.span, choices)
+    rival = _stated_choice(final.rival, choices).letter if final.rival else None
     if choice.letter and rival and rival != choice.letter:
         return ChosenLetter(None, f"two final answers: {rival} and {choice.letter}")
     return choice
@@ -223,12 +244,36 @@ def _span_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
     return ChosenLetter(by_value, "value of a choice") if by_value else ChosenLetter(None, _NO_LETTER)
 
 
+def _stated_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
+    """Return the choice of a statement, also of one in plain words: it is B; not A, but B; B and not A; A is wrong, so B."""
+    choice = _span_choice(span, choices)
+    if choice.reason != _NO_LETTER:
+        return choice
+    said = SENTENCE_END.split(span[:_MAX_PLAIN_CHARS], maxsplit=1)[0].strip(_EDGES)
+    text = without_denial(said) or ""
+    patterns = _patterns(len(choices))
+    for _ in choices:
+        first = patterns.letter.match(text)
+        if first is None or not is_denied(text, first.start(), first.end()):
+            break
+        then = _RESULT.search(text, first.end()) or _CLAUSE.search(text, first.end())
+        text = text[then.end() :] if then else ""
+    plain = _PLAIN.match(text)
+    text = text[plain.end() if plain else 0 :].strip(_EDGES)
+    found = _span_choice(text, choices) if text and text != said else choice
+    preferred = patterns.preferred.match(text)
+    if preferred and found.reason == _NO_LETTER:
+        return ChosenLetter(preferred[1], "letter")
+    return found
+
+
 def _choice_of_value(span: str, choices: Sequence[str]) -> str | None:
     """Return the letter of the only choice that is a number and has the value of this one; 1/2 is 0.5, 50 percent is 50%."""
     values = [read_number_span(plain_text(choice)) if _is_value(plain_text(choice)) else None for choice in choices]
     wanted = read_number_span(span)
     same = [number for number, value in enumerate(values) if value is not None and value == wanted]
-    return chr(ord("A") + same[0]) if len(same) == 1 else None
+    is_one = len(same) == 1 and not _SEVERAL.search(plain_text(choices[same[0]]))
+    return chr(ord("A") + same[0]) if is_one else None
 
 
 def _is_value(choice: str) -> bool:

@@ -174,8 +174,10 @@ def is_equivalent(said: str, gold: str) -> bool:
     result = _result(said)
     if _key(right) in {_key(said), _key(result or said)}:
         return True
-    if _IN_BASE.search(said) or _IN_BASE.search(gold):
+    if _IN_BASE.search(said):
         return False  # math-verify drops the base
+    if base := _IN_BASE.search(gold):  # the question may say it
+        return _key(said) == _key(gold[: base.start() + 1])
     if result is None and "=" not in gold:
         return False
     if _number(right) is not None and (_number(said) is not None or _PROSE.search(said) or _NO_NUMBER.search(said)):

@@ -68,7 +68,7 @@ def entry() -> ScorerEntry:
         primary="accuracy (Python literal)",
         chance=lambda labels: chance_of([_gold(label) for label in labels]),
         answer_key=_gold,
-        deviation="a string without its quotes is that string",
+        deviation="text without quotes that is no Python literal is a string; quotes of JSON do not count",
     )
 
 

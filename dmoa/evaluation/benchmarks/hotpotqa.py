@@ -92,6 +92,9 @@ class HotpotRow(UpstreamRow):
 F1 = "f1"
 _CLOSED = ("yes", "no", "noanswer")
 _MAX_CHARS = 500
+_MIN_TITLE_CHARS = 4
+"""Shorter words of a title may begin with a small letter."""
+_AS_AN_AI = re.compile(r"\W*as an? (?:ai|assistant|(?:large )?language model)\b", re.IGNORECASE)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -124,9 +127,16 @@ def read_answer(text: str) -> str | None:
     reply = open_reply(text)
     prose, final = reply.prose, reply.final
     said = final.span if final is not None else last_line(prose)
-    if not normalised(said) or is_refusal(said) or (final is None and is_refusal(prose)):
+    if not normalised(said) or (_refuses(said) if final is not None else is_refusal(said) or is_refusal(prose)):
         return None
     return said[:_MAX_CHARS]
+
+
+def _refuses(said: str) -> bool:
+    """Whether a stated answer refuses one; a title such as `I Can't Dance` or `Sorry, I Love You` does not."""
+    words = [word for word in re.findall(r"[\w'\u2019]+", said) if len(word) >= _MIN_TITLE_CHARS]
+    is_title = bool(words) and all(word[0].isupper() for word in words) and not _AS_AN_AI.match(said)
+    return is_refusal(said) and not is_title
 
 
 def entry(deviation: str) -> ScorerEntry:

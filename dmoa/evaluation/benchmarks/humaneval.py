@@ -30,10 +30,11 @@ from dmoa.evaluation.benchmarks.programs import (
     MAX_CHARS,
     MAX_EXTRACTED_CHARS,
     bare_code,
-    code_blocks,
     indented,
     judge_program,
+    program_blocks,
     python_block,
+    with_helpers,
 )
 from dmoa.evaluation.records import Label, Reply, Score
 from dmoa.sandbox.launch import SandboxLimits
@@ -80,8 +81,9 @@ def read_completion(text: str, entry_point: str) -> str | None:
     """Return the code of a reply; None where it has none. Never raises."""
     text = split_reasoning(text).text[:MAX_CHARS]
     defines = _definition(entry_point)
-    defining = [code for _, code in code_blocks(text) if defines.search(code)]
-    return defining[-1] if defining else python_block(text) or bare_code(text)
+    blocks = program_blocks(text)
+    defining = [code for _, code in blocks if defines.search(code)]
+    return with_helpers(blocks, defining[-1]) if defining else python_block(text) or bare_code(text)
 
 
 def program(prompt: str, completion: str, entry_point: str) -> str:

@@ -18,6 +18,7 @@ MAX_CHARS = 200_000
 MAX_EXTRACTED_CHARS = 4_000
 """Characters of code that a score repeats."""
 
+_MAX_HELPER_BLOCKS = 16
 # Possessive (*+), so that a reply of one endless line is not searched in every way.
 _FENCE = re.compile(r"[ \t]*+(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)([^\n]*+)")
 _DEFINITION = re.compile(r"\s{0,40}(?:async )?(?:def|class) \w")
@@ -31,6 +32,13 @@ _CODE_LINE = re.compile(
     r"|[A-Za-z_][\w.]*(?:\[[^\n]*\])?\([^\n]*$)"
 )
 _ERROR = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception|Warning|Exit|Interrupt|Iteration)(?::|\Z)")
+_NAME = re.compile(r"(?<![.\w])[A-Za-z_]\w*")
+_MADE = re.compile(r"^(?:(?:async )?(?:def|class) (?=\w)|(?=[A-Z_0-9]+ ?=))(\w+)", re.MULTILINE)
+_IMPORT = re.compile(r"^(?:from [\w.]+ )?import ([^\n#]+)", re.MULTILINE)
+# At any depth, and also what a loop, an alias or an import names.
+_DEFINED = re.compile(
+    r"(?:(?<=def )|(?<=class )|(?<=for )|(?<=as )|(?<=import ))([A-Za-z_]\w*)|(?<![.\w])([A-Za-z_]\w*)(?= ?=(?!=))"
+)
 _CONTINUED = re.compile(r"[)\]}#\"'\\]|[rfbu]{1,2}[\"']")
 
 
@@ -122,11 +130,47 @@ def _quoted_after(line: str, quote: str) -> str:
     return quote
 
 
+def program_blocks(text: str) -> list[tuple[str, str]]:
+    """Return the blocks of a reply that hold anything; of a block of JSON that has an answer, that answer."""
+    found: list[tuple[str, str]] = []
+    for language, code in code_blocks(text):
+        is_json = language.startswith("json") or (not language and code.lstrip().startswith("{"))
+        if is_json and (said := json_answer(code)) is not None:
+            inner = [block for block in code_blocks(said) if block[1].strip()]
+            found += inner or [("json", f"{said}\n")]
+        elif code.strip():
+            found.append((language, code))
+    return found
+
+
 def python_block(text: str) -> str | None:
-    """Return the last block that says it is Python, else the last one; None without blocks that hold anything."""
-    blocks = [block for block in code_blocks(text) if block[1].strip()]
+    """Return the last block that says it is Python, else the last of no named language, else the last; None without blocks."""
+    blocks = program_blocks(text)
     named = [code for language, code in blocks if language.startswith("py")]
-    return named[-1] if named else blocks[-1][1] if blocks else None
+    bare = [code for language, code in blocks if not language]
+    return next((each[-1] for each in (named, bare, [code for _, code in blocks]) if each), None)
+
+
+def with_helpers(blocks: list[tuple[str, str]], code: str) -> str:
+    """Return one of several blocks behind the Python blocks before it that define names which it uses and does not define."""
+    python = [block for language, block in blocks if not language or language.startswith("py")]
+    before = python[: len(python) - 1 - python[::-1].index(code)] if code in python else []
+    missing = _missing_names(code)
+    for block in reversed(before[-_MAX_HELPER_BLOCKS:]):
+        if _made_names(block) & missing:
+            code, missing = f"{block}\n{code}", missing | _missing_names(block)
+    return code
+
+
+def _missing_names(block: str) -> set[str]:
+    """Return the names that a block uses and does not define, those of Python itself among them."""
+    return set(_NAME.findall(block)) - {name for pair in _DEFINED.findall(block) for name in pair}
+
+
+def _made_names(block: str) -> set[str]:
+    """Return the functions, classes, imports and constants that a block makes at its top level."""
+    imports = {name for line in _IMPORT.findall(block) for name in re.findall(r"(\w+)\s*\)?\s*(?:,|\Z)", line)}
+    return imports | set(_MADE.findall(block))
 
 
 def bare_code(text: str) -> str | None:

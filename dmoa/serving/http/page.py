@@ -21,7 +21,7 @@ from dmoa.errors import RequestError
 from dmoa.serving.http.errors import LenientPaths, install_handlers, json_response
 from dmoa.serving.http.fields import WHOLE, RequestModel
 from dmoa.serving.http.requests import parse_body
-from dmoa.serving.http.responses import failures, posted
+from dmoa.serving.http.responses import failures, posted, replied
 from dmoa.serving.http.service import SwarmService
 from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, described_filter
 from dmoa.serving.what_if import DecidedStep
@@ -257,25 +257,27 @@ def unknown_run(run_id: str) -> RequestError:
 
 
 BODIES: tuple[type[BaseModel], ...] = (RollbackRequest, WhatIfRequest, BranchRequest)
-"""Request records for the OpenAPI document."""
+"""Request records for the OpenAPI document, ..."""
+REPLIES: tuple[type[BaseModel], ...] = (StatusReply, TracePage, GatesReply, RollbackReply, WhatIfReply, BranchReply, RunsReply)
+"""... and those of replies."""
 
 
 def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow) -> None:
     """Add the page and its routes to an app; `follow` runs a query that the page has made, and keeps it."""
     routes, base = PageRoutes(getter, follow), "/v1/dmoa"
     html = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
-    listed = {"response_model": TracePage, "responses": failures(400, 401), "openapi_extra": {"parameters": described_filter()}}
+    listed = replied(TracePage, 400, 401) | {"openapi_extra": {"parameters": described_filter()}}
     app.add_api_route("/page/{name}", asset, methods=["GET"], include_in_schema=False)
     for method, path, endpoint, document in (
         ("GET", "/", page, {"responses": html | failures()}),
-        ("GET", f"{base}/status", routes.status, {"response_model": StatusReply, "responses": failures(401)}),
+        ("GET", f"{base}/status", routes.status, replied(StatusReply, 401)),
         ("GET", f"{base}/traces", routes.traces, listed),
-        ("GET", f"{base}/gates", routes.gates, {"response_model": GatesReply, "responses": failures(401, 503)}),
+        ("GET", f"{base}/gates", routes.gates, replied(GatesReply, 401, 503)),
         ("POST", f"{base}/gates/rollback", routes.rollback, posted(RollbackReply, RollbackRequest, 403, 503)),
         ("POST", f"{base}/traces/{{trace_id}}/what-if", routes.what_if, posted(WhatIfReply, WhatIfRequest, 503)),
         ("POST", f"{base}/traces/{{trace_id}}/branch", routes.branch, posted(BranchReply, BranchRequest, 429, 503, 504)),
-        ("GET", f"{base}/runs", routes.runs, {"response_model": RunsReply, "responses": failures(401)}),
-        ("GET", f"{base}/runs/{{run_id}}", routes.run, {"response_model": dict[str, Any], "responses": failures(401, 404)}),
+        ("GET", f"{base}/runs", routes.runs, replied(RunsReply, 401)),
+        ("GET", f"{base}/runs/{{run_id}}", routes.run, replied(None, 401, 404)),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
 

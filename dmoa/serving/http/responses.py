@@ -410,62 +410,80 @@ _ERRORS: dict[int, str] = {
     503: "No agent is left (`no_agent`), or every contribution was empty (`empty_answer`).",
     504: "The deadline passed before any contribution existed.",
 }
-_OF_QUERIES = (400, 401, 404, 413, 415, 422, 429, 503, 504)
-NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": NotReadyReply, "description": "Agents are down."}}
+_OF_BODIES = (400, 401, 404, 413, 415)
+_OF_QUERIES = (422, 429, 503, 504)
+
+
+def shown(model: type[BaseModel], description: str = "Done.") -> dict[str, Any]:
+    """Return FastAPI's description of a reply; `install_document` adds the record.
+
+    Given as `model` FastAPI would build a validator of its own for each status of each route, which no reply of ours needs.
+    """
+    return {"description": description, "content": {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}}
 
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return FastAPI's `responses` of a route that may fail with these statuses, and unexpectedly."""
-    found: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorReply, "description": _ERRORS[status]} for status in sorted({*statuses, 500})
-    }
+    found: dict[int | str, dict[str, Any]] = {status: shown(ErrorReply, _ERRORS[status]) for status in sorted({*statuses, 500})}
     if 429 in found:
         found[429]["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": RETRY_AFTER_S}}}
     return found
 
 
-def completions(request: type[BaseModel], reply: Any) -> dict[str, Any]:
+def replied(reply: type[BaseModel] | None, *statuses: int) -> dict[str, Any]:
+    """Return FastAPI's arguments for a route that answers with a reply, any JSON object for None, or fails with these."""
+    if reply is None:
+        return {"response_model": dict[str, Any], "responses": failures(*statuses)}
+    return {"response_model": None, "responses": {200: shown(reply)} | failures(*statuses)}
+
+
+def completions(request: type[BaseModel], reply: type[BaseModel] | None) -> dict[str, Any]:
     """Return FastAPI's arguments for a route that takes a request of ours and answers with a reply or a stream."""
     data = {"type": "string", "description": "One chunk as JSON, an error object as JSON, or `[DONE]`."}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "With `stream: true`."}
-    body = {"application/json": {"schema": {"$ref": _REF.format(model=request.__name__)}}}
-    return {
-        "response_model": reply,
-        "responses": {200: {"content": {"text/event-stream": {"schema": event}}}} | failures(*_OF_QUERIES),
-        "openapi_extra": {"requestBody": {"required": True, "content": body}},
-    }
+    document = posted(reply, request, *_OF_QUERIES)
+    document["responses"].setdefault(200, {}).setdefault("content", {})["text/event-stream"] = {"schema": event}
+    return document
 
 
-def posted(reply: type[BaseModel], body: type[BaseModel], *statuses: int) -> dict[str, Any]:
-    """Return FastAPI's arguments for another route that takes a body of ours."""
+def posted(reply: type[BaseModel] | None, body: type[BaseModel], *statuses: int) -> dict[str, Any]:
+    """Return FastAPI's arguments for a route that takes a body of ours."""
     content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
-    return {
-        "response_model": reply,
-        "responses": failures(400, 401, 404, 413, 415, *statuses),
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
-    }
+    extra = {"requestBody": {"required": True, "content": content}}
+    return replied(reply, *_OF_BODIES, *statuses) | {"openapi_extra": extra}
 
 
-def install_document(app: FastAPI, *, has_keys: bool, bodies: tuple[type[BaseModel], ...] = ()) -> None:
-    """Complete the document that FastAPI makes of the routes: the schemas of requests, which are not read by it, and keys.
+def install_document(
+    app: FastAPI, *, has_keys: bool, bodies: tuple[type[BaseModel], ...] = (), replies: tuple[type[BaseModel], ...] = ()
+) -> None:
+    """Complete the document that FastAPI makes of the routes: schemas of requests and replies, which it is not told, and keys.
 
-    `bodies`: records of requests beside those of the completions and outcomes.
+    `bodies`, `replies`: records beside those of the completions, outcomes and failures.
     """
     make = app.openapi
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _complete(make(), has_keys, bodies)
+            _complete(make(), has_keys, (*_BODIES, *bodies), (*_REPLIES, *replies))
         return make()
 
     app.openapi = build  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
 
 
-def _complete(document: dict[str, Any], has_keys: bool, bodies: tuple[type[BaseModel], ...]) -> None:
+_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, OutcomeRequest)
+_REPLIES: tuple[type[BaseModel], ...] = (ErrorReply, ReadyReply, NotReadyReply, ChatReply, TextReply, OutcomeReply)
+
+
+def _complete(
+    document: dict[str, Any], has_keys: bool, bodies: tuple[type[BaseModel], ...], replies: tuple[type[BaseModel], ...]
+) -> None:
     components = document["components"]
-    kinds: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, OutcomeRequest, *bodies)
-    _, requests = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REF)
-    components["schemas"] |= requests["$defs"]
+    _, sent = models_json_schema([(kind, "serialization") for kind in replies], ref_template=_REF)
+    for about in (one for schema in sent["$defs"].values() for one in schema.get("properties", {}).values()):
+        if about.get("default", "") is None:
+            del about["default"]  # as FastAPI's own: what is null in a reply stands there, or is left out
+    _, requests = models_json_schema([(kind, "validation") for kind in bodies], ref_template=_REF)
+    components["schemas"] = dict(sorted((components["schemas"] | sent["$defs"]).items())) | requests["$defs"]
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():

@@ -129,22 +129,25 @@ def create_app(
         )
     app.add_middleware(errors.LenientPaths)
     app.add_middleware(errors.SurpriseGuard)
-    fails, text = responses.failures, {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    fails, replied = responses.failures, responses.replied
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    ready = replied(responses.ReadyReply)
+    ready["responses"][503] = responses.shown(responses.NotReadyReply, "Agents are down.")
     for method, path, endpoint, document in (
         ("POST", "/v1/chat/completions", front.chat, responses.completions(requests.ChatRequest, responses.ChatReply)),
         ("POST", "/v1/completions", front.completion, responses.completions(requests.CompletionRequest, responses.TextReply)),
-        ("POST", "/v1/responses", front.response, responses.completions(ResponsesRequest, dict[str, Any])),
+        ("POST", "/v1/responses", front.response, responses.completions(ResponsesRequest, None)),
         ("GET", "/v1/models", front.models, {"responses": fails(401)}),
         ("GET", "/v1/models/{model:path}", front.model, {"responses": fails(401, 404)}),
         ("GET", "/healthz", front.healthz, {"responses": fails()}),
-        ("GET", "/readyz", front.readyz, {"response_model": responses.ReadyReply, "responses": fails() | responses.NOT_READY}),
+        ("GET", "/readyz", front.readyz, ready),
         ("GET", "/metrics", front.metrics, {"responses": text | fails(401)}),
-        ("GET", "/v1/dmoa/traces/{trace_id}", front.trace, {"response_model": dict[str, Any], "responses": fails(401, 404)}),
+        ("GET", "/v1/dmoa/traces/{trace_id}", front.trace, replied(None, 401, 404)),
         ("POST", "/v1/dmoa/outcomes", front.outcome, responses.posted(responses.OutcomeReply, requests.OutcomeRequest, 429, 503)),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
     page.add_routes(app, service_getter, front.follow)
-    responses.install_document(app, has_keys=bool(key_hashes), bodies=(ResponsesRequest, *page.BODIES))
+    responses.install_document(app, has_keys=bool(key_hashes), bodies=(ResponsesRequest, *page.BODIES), replies=page.REPLIES)
     app.add_route(DOCS_PATH, lambda request: HTMLResponse(responses.docs_page(app.openapi())), methods=["GET"])
     return app
 

@@ -4,6 +4,7 @@ import { get, post } from "./api.js";
 import { facts, folded, h, inline, moment, say, table } from "./dom.js";
 
 const PLAIN = new Set(["version", "action", "previous", "note", "unix_s"]);
+const CHANGES = new Set(["configured", "install", "adapted", "rollback"]); // the other entries are of offers
 
 export async function gates(_, status, signal) {
   const found = await get("/v1/dmoa/gates", signal);
@@ -17,7 +18,9 @@ gates.title = "Gates";
 
 function shown(found, status, redo) {
   const times = new Map();
-  for (const one of found.history) times.set(one.version, { ...one, count: (times.get(one.version)?.count ?? 0) + 1 });
+  for (const one of found.history.filter((each) => CHANGES.has(each.action))) {
+    times.set(one.version, { ...one, count: (times.get(one.version)?.count ?? 0) + 1 });
+  }
   const versions = [...times.values()].reverse();
   return h("div", {},
     facts({ current: found.current ?? "none", "deployed with": status.router?.configured_version, score: status.router?.score }),

@@ -307,6 +307,8 @@ class RouterActor:
             if agent not in self._config.agent_names:  # a new configuration does without it
                 self._probing.discard(agent)
                 return
+            if agent not in deployment_names(self._config):  # it is called from the ingress, which no ping could tell more of
+                break
             try:
                 async with asyncio.timeout(10 * interval):
                     await self._agents.ping(agent)

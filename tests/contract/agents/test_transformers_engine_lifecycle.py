@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.transformers.decode import SPLIT_TOKENS
 from dmoa.engines.transformers.engine import TransformersEngine
-from dmoa.errors import ConfigError, EngineError
+from dmoa.errors import ConfigError, EngineError, PromptTooLongError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
 from tests.unit.agents.conftest import ADAPTERS, plain_model, save_tiny_model, teacher_forced_entropies, tiny_tokenizer
 from tests.unit.agents.openai_server import request
@@ -120,6 +121,54 @@ async def test_a_failing_forward_fails_its_requests_and_no_later_ones(tmp_path: 
     after = await engine.generate(request(shared, max_tokens=4))
     assert after.usage.cached_tokens == 0, "keys and values of a forward that failed were reused"
     assert (await engine.generate(request("?", max_tokens=4))).usage.completion_tokens > 0
+    await engine.close()
+
+
+async def test_a_reply_ends_where_the_model_knows_no_more_places(tmp_path: Path) -> None:
+    """Whatever max_model_len says: its forward would fail there, and take all that runs beside it along."""
+    sizes = {"vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=319)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    engine = TransformersEngine(tmp_path, CPU)
+    found = await engine.generate(request("fox", **ENDLESS))
+    assert found.finish_reason in ("stop", "length")
+    assert found.usage.prompt_tokens + found.usage.completion_tokens <= 64
+    with pytest.raises(PromptTooLongError, match="expected at most 63"):
+        await engine.generate(request("?" * 64))
+    await engine.close()
+
+
+async def test_a_prompt_without_tokens_fails_alone(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    engine = TransformersEngine(tmp_path, CPU)
+    running = asyncio.create_task(engine.generate(request("fox", **ENDLESS)))
+    await wait_until(lambda: engine.num_running == 1)
+    with pytest.raises(EngineError, match="the prompt has no tokens"):
+        await engine.generate(request(""))
+    assert engine.num_running == 1
+    running.cancel()
+    await engine.close()
+
+
+async def test_of_a_failed_forward_no_memory_is_kept(tmp_path: Path) -> None:
+    """Where it ran out amid the layers, some have grown and others not: no later forward could use them."""
+    engine = TransformersEngine(save_tiny_model(tmp_path, vocab_size=300), CPU, idle_s=(600.0, 600.0))
+    with pytest.raises(EngineError, match="IndexError"):
+        await engine.generate(request(tiny_tokenizer().decode(range(300, 320))))
+    assert engine.held_bytes == 0
+    await engine.close()
+
+
+async def test_what_fails_between_two_steps_does_not_end_the_engine(tiny_model: Path) -> None:
+    engine = TransformersEngine(tiny_model, CPU)
+    running = asyncio.create_task(engine.generate(request("fox", **ENDLESS)))
+    await wait_until(lambda: engine.num_running == 1)
+    engine._inbox.put(lambda: torch.empty(1 << 60))  # as keeping a prompt does, where memory runs out
+    with pytest.raises(EngineError, match="RuntimeError"):
+        await running
+    async with asyncio.timeout(10):
+        assert (await engine.generate(request("fox", max_tokens=4))).usage.completion_tokens > 0
     await engine.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -60,6 +61,11 @@ PASSING = {
     "imports from the future": f"```python\nfrom __future__ import annotations\n{WHOLE}```",
     "a script's part that would end it": f"```python\n{WHOLE}\nif __name__ == '__main__':\n    raise SystemExit(input())\n```",
     "prints much": f"```python\n{WHOLE.replace('result = 0', 'result = len(str(print(200_000 * chr(65)))) - 4')}```",
+    "JSON in a block": f"```json\n{json.dumps({'reasoning': 'It adds.', 'answer': WHOLE})}\n```",
+    "a helper in a block before": "```python\ndef add(a, b):\n    return a + b\n```\nThen:\n```python\ndef total(numbers):\n"
+    "    found = 0\n    for number in numbers:\n        found = add(found, double(number))\n    return found\n```",
+    "an example in a block before": f"```python\nresult = total([1, 2])\n```\nThat is:\n```python\n{WHOLE}```",
+    "what it prints in a block behind": "```\n    return sum(double(n) for n in numbers)\n```\nIt prints:\n```text\n6\n```",
     "an indented block in a list": "1. Write\n" + "".join(f"   {line}\n" for line in ["```python", *WHOLE.splitlines(), "```"]),
 }
 FAILING = {

@@ -17,6 +17,7 @@ from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.errors import EngineError
 from dmoa.types import AgentCall, AgentReply, EntropySum, Generation, GenerationRequest, Message, Sampling, TextDelta, TokenUsage
+from tests.logged import Logged
 
 QUESTION = Message(role="user", content="What is 12 times 7?")
 ENTROPY = EntropySum(sum_nats=2.0, sq_sum=1.0, tokens=4)
@@ -92,13 +93,11 @@ async def test_a_price_that_cannot_be_is_not_known(given: float | None, price: f
         (MemoryError(), False),
     ],
 )
-async def test_an_error_of_code_is_told_from_one_of_the_world(
-    error: Exception, is_bug: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_error_of_code_is_told_from_one_of_the_world(error: Exception, is_bug: bool, logged: Logged) -> None:
     reply = await agent_of(ListEngine(error)).call(call_of())
     assert (reply.status, reply.is_bug) == ("failed", is_bug)
-    logged = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert [record.exc_info[1] for record in logged if record.exc_info] == [error] * is_bug
+    told = [record for record in logged.records if record.levelname == "ERROR"]
+    assert [record.exc_info[1] for record in told if record.exc_info] == [error] * is_bug
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from dmoa.errors import AgentUnavailableError, ConfigError
 from dmoa.flat import reply_of
 from dmoa.testing import Fail, FakeAgents, Lose, Say
 from dmoa.types import AgentCall, AgentReply, Message, Sampling, TextDelta
+from tests.logged import Logged
 
 SAME = {"a": "engine", "b": "engine", "c": "another engine"}
 
@@ -321,13 +322,13 @@ def test_workers_that_open_a_new_cache_together_all_can(tmp_path: Path) -> None:
                 store.close()
 
 
-async def test_a_file_that_fails_costs_no_reply(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_file_that_fails_costs_no_reply(tmp_path: Path, logged: Logged) -> None:
     store = CallStore(tmp_path)
     cache = CachedAgents(FakeAgents({"a": Say(text="19")}), store, SAME)
     store.close()
     replies = [await cache.call(call_of()) for _ in range(2)]
     assert [(reply.status, reply.text, reply.is_memoised) for reply in replies] == [("ok", "19", False)] * 2
-    assert len([record for record in caplog.records if "call cache" in record.getMessage()]) == 1
+    assert len([record for record in logged.records if "call cache" in record.getMessage()]) == 1
 
 
 async def test_recorded_replies_to_two_queries_of_one_text_are_two(tmp_path: Path) -> None:

@@ -161,3 +161,17 @@ def test_settings_reach_the_template() -> None:
     for value, text in ((True, "think"), (False, "plain")):
         tokens = encode_chat(tokenizer, said(("user", "hi")), model="tiny", settings=(("enable_thinking", value),))
         assert tokenizer.decode(tokens) == text
+
+
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+
+
+@pytest.mark.parametrize("word", ["12 + 7?", "12 <|end|> 7?"])
+def test_where_a_template_takes_no_system_text_the_first_question_begins_with_it(word: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = REFUSING
+    asked = said(("system", "Be brief."), ("user", word), ("assistant", "19"), ("user", "Sure?"))
+    folded = said(("user", f"Be brief.\n\n{word}"), ("assistant", "19"), ("user", "Sure?"))
+    assert encode_chat(tokenizer, asked, model="m") == encode_chat(TINY, folded, model="m")
+    with pytest.raises(EngineError, match="m: its chat template refuses the conversation: TemplateError: System role not"):
+        encode_chat(tokenizer, said(("system", "Be brief.")), model="m")

@@ -15,6 +15,7 @@ from dmoa.agents.embedder import AsyncEncoder, D, HashEncoder, MiniLmEncoder, _b
 from dmoa.engines import models
 from dmoa.errors import ModelFetchError
 from dmoa.types import FloatArray
+from tests.logged import Logged
 
 TEXTS = ["What is 12 + 7?", "The capital of France is Paris.", "Sort: pear, apple, fig.", "x" * 400, "naïve 日本語 😀"]
 LONG = " ".join(f"word{i} is number {i};" for i in range(120))
@@ -142,7 +143,7 @@ def test_who_multiplies_bfloat16(tmp_path: Path, flags: str, has: bool) -> None:
     assert not has_bfloat16(tmp_path / "missing")
 
 
-def test_a_model_that_is_built_otherwise_is_run_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_is_built_otherwise_is_run_as_it_is(logged: Logged) -> None:
     class Other:
         def __getitem__(self, place: int) -> object:
             return object()
@@ -152,7 +153,7 @@ def test_a_model_that_is_built_otherwise_is_run_as_it_is(caplog: pytest.LogCaptu
 
     forward = _bert_of(Other(), in_bfloat16=False)
     assert [row.tolist() for row in forward([torch.tensor([3, 4]), torch.tensor([5])])] == [[7], [5]]
-    assert "run as it is" in caplog.text
+    assert "run as it is" in logged.text
 
 
 @pytest.mark.real_model

@@ -66,6 +66,13 @@ def test_a_longer_prompt_takes_the_place_of_its_own_beginning() -> None:
     assert store.find(None, np.array([1, 2, 3, 4, 5]))[1] == 5
 
 
+def test_a_prompt_larger_than_the_store_drives_nobody_out() -> None:
+    store = PrefixStore(max_bytes=8 * 4, min_tokens=1)
+    store.put(entry([1, 2, 3]))
+    store.put(entry([2] * 5))
+    assert (store.find(None, np.array([1, 2, 3]))[1], store.nbytes) == (3, 8 * 3)
+
+
 def test_rows_keep_what_was_written_when_they_grow_and_move() -> None:
     torch.manual_seed(0)
     rows = KvRows(num_layers=2, num_heads=2, head_size=3, dtype=torch.float32, device=torch.device("cpu"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -240,6 +241,17 @@ class TestNames:
         assert models.cache_root() == cache
         assert models.path("minilm") is None
         assert not cache.exists()
+
+    def test_a_folder_has_its_id_without_a_cache_too(self, cache: Path, tmp_path: Path) -> None:
+        folder = save_model(tmp_path / "m")
+        named = models.model_id(f"path:{folder}")
+        (remembered,) = (cache / "hashes").iterdir()
+        remembered.write_text("")  # by a machine that lost its power
+        assert models.model_id(f"path:{folder}") == named
+        assert remembered.read_text() == named.removeprefix("path@sha256:")
+        shutil.rmtree(cache)
+        cache.write_text("in the way")
+        assert models.model_id(f"path:{folder}") == named
 
     def test_path_and_hub_models(self, tmp_path: Path) -> None:
         folder = save_model(tmp_path / "m")

@@ -23,6 +23,7 @@ from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import AgentOverloadedError, ConfigError, EngineError, PromptTooLongError
 from dmoa.types import AgentCall, AgentReply, FinalCall, Generation, GenerationRequest, Message, Sampling
+from tests.logged import Logged
 from tests.unit.agents.openai_server import Call, FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
 
 AT_ONCE = {"Retry-After": "0"}
@@ -397,13 +398,13 @@ async def test_nobody_at_the_address_is_an_error_that_says_where_to_look() -> No
         await engine.close()
 
 
-async def test_the_key_is_in_no_error_log_or_text(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_key_is_in_no_error_log_or_text(monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
     monkeypatch.setenv("SOME_KEY", KEY)
     said = f"Incorrect API key provided: {KEY} (Bearer {KEY})"
     turns = [refusal(status, said, headers=AT_ONCE) for status in (401, 500, 429)]
     turns += [refusal(400, f"logprobs {said}"), content(f'{{"error": "{said}"}}'.encode())]
     shown: list[str] = []
-    with caplog.at_level(logging.DEBUG):
+    with logged.at_level(logging.DEBUG):
         for turn in turns:
             async with playing(turn) as endpoint:
                 engine = engine_of(endpoint, api_key_env="SOME_KEY", max_retries=1)
@@ -413,7 +414,7 @@ async def test_the_key_is_in_no_error_log_or_text(monkeypatch: pytest.MonkeyPatc
                 shown += [str(caught.value), repr(pickle.loads(pickle.dumps(caught.value))), repr(engine), engine.label]
                 shown += [repr(vars(engine)), repr(engine._room), repr(engine._room and engine._room.client)]
                 await engine.close()
-    shown += [record.getMessage() for record in caplog.records] + [caplog.text]
+    shown += [record.getMessage() for record in logged.records] + [logged.text]
     assert any("redacted" in text for text in shown)
     assert any("the key in SOME_KEY" in text for text in shown)
     assert not [text for text in shown if KEY in text]
@@ -455,7 +456,7 @@ def written(key: str) -> dict[str, str]:
 @pytest.mark.parametrize("way", written(PLAIN_KEY))
 @pytest.mark.parametrize("place", ["refusal", "param", "retry", "in a stream", "in a reply", "broken"])
 async def test_a_key_of_no_known_shape_is_not_shown_in_any_way_of_writing(
-    way: str, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    way: str, place: str, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     monkeypatch.setenv("SOME_KEY", PLAIN_KEY)
     said = written(PLAIN_KEY)[way]
@@ -485,12 +486,12 @@ async def test_a_key_of_no_known_shape_is_not_shown_in_any_way_of_writing(
             sampling=Sampling(),
             deadline_unix_s=None,
         )
-        with caplog.at_level(logging.DEBUG, logger="dmoa"):
+        with logged.at_level(logging.DEBUG, logger="dmoa"):
             reply = [item async for item in agent.stream(call)][-1] if place == "in a stream" else await agent.call(call)
         await engine.close()
     assert isinstance(reply, AgentReply)
     assert reply.status == "failed"
-    shown = f"{reply.error} {caplog.text}"
+    shown = f"{reply.error} {logged.text}"
     assert said not in shown
     parts = {said[i : i + 8] for i in range(len(said) - 7)} if said.isascii() and " " not in said else set()
     forms = [PLAIN_KEY, *(written(PLAIN_KEY)[name] for name in ("in a URL", "in base64", "in hexadecimal digits"))]

@@ -20,6 +20,7 @@ from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import DeadlineError, EngineError
 from dmoa.types import AgentCall, AgentReply, EntropySum, Generation, GenerationRequest, Message, Sampling, TextDelta
+from tests.logged import Logged
 from tests.unit.agents.openai_server import (
     USAGE,
     Call,
@@ -163,7 +164,7 @@ async def test_token_counts_that_are_not_told_are_estimated_and_marked(is_stream
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-async def test_without_log_probabilities_the_entropy_is_unknown(is_stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_without_log_probabilities_the_entropy_is_unknown(is_stream: bool, logged: Logged) -> None:
     async with playing(answer("19")) as endpoint:
         engine = engine_of(endpoint, top_logprobs=0)
         found = [await generated(engine, request("Hi"), is_stream=is_stream) for _ in range(2)]
@@ -173,7 +174,7 @@ async def test_without_log_probabilities_the_entropy_is_unknown(is_stream: bool,
     reply = AgentReply(agent="a", status="ok", text="19", entropy=EntropySum(tokens=found[0].entropy.tokens, kind="truncated"))
     assert reply.entropy.mean_nats is None
     assert doubt(reply) == math.inf
-    assert [record.getMessage() for record in caplog.records if record.name == "dmoa.openai"] == [
+    assert [record.getMessage() for record in logged.records if record.name == "dmoa.openai"] == [
         "openai:some-model lists no log-probabilities: the entropy of its replies is unknown, so they never count as sure, and "
         "the gate learns nothing of its agents"
     ]
@@ -471,10 +472,10 @@ async def test_a_null_usage_beside_the_real_one_says_nothing(told: list[dict[str
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.are_tokens_estimated) == (11, 3, False)
 
 
-def test_the_engine_is_quiet_at_info(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="dmoa"):
+def test_the_engine_is_quiet_at_info(logged: Logged) -> None:
+    with logged.at_level(logging.INFO, logger="dmoa"):
         OpenaiEngine("m", OpenaiOptions(base_url="http://127.0.0.1:9/v1"), max_num_seqs=1)
-    assert caplog.records == []
+    assert logged.records == []
 
 
 @pytest.mark.parametrize("is_broken", [False, True])

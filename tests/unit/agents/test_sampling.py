@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from dmoa.engines.transformers.decode import TextStream, draw_for, nucleus, pick_tokens
 from dmoa.types import Sampling
@@ -123,3 +124,37 @@ def test_text_that_may_become_a_stop_text_is_held_back_until_it_cannot() -> None
     shown = [stream.push(token) for token in TOKENIZER.encode("a##EN").ids]
     assert "".join(shown) == "a"
     assert "".join(stream.push(token) for token in TOKENIZER.encode("x").ids) == "##ENx"
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """Return a tokenizer that writes what it has no token for in bytes, as those of Llama 2 and Gemma do."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581on", "on"]
+    numbers = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(numbers, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    return tokenizer
+
+
+BYTES = byte_fallback_tokenizer()
+FIRST_BYTE, SPACED, PLAIN = 1, 257, 258
+
+
+def test_half_a_character_after_a_whole_one_does_not_end_the_reply() -> None:
+    """A decoder of bytes takes both for no text then, which changes what was shown already."""
+    stream, emoji = TextStream(BYTES, ("on on",)), [FIRST_BYTE + byte for byte in "😀".encode()]
+    tokens = [PLAIN, *emoji, *emoji[:2], SPACED, PLAIN, *emoji, SPACED, SPACED]
+    shown = [stream.push(token) for token in tokens]
+    assert (stream.stopped, stream.text) == (True, "on😀 onon😀 ")
+    assert "".join([*shown, stream.finish()]) == stream.text
+    assert "".join(stream.pieces(len(tokens))) == stream.text
+
+
+@settings(max_examples=examples(150))
+@given(st.lists(st.sampled_from([SPACED, PLAIN, *(FIRST_BYTE + byte for byte in "é😀".encode())]), max_size=24))
+def test_no_tokens_of_bytes_spoil_the_text_that_was_shown(tokens: list[int]) -> None:
+    stream = TextStream(BYTES)
+    pieces = [stream.push(token) for token in tokens] + [stream.finish()]
+    assert "".join(pieces) == stream.text
+    assert stream.text.count("on") == sum(token in (SPACED, PLAIN) for token in tokens)

@@ -12,7 +12,7 @@ from dmoa.config import AgentConfig, Config
 from dmoa.engines.gpus import GpuSlice
 from dmoa.engines.vllm.local import connect
 from dmoa.engines.vllm.options import engine_args, vllm_options
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, EngineError
 
 GPUS = ("4", "5", "7", "GPU-8a")
 GPU_NAMES = ("CUDA_VISIBLE_DEVICES", "VLLM_WORKER_MULTIPROC_METHOD")
@@ -92,7 +92,7 @@ def test_every_engine_on_the_cpu_has_its_own_threads_and_room(recorder: Recorder
 def test_the_environment_is_as_before_also_after_a_start_that_failed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     recorder.fails = True
-    with pytest.raises(RuntimeError, match="no memory"):
+    with pytest.raises(EngineError, match=r"model 'hub:org/model@abc': vLLM did not start: RuntimeError: no memory; what it"):
         recorder.build_local(of(only={"engine_kwargs": {"threads": 2}}))
     assert recorder.seen("OMP_NUM_THREADS") == [("2",)]
     assert os.environ["OMP_NUM_THREADS"] == "7"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, seconds_per_call, spread
+import pytest
+from typer.testing import CliRunner
+
+from dmoa.bench.harness import BenchReport, BenchResult, Spread, interleave, ratio, seconds_per_call, spread
+from dmoa.cli.main import app
 
 
 def test_arms_alternate_and_the_first_round_is_thrown_away() -> None:
@@ -41,3 +45,15 @@ def test_seconds_per_call_counts_the_calls() -> None:
 
 def test_result_has_the_fields_of_the_contract() -> None:
     assert list(BenchResult.model_fields) == ["id", "value", "unit", "low", "high", "rounds", "bar", "passed", "engine", "note"]
+
+
+@pytest.mark.contract
+def test_a_bench_that_fails_takes_no_figures_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").write_text("in the way of the peers' environment")
+    monkeypatch.setenv("DMOA_CACHE", str(tmp_path / "cache"))
+    written = tmp_path / "bench.json"
+    done = CliRunner().invoke(app, ["bench", "--only", "P1,peers", "--rounds", "1", "--json", str(written)])
+    assert done.exit_code == 1
+    assert "the peers' environment" in done.output
+    assert "P1.decide" in done.stdout
+    assert BenchReport.model_validate_json(written.read_text()).results[0].id == "P1"

@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from dmoa.agents.pool import fingerprint
@@ -46,6 +48,8 @@ gate: {activation: {rule: top_mass, mass: 0.8, max_agents: 3}}
 limits: {max_steps: 3}
 """
 
+_command_of = cache(get_command)
+"""Made once: Typer makes every option of every command out of the function's signature."""
 Invoke = Callable[..., Result]
 
 
@@ -62,6 +66,7 @@ def dmoa(monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """Run `dmoa ARGS` in this process; the result has exit_code, stdout and stderr."""
     for name in ("DMOA_CONFIG", "DMOA_API_KEY", "DMOA_API_KEYS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("typer.testing._get_command", _command_of)
 
     def invoke(*args: object, **options: Any) -> Result:
         result = CliRunner().invoke(app, [str(arg) for arg in args], **options)

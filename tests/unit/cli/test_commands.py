@@ -180,6 +180,19 @@ def test_the_doctor_misses_a_package(pool: Path) -> None:
     assert "peft" in checks["engines"].detail
 
 
+def test_the_doctor_says_that_the_driver_does_not_let_torch_use_a_gpu(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def too_old(_number: int) -> str:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", too_old)
+    found = {check.name: check for check in examine(load(pool))}
+    assert (found["gpus"].status, found["threads"].status) == ("fail", "ok")
+    assert "2 here, which torch cannot use: The NVIDIA driver on your system is too old (found" in found["gpus"].detail
+
+
 def test_the_doctor_says_whose_key_is_not_set(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY_A", "sk-secret")
     monkeypatch.delenv("KEY_B", raising=False)

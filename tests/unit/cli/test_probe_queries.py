@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import pytest
 from dmoa.config import Config, loads
 from dmoa.errors import ConfigError
 from dmoa.testing import domain_rows, scripted_pool, scripted_pool_yaml, write_rollouts
-from dmoa.training.options import ProbeOptions
+from dmoa.training.options import ProbeOptions, RolloutOptions
 from dmoa.training.rollouts import RolloutFolder, RolloutQuery
-from dmoa.workflows import collect, evaluate
 from dmoa.workflows.collect import prepare_queries
 from dmoa.workflows.console import Common
-from dmoa.workflows.probe import RECORDED, common_queries, probe_rollouts, run_probe
+from dmoa.workflows.probe import RECORDED, common_queries, probe_rollouts, run_probe, sources_of
 
 COMMON = Common(verbosity=-1)
 
@@ -47,50 +45,40 @@ def recorded_pool(**places: str) -> Config:
     return loads(f"name: recorded\nllms:\n{llms}agents:\n{agents}{gate}")
 
 
-def asked_of(config: Config, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[RolloutQuery]:
+def asked_of(config: Config, out: Path, **changes: Any) -> list[RolloutQuery]:
     """Return what a probe of the pool would ask."""
-    found: list[RolloutQuery] = []
-
-    def stop(options: Any, *rest: Any) -> None:
-        found.extend(prepare_queries(options, COMMON.say).queries)
-        raise StopIteration
-
-    monkeypatch.setattr(collect, "run_rollouts", stop)
-    monkeypatch.setattr(evaluate, "opened_ray", lambda address: nullcontext())
-    with pytest.raises(StopIteration):
-        run_probe(ProbeOptions.parse({"out": out} | changes), config, COMMON, "dmoa probe")
-    return found
+    sources = sources_of(ProbeOptions.parse({"out": out} | changes), config, out, COMMON)
+    options = RolloutOptions.parse({**sources, "out": out / "dense", "dense": True})
+    return list(prepare_queries(options, COMMON.say).queries)
 
 
 def test_replies_in_the_home_folder_and_in_a_path_with_a_comma_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     record(tmp_path / "logs, old" / "r.jsonl", a=range(12), b=range(12))
     place = "~/logs, old/r.jsonl"
-    asked = asked_of(recorded_pool(a=place, b=place), tmp_path / "out, 1", monkeypatch)
+    asked = asked_of(recorded_pool(a=place, b=place), tmp_path / "out, 1")
     assert sorted(query.query_id for query in asked) == sorted(f"q{number}" for number in range(12))
     assert asked[0].text == f"What is {asked[0].query_id[1:]} + 1?"
 
 
-def test_what_all_recorded_agents_replied_to_is_asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_all_recorded_agents_replied_to_is_asked_first(tmp_path: Path) -> None:
     """Of forty and forty queries in two files ten are the same."""
     first, second = record(tmp_path / "a.jsonl", a=range(40)), record(tmp_path / "b.jsonl", b=range(30, 70))
     config = recorded_pool(a=str(first), b=str(second))
-    asked = asked_of(config, tmp_path / "out", monkeypatch, limit=16)
+    asked = asked_of(config, tmp_path / "out", limit=16)
     assert {f"q{number}" for number in range(30, 40)} < {query.query_id for query in asked}
     assert len(asked) == 16
     lines = (tmp_path / "out" / RECORDED).read_text(encoding="utf-8")
-    assert asked_of(config, tmp_path / "again", monkeypatch, limit=16) == asked
+    assert asked_of(config, tmp_path / "again", limit=16) == asked
     assert (tmp_path / "again" / RECORDED).read_text(encoding="utf-8") == lines
-    few = asked_of(config, tmp_path / "few", monkeypatch, limit=4)
+    few = asked_of(config, tmp_path / "few", limit=4)
     assert {query.query_id for query in few} < {f"q{number}" for number in range(30, 40)}
 
 
-def test_queries_of_ones_own_are_asked_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_of_ones_own_are_asked_as_they_are(tmp_path: Path) -> None:
     place = record(tmp_path / "r.jsonl", a=range(9), b=range(9))
     (tmp_path / "mine.jsonl").write_text("What is 1 + 1?\nWhat is 3 + 1?\n", encoding="utf-8")
-    asked = asked_of(
-        recorded_pool(a=str(place), b=str(place)), tmp_path / "out", monkeypatch, queries=str(tmp_path / "mine.jsonl")
-    )
+    asked = asked_of(recorded_pool(a=str(place), b=str(place)), tmp_path / "out", queries=str(tmp_path / "mine.jsonl"))
     assert sorted(query.text for query in asked) == ["What is 1 + 1?", "What is 3 + 1?"]
 
 

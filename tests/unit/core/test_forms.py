@@ -21,6 +21,9 @@ OUTPUT = "Complete the assertion.\ndef f(x):\n    return x\nassert f([1, 2]) == 
 
 SAME = [
     ("", ["Answer: 18", "$18.00", '{"answer": "18 dollars"}', "\\boxed{18}", "#### 18", "x = 18", "36/2"]),
+    ("", ["Answer: 6th", "6", '{"answer": "6th"}']),
+    ("", ["86 glasses and 42 plates", "Answer: 86 glasses and 42 plates"]),
+    ("", ["Answer: 7 when x = 2", "7", "7 (x = 2)", "Answer: 7\n\nThe answer is rounded to 2 decimals."]),
     ("", ["(B)", '{"answer": "B"}', "Answer: (b)", "B. because it is"]),
     ("", ["Paris", "Answer: paris.", '{"answer": "Paris"}']),
     (
@@ -65,6 +68,8 @@ DIFFERENT = [
     ("", ["2\u221a3", "2", "3", "2\u221a5"]),
     ("", ["5\u03c0", "5", "25\u03c0"]),
     ("", ["91 - 2x", "91", "2", "91 + 2x"]),
+    ("", ["86 glasses and 42 plates", "86", "42", "86 glasses and 43 plates"]),
+    ("", ["Answer: 6th Street", "Answer: 7th Street", "6"]),
     ("", ["(3, 4)", "3", "4", "(4, 3)", "[3, 4]"]),
     (OUTPUT, ["'UppEr'", "'upper'", "'UppEr '"]),
     (OUTPUT, ["[1, 2]", "(1, 2)", "[2, 1]", "{1, 2}", "'[1, 2]'"]),
@@ -192,6 +197,10 @@ OUTPUTS = [
     ("assert f([1]) == ??", None),
     ("I cannot run code.", None),
     ("Answer:", None),
+    ("Answer: 5\n\nThe answer is based on 2 passes of the loop.", "5"),
+    ('{"answer": "5"}\n\nThe answer is based on 2 passes of the loop.', "5"),
+    ("assert f(1) == 5\n\nThe answer is based on 2 passes of the loop.", "5"),
+    ("Answer: abc</s>", "'abc'"),
     ("Answer: 1.50", "1.5"),
     ("Answer: -0", "0"),
     ("Answer: {3, 1, 3}", "{1,3}s"),

@@ -100,6 +100,60 @@ NUMBERS = [
     ('{"answer": null}', None),
     ('{"answer": "5"}\nThe answer is that she bakes 5 dozens for 30 days.', "5"),
     ('{"answer": "5"}\nWait.\nAnswer: 6', "6"),
+    # what is said about an answer that was given gives none
+    ("Answer: 18\n\nThis answer is based on 2 assumptions.", "18"),
+    ("Answer: 18\nThe answer is rounded to 2 decimals.", "18"),
+    ("\\boxed{18}\n\nThis answer is consistent with the 3 conditions.", "18"),
+    ("#### 18\nThe answer is in days.", "18"),
+    ("The answer is 18.\n\nExplanation: The answer is obtained by multiplying 2 by 9.", "18"),
+    ("The answer is 18. This answer is reasonable since it is less than 20.", "18"),
+    ('{"answer": "18"}\n\nNote that this answer is rounded to 2 decimals.', "18"),
+    ("Answer: 18\n\nThe answer is correct.", "18"),
+    ("Answer: 18\nLet me check: the answer should be positive, and less than 20.", "18"),
+    ("Answer: 18\n(The answer is an integer, as required.)", "18"),
+    ("Answer: 18\nConfidence in this answer: 90%", "18"),
+    ("Answer: 18\nI am 95% sure that the answer is right.", "18"),
+    # another answer does
+    ("Answer: 18\nWait, the answer is 20.", "20"),
+    ("Answer: 18\nThe answer is corrected to 20.", "20"),
+    ("Answer: 19.6\nThe answer is rounded to 20.", "20"),
+    ("Answer: 18\nThe answer is given by 4 * 5 = 20.", "20"),
+    ("Answer: 18\nThe correct answer is positive 20.", "20"),
+    ("Answer: 18\nThis answer is based on 2 assumptions. The answer is 20.", "20"),
+    ("Answer: 18\nThis answer is wrong.", None),
+    # a condition after the number
+    ("The answer is 7 when x = 2.", "7"),
+    ("Answer: 12, where n = 4.", "12"),
+    ("Answer: 12 (n = 4)", "12"),
+    ("Answer: 36 square units (side = 6)", "36"),
+    ("Answer: 120 minutes (1 hour = 60 minutes)", "120"),
+    ("Answer: 5 km, given 1 km = 1000 m", "5"),
+    ("Answer: $120, at a rate r = 5%", "120"),
+    ("Answer: 7 with x = 3 and y = 4", "7"),
+    ("The answer is $\\frac{1}{2}$ when $x=3$.", "0.5"),
+    ("The final answer is 0, meaning there are no values of x for which f(f(x)) = 3.", "0"),
+    ("Answer: 18, which is 6 more than 12", "18"),
+    ("Answer: 10 pens at $5 each = $50", "50"),
+    ("Answer: 5 boxes of 12 for 3 rooms, so 60", "60"),
+    ("Answer: (n = 4)", "4"),
+    # totals
+    ("The answer is 18 dollars in total for 3 days.", "18"),
+    ('{"answer": "42 total points across 6 games"}', "42"),
+    ("Answer: $120 total, $20 less than last year", "120"),
+    ("Answer: 18 fruits in total: 6 apples and 12 oranges", "18"),
+    ("Answer: 6 apples and 12 oranges, 18 in total", "18"),
+    ("Answer: 5 boxes, for a total of 60", "60"),
+    ("Answer: 18 dollars in total for 3 days, so 6 a day", "6"),
+    # several quantities are no one number
+    ("Answer: 86 glasses and 42 plates", None),
+    ("Answer: 4 blue, 6 red", None),
+    ("Answer: 7 hours 30 minutes", None),
+    ('{"answer": {"glasses": 86, "plates": 42}}', None),
+    ("Answer: 24 eggs, 2 dozen eggs", "24"),
+    ("Answer: 5 of the 10 apples", "5"),
+    # the end of a turn
+    ("Answer: 18</s>", "18"),
+    ("18<|im_end|>\n<|im_start|>user\nWhat is 4 + 5?", "18"),
     # exactness
     ("12345678901234567890123456789.5", "12345678901234567890123456789.5"),
 ]
@@ -127,6 +181,19 @@ ANSWERS = [
     ("Answer: Let's think step by step. B is right, so (B).", "b"),
     ("Answer: First Street", "first street"),
     ("Answer: Let's Dance", "let's dance"),
+    ("Answer: Paris\n\nThe answer is based on paragraph 2.", "paris"),
+    ("Answer: Paris. The answer was found in paragraph 2.", "paris"),
+    ("Answer: Paris\nThe correct answer is London.", "london"),
+    ("Answer: Paris\nNote: the correct answer is in paragraph 2.", "paris"),
+    ("Answer: B\nThe answer is in dollars.", "b"),
+    ("Answer: Paris<|eot_id|>", "paris"),
+    ("Answer: incorrect\nWait, the answer is correct.", "correct"),
+    ("The answer is correct.", "correct"),
+    ("Answer: B\n\nThe answer is consistent with (A).", "b"),
+    ("Answer: Freud\nWait, the answer is positive psychology.", "positive psychology"),
+    ("Answer: London\nNo, the answer is in the desert.", "in the desert"),
+    ("Answer: surnames\nNo, the answer is given names.", "given names"),
+    ("Answer: 1895\nNo, the answer is in 1896.", "1896"),
     ("Answer: To Find a Man", "to find a man"),
     ("analysisIt is Rome?assistantfinalParis", "paris"),
     ("Answer: 2^10", "1024"),
@@ -249,3 +316,12 @@ def test_a_literal_is_looked_for_in_time_in_proportion_to_the_text(unit: str) ->
 
     once, often = (min(seconds(size) for _ in range(3)) for size in (250, 2_000))
     assert often < 24 * once + 0.05
+
+
+def test_a_reply_of_keys_alone_is_read_in_time() -> None:
+    """Each of thousands of keys was read to its end, for a second of an agent that repeats itself."""
+    text = '{"answer": ' * 1_800
+    started = time.process_time()
+    for _ in range(5):
+        read_number(text)
+    assert time.process_time() - started < 0.5

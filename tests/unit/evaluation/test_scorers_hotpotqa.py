@@ -142,3 +142,16 @@ def test_an_answer_in_json_is_read_without_its_braces() -> None:
     assert read_answer('{"answer": "Paris"}') == "Paris"
     assert read_answer("<think>Rome?</think>\nParis") == "Paris"
     assert read_answer("<think>Rome?") is None
+
+
+@pytest.mark.parametrize("title", ["I Can't Dance", "Sorry, I Love You", "We Won't Be Fooled", "Sorry"])
+def test_a_title_that_begins_like_a_refusal_is_an_answer(title: str) -> None:
+    assert read_answer(f"Answer: {title}") == title
+
+
+@pytest.mark.parametrize(
+    "said", ["I cannot determine the answer.", "I'm sorry, but I can't tell", "As an AI", "I do not know", "Sorry, I do not know"]
+)
+def test_a_refusal_that_is_stated_is_none(said: str) -> None:
+    assert read_answer(f"Answer: {said}") is None
+    assert read_answer(said) is None

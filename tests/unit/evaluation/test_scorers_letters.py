@@ -49,6 +49,21 @@ CHOSEN = [
     ("I think (B), since (B) is a mammal", "B"),
     ("A. Paris\nB. a dog\nC. 12\nB", "B"),
     ("Dogs bark.\n(B) a dog", "B"),
+    # plain words
+    ("Answer: it is B.", "B"),
+    ("Answer: It's B", "B"),
+    ("It is B.", "B"),
+    ("Answer: I would choose B", "B"),
+    ("Answer: I'd go with option B, because dogs bark", "B"),
+    ("Answer: Not A, but B", "B"),
+    ("Answer: B and not A", "B"),
+    ("Answer: B rather than A", "B"),
+    ("Answer: A is incorrect, so B", "B"),
+    ("Answer: A is wrong; C is wrong; so it must be B", "B"),
+    ("Answer: it is a dog", "B"),
+    ("Answer: B</s>", "B"),
+    ("Answer: B<|im_end|>", "B"),
+    ("Answer: B\n\nThe answer is correct.", "B"),
     # corrections
     ("Answer: A\nno, wait\nAnswer: B", "B"),
     ("Answer: B\n\\boxed{B}", "B"),
@@ -68,6 +83,13 @@ NOT_CHOSEN = [
     "Answer: A lot of things",
     "Answer: 13",
     "Option B is not correct",
+    "Answer: it is not B",
+    "Answer: not A",
+    "Answer: A is incorrect",
+    "Answer: I would not choose B",
+    "Answer: it is A or B",
+    "Answer: I say a lot of things",
+    "Answer: A not so small dog",
     # contradictions
     "Answer: A or B",
     "Answer: A and B",
@@ -100,6 +122,13 @@ def test_equal_choices_are_told_apart_by_letter_only() -> None:
     assert read_choice("Answer: manipulative", choices).letter is None
     assert read_choice("Answer: Manipulative", choices).letter == "D"
     assert read_choice("Answer: C", choices).letter == "C"
+
+
+def test_a_choice_of_two_quantities_has_no_value() -> None:
+    choices = ["23 chromosomes, 46 chromatids", "46 chromosomes, 46 chromatids", "7 hours", "90"]
+    assert read_choice("I think 23 chromosomes, 46 chromatids", choices).letter is None
+    assert read_choice("Answer: 46 chromosomes, 46 chromatids", choices).letter == "B"
+    assert read_choice("Answer: x = 7", choices).letter == "C"
 
 
 def test_a_fifth_choice_exists_where_there_are_five() -> None:

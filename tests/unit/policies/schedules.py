@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from dmoa.agents.summarizer import SelectSummarizer
@@ -21,6 +22,9 @@ MOST = tuple("abcdefghijklm")
 """The agents of larger ones."""
 _FILLER = "word " * 3000
 QUESTION = f"What is said here? {_FILLER}"
+
+pool_of = cache(scripted_pool)
+"""A pool's configuration, which does not change, by its agents."""
 
 Says = Callable[[AgentCall], str | AgentReply | None]
 
@@ -70,7 +74,7 @@ def words_of(call: AgentCall) -> int:
 
 def context_of(policy: str, config: Config | None = None) -> PolicyContext:
     """What a policy is built from, over the four agents; the gate ranks the last one first: d, c, b, a."""
-    config = config or scripted_pool(POOL)
+    config = config or pool_of(POOL)
     size = len(config.agents)
     router = router_of(fixed_gate({name: 2 * place / size / (size + 1) for place, name in enumerate(config.agent_names, 1)}))
     return PolicyContext(config=config, router=router, encoder=FakeEncoder(), agent=split_policy(policy)[1])
@@ -88,7 +92,7 @@ async def run(
     dispatcher = Dispatcher(agents=agents, cards={name: card(name) for name in pool}, router=None, is_select=True)
     sampling = Sampling(max_tokens=70)
     loop = Orchestrator(dispatcher=dispatcher, summarizer=SelectSummarizer(), summarizer_sampling=sampling, is_select=True)
-    built = build_policy(split_policy(policy)[0], context_of(policy, scripted_pool(pool)))
+    built = build_policy(split_policy(policy)[0], context_of(policy, pool_of(tuple(pool))))
     return await answer_of(loop, asked or query(QUESTION, max_steps=50), built), agents.calls
 
 
@@ -102,7 +106,7 @@ def cost_of(policy: str, asked: Query | None = None, pool: Sequence[str] = POOL)
     """Calls and reads as the formulas of a policy's entry have them, for the pool and the query's limits."""
     name, words = split_policy(policy)
     entry, limits = POLICIES[name], (asked or query()).limits
-    options = entry.options_of(words, scripted_pool(pool)) if entry.options else None
+    options = entry.options_of(words, pool_of(tuple(pool))) if entry.options else None
     names: dict[str, Any] = {**(options.model_dump() if options else {}), "A": len(options.agents if options else pool)}
     names |= {"ceil": math.ceil, "min": min, "max": max, "steps": limits.max_steps, "max_agents": limits.max_agents}
     if "inner" in names:

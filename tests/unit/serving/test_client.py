@@ -36,11 +36,11 @@ async def test_ask_returns_text_usage_and_a_dmoa_object_of_the_schema() -> None:
     assert (query.limits.max_steps, query.sampling, policy, agent) == (2, {"temperature": 0.5, "max_tokens": 9}, "dmoa", None)
 
 
-async def test_stream_gives_steps_then_pieces_then_the_same_reply() -> None:
+async def test_stream_gives_steps_and_pieces_as_they_come_then_the_same_reply() -> None:
     async with client_of(FakeService(deltas=("The answer ", "is 19."))) as client:
         whole = await client.chat(HI, model="tiny/single")
         events = [event async for event in client.stream(HI, model="tiny/single")]
-    assert [type(event) for event in events] == [StepLine, StepLine, TextDelta, TextDelta, RemoteReply]
+    assert [type(event) for event in events] == [StepLine, TextDelta, TextDelta, StepLine, RemoteReply]
     reply = events[-1]
     assert isinstance(reply, RemoteReply)
     assert (reply.text, reply.finish_reason, reply.model, reply.usage) == (whole.text, "stop", "tiny/single", whole.usage)

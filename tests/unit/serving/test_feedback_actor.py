@@ -19,6 +19,7 @@ from dmoa.feedback import FILE, write_feedback
 from dmoa.serving.actors import end_actors, pack_record
 from dmoa.serving.feedback import FeedbackActor, FeedbackStore, buffer_of
 from dmoa.testing import scripted_pool
+from tests.logged import Logged
 from tests.unit.serving.test_feedback_buffer import made
 
 
@@ -136,12 +137,12 @@ def _ray_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Ray]:
 
 @pytest.mark.parametrize("fails", [None, GetTimeoutError("too slow"), ActorDiedError()])
 def test_traces_and_feedback_are_saved_before_the_actors_of_an_app_end(
-    ray_of: Callable[..., _Ray], caplog: pytest.LogCaptureFixture, fails: RayError | None
+    ray_of: Callable[..., _Ray], logged: Logged, fails: RayError | None
 ) -> None:
     swarm = ray_of("dmoa-traces-a", "dmoa-feedback-a", "dmoa-router-a", fails=fails)
     end_actors("a", 3.0)
     assert swarm.done == ["end dmoa-traces-a within 3 s", "save dmoa-feedback-a within 3 s", *ENDED]
-    assert len(caplog.messages) == (0 if fails is None else 2)
+    assert len(logged.messages) == (0 if fails is None else 2)
 
 
 def test_an_app_without_feedback_ends_too(ray_of: Callable[..., _Ray]) -> None:

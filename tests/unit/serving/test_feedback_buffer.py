@@ -15,6 +15,7 @@ from dmoa.serving import feedback_buffer
 from dmoa.serving.feedback import FeedbackStore
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, size_of
 from dmoa.types import FloatArray
+from tests.logged import Logged
 from tests.unit.test_feedback import record_of
 
 ONE = record_of(["19", "20"])
@@ -194,12 +195,12 @@ def test_outcomes_that_came_while_a_snapshot_could_not_be_read_are_kept(tmp_path
     assert [found.judge("mine", said(name, 0.0), 12.0) for name in ("undecided", "mine3")] == ["same", "new"]
 
 
-def test_feedback_that_is_gone_is_missed_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_feedback_that_is_gone_is_missed_aloud(tmp_path: Path, logged: Logged) -> None:
     store, newer, folder = FeedbackStore((tmp_path / "state").as_uri()), buffer(), tmp_path / "state" / "feedback"
     store.under(newer, buffer())
-    assert caplog.messages == []
+    assert logged.messages == []
     assert store.under(newer, buffer(), is_expected=True) is newer
-    (said,) = caplog.messages
+    (said,) = logged.messages
     assert said.startswith(f"feedback begins empty: {store.place} holds none")
     store.save(write_feedback([]), newer.state())
     (folder / "feedback.json").unlink()

@@ -15,6 +15,7 @@ from openai import AsyncOpenAI
 
 from dmoa.errors import AgentUnavailableError, DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.serving.http.middleware import hash_keys
+from tests.logged import Logged
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app, until
 
 CHAT = "/v1/chat/completions"
@@ -324,9 +325,7 @@ async def test_an_empty_answer_after_steps_is_an_error_event() -> None:
     ("error", "code", "text"),
     [(NoAgentError("all gone"), "no_agent", "all gone"), (ZeroDivisionError("secret"), "internal_error", "unexpected error")],
 )
-async def test_an_error_in_mid_stream_is_an_event_then_done(
-    error: Exception, code: str, text: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_error_in_mid_stream_is_an_event_then_done(error: Exception, code: str, text: str, logged: Logged) -> None:
     service = FakeService(error=error, error_at=1)
     async with connect(make_app(service)) as client:
         response = await client.post(CHAT, json=chat(stream=True))
@@ -348,14 +347,14 @@ async def test_an_error_in_mid_stream_is_an_event_then_done(
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-async def test_a_surprise_is_a_generic_500_with_its_details_in_the_log(is_stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_surprise_is_a_generic_500_with_its_details_in_the_log(is_stream: bool, logged: Logged) -> None:
     async with connect(make_app(FakeService(error=KeyError("secret")))) as client:
         response = await client.post(CHAT, json=chat(stream=is_stream))
     message = check(response, 500, None, "internal_error")
     assert "secret" not in message
     assert "Traceback" not in message
-    assert [record.levelno for record in caplog.records if record.name.startswith("dmoa")] == [logging.ERROR]
-    assert "secret" in caplog.text
+    assert [record.levelno for record in logged.records if record.name.startswith("dmoa")] == [logging.ERROR]
+    assert "secret" in logged.text
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dmoa.serving.http.fields import MAX_VALUES
 from dmoa.serving.http.middleware import hash_keys
 from dmoa.serving.http.requests import ChatRequest, chat_order, parse_body
 from dmoa.serving.http.responses import IGNORED_HEADER
+from tests.logged import Logged
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
 CHAT = "/v1/chat/completions"
@@ -65,14 +66,14 @@ async def test_a_client_may_forbid_to_keep_its_query(path: str, asked: dict[str,
     assert [summary.question == "(not stored)" for summary in lost.page.failures] == [not is_stored]
 
 
-async def test_a_field_is_named_in_the_log_once_and_its_value_never(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_field_is_named_in_the_log_once_and_its_value_never(logged: Logged) -> None:
     async with connect(make_app(FakeService())) as client:
         for _ in range(3):
             await client.post(CHAT, json=ASKED | {"odd\nfield": "hunter2"})
-    told = [record.message for record in caplog.records if record.name == "dmoa.http"]
+    told = [record.message for record in logged.records if record.name == "dmoa.http"]
     assert told == [r"request field 'odd\nfield' is not known here and is passed over (server.unknown_fields is warn)"]
-    assert caplog.records[0].levelno == logging.WARNING
-    assert "hunter2" not in caplog.text
+    assert logged.records[0].levelno == logging.WARNING
+    assert "hunter2" not in logged.text
 
 
 @pytest.mark.parametrize(

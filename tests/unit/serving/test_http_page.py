@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import dmoa
 from dmoa.serving.actors import pack_record
 from dmoa.serving.http.middleware import ADMIN_VARIABLE, hash_keys
+from dmoa.serving.observatory import Observatory
+from dmoa.types import RouterStatus
 from tests.unit.serving.fake_service import AGENTS, FakeService, connect, make_app
 from tests.unit.serving.test_traces import answered
 
@@ -121,3 +126,22 @@ async def test_gates_of_a_router_that_is_away_are_a_503() -> None:
     async with connect(make_app(service)) as client:
         assert (await client.get("/v1/dmoa/gates")).status_code == 503
         assert (await client.get("/v1/dmoa/status")).json()["router"] is None
+
+
+class _Actor:
+    """A router's handle, whose methods answer from a table."""
+
+    def __init__(self, **answers: Any) -> None:
+        for name, answer in answers.items():
+            setattr(self, name, SimpleNamespace(remote=partial(self._answer, answer)))
+
+    async def _answer(self, answer: Any) -> Any:
+        return answer
+
+
+async def test_the_current_gate_is_the_routers_not_the_last_that_was_offered() -> None:
+    history = [{"version": "v1", "action": "configured"}, {"version": "v2", "action": "refused"}]
+    status = RouterStatus(app="dmoa", pool="p", pool_fingerprint="f", pool_version="v", gate_version="v1", agents=("a",))
+    pool: Any = SimpleNamespace(config=SimpleNamespace(agent_names=("a",)))
+    page = Observatory(traces=None, router=SimpleNamespace(), actor=_Actor(history=history, status=status), swarm=pool)  # type: ignore[arg-type]
+    assert await page.gates() == {"current": "v1", "history": history}

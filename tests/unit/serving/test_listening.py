@@ -13,6 +13,7 @@ from fastapi import FastAPI, Response
 
 from dmoa.errors import ConfigError, NoAgentError
 from dmoa.serving.listening import LaunchMark, bare, base_url, check_free, probe, wait_ready
+from tests.unit.serving.fake_service import QuietServer
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def server(mark: str, port: int, status: int = 200) -> Iterator[None]:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         opened.bind(("127.0.0.1", port))
         opened.listen()
-        runner = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        runner = QuietServer(uvicorn.Config(app, log_level="error", lifespan="off"))
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [opened]})
         thread.start()
         try:

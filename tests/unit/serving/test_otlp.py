@@ -20,6 +20,7 @@ from dmoa.serving.otlp import SCHEMA, Exporter, spans_of
 from dmoa.serving.traces import TraceStore
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Message, Query
+from tests.logged import Logged
 from tests.unit.serving.fake_service import make_answer, make_step, reply
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -151,7 +152,7 @@ def collector() -> Iterator[tuple[str, list[tuple[str, str | None, bytes]], thre
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", taken, answers
         server.shutdown()
@@ -214,11 +215,11 @@ async def test_texts_of_a_query_that_may_not_be_stored_are_not_sent(collector: A
         assert [text in body for _, _, body in taken] == [False, True]
 
 
-async def test_a_collector_that_is_away_costs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_collector_that_is_away_costs_a_warning(logged: Logged) -> None:
     exporter = Exporter(TracingConfig(otlp_endpoint="http://127.0.0.1:9"))
     exporter.put(asked(), answer(), pool="tiny", ended_unix_s=NOW)
     await exporter.flush()
-    assert "12 spans were not taken by http://127.0.0.1:9/v1/traces" in caplog.text
+    assert "12 spans were not taken by http://127.0.0.1:9/v1/traces" in logged.text
 
 
 async def test_it_is_off_unless_an_endpoint_is_named() -> None:

@@ -12,6 +12,7 @@ import pytest
 from dmoa.agents.pool import load_pool, packaged_pools
 from dmoa.config import Config
 from dmoa.engines.size import ModelSize
+from dmoa.errors import ConfigError
 from dmoa.serving.capacity import DryRun, GpuNode, Supply, assemble, kind_of_device, local_supply, nodes_of_ray, published_bytes
 from dmoa.serving.failures import explain
 from dmoa.serving.placement import deployment_names, plan_of
@@ -354,6 +355,18 @@ def test_gpus_of_this_machine_as_torch_tells_them(monkeypatch: pytest.MonkeyPatc
         (1, ("T400",), 4 * GIB),
     ]
     assert found.gpus == 3
+
+
+def test_gpus_that_the_driver_does_not_let_torch_use_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def silent(_number: int) -> None:
+        raise RuntimeError("Unexpected error from cudaGetDeviceCount().\nError 802: system not yet initialized")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", silent)
+    with pytest.raises(ConfigError, match=r"8 GPU\(s\) that torch cannot use \(Unexpected .* Error 802.*; mend the driver"):
+        local_supply()
 
 
 def test_the_table_knows_rays_names() -> None:

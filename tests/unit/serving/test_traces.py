@@ -37,6 +37,7 @@ from dmoa.types import (
     SummarizerRecord,
     ToolCall,
 )
+from tests.logged import Logged
 from tests.unit.serving.fake_service import make_answer, make_step, reply
 
 NOW = time.time()
@@ -328,7 +329,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("moves_to", ["b", None])
 async def test_traces_are_kept_when_their_place_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, moves_to: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: Logged, moves_to: str | None
 ) -> None:
     """And go when their time has come, there and here."""
     (tmp_path / "b").mkdir()
@@ -346,7 +347,7 @@ async def test_traces_are_kept_when_their_place_changes(
     assert (await ids(store), names_in(tmp_path / "a")) == (["t4", "t3", "t2"], [])
     with days_later(monkeypatch, 40):
         await store.configure(moved, TracingConfig())
-    assert (names_in(tmp_path / "b"), caplog.messages) == ([], [])
+    assert (names_in(tmp_path / "b"), logged.messages) == ([], [])
 
 
 async def test_a_place_that_comes_back_holds_what_it_held(tmp_path: Path) -> None:
@@ -399,9 +400,7 @@ async def test_too_old_a_trace_is_gone_after_a_restart(tmp_path: Path, monkeypat
     assert names_in(tmp_path) == ["1-a.index.jsonl", "notes.jsonl"]
 
 
-async def test_a_file_that_cannot_be_removed_is_tried_again_and_one_that_is_gone_is_gone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_file_that_cannot_be_removed_is_tried_again_and_one_that_is_gone_is_gone(tmp_path: Path, logged: Logged) -> None:
     store = TraceStore(RouterConfig(trace_uri=tmp_path.as_uri(), num_traces=1), tend_s=0.05)
     await put(store, "t1")
     await store.save()
@@ -410,14 +409,14 @@ async def test_a_file_that_cannot_be_removed_is_tried_again_and_one_that_is_gone
     index.mkdir()  # no file any more, so that it cannot be removed
     await put(store, "t2")
     assert names_in(tmp_path) == [index.name], "what belongs to it is removed nevertheless"
-    assert "files of old traces stay where they are for now" in caplog.text
+    assert "files of old traces stay where they are for now" in logged.text
     index.rmdir()
-    caplog.clear()
+    logged.clear()
     await asyncio.sleep(0.2)
     await store.save()
     newest_in(tmp_path).unlink()
     await put(store, "t3")
-    assert (names_in(tmp_path), caplog.messages) == ([], [])
+    assert (names_in(tmp_path), logged.messages) == ([], [])
 
 
 async def test_a_place_that_cannot_be_read_yet_is_read_later(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from dataclasses import replace
@@ -29,6 +30,7 @@ from dmoa.serving.router.actor import RouterActor
 from dmoa.serving.router.state import RouterState
 from dmoa.serving.router.versions import MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, _line
 from tests.examples import examples
+from tests.logged import Logged
 
 AGENTS = ("adder", "sorter")
 X = 2 * 384 + 4
@@ -115,9 +117,7 @@ def test_what_was_installed_moves_along_to_an_empty_place(root: Path, tmp_path: 
     assert GateVersions(there, pool(), None).version == first, "what is there already stays"
 
 
-def test_a_place_that_is_gone_is_not_taken_over_but_for_what_is_remembered(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_place_that_is_gone_is_not_taken_over_but_for_what_is_remembered(root: Path, tmp_path: Path, logged: Logged) -> None:
     here = RouterState(root.as_uri())
     GateVersions(here, pool(), None).install(files_of(trained(tmp_path, 1)), "", [])
     shutil.rmtree(root)
@@ -127,7 +127,7 @@ def test_a_place_that_is_gone_is_not_taken_over_but_for_what_is_remembered(
     (root / "state.json").write_text("{")
     (root / "state.json.last").write_text("{")
     RouterState((tmp_path / "elsewhere").as_uri()).take_over(RouterState(root.as_uri()))
-    assert "is not taken over, and" in caplog.text
+    assert "is not taken over, and" in logged.text
     assert not (tmp_path / "elsewhere" / "state.json").exists()
 
 
@@ -281,15 +281,15 @@ def test_a_checkpoint_trained_again_in_its_folder_is_another_one(root: Path, tmp
     assert opened(root, deployed, version_of(folder)).version == version_of(folder)
 
 
-def test_another_pool_begins_anew(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_pool_begins_anew(root: Path, tmp_path: Path, logged: Logged) -> None:
     found = opened(root)
     opened(root)
-    assert caplog.text == "", "the same pool again"
+    assert logged.text == "", "the same pool again"
     found.install(files_of(trained(tmp_path, 1)), "", [])
     other = pool(name="other", agents=[{"name": name, "llm": "tiny", "profile": "Other."} for name in AGENTS])
     again = opened(root, other)
     assert actions(again) == [("configured", build_pool_gate(other)[1].version, None)]
-    (line,) = caplog.messages
+    (line,) = logged.messages
     assert f"{root.as_uri()} held the gates of pool 'pool' ({fingerprint(pool())[:12]})" in line
     assert f"those of pool 'other' ({fingerprint(other)[:12]})" in line
 
@@ -427,14 +427,18 @@ class _Cluster:
         return len([self.kept.pop(key) for key in list(self.kept) if key.startswith(prefix)])
 
 
-@pytest.mark.parametrize("is_same_pool", [True, False])
-async def test_a_deploy_with_another_place_serves_the_gate_that_was_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same_pool: bool
-) -> None:
-    """Of the same pool: another pool's gates stay where they are."""
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a router actor asks of its cluster, without one."""
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=False))
     monkeypatch.setattr(internal_kv, "global_gcs_client", _Cluster())
     monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app: SimpleNamespace(options=lambda **_: name))
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("is_same_pool", [True, False])
+async def test_a_deploy_with_another_place_serves_the_gate_that_was_installed(tmp_path: Path, is_same_pool: bool) -> None:
+    """Of the same pool: another pool's gates stay where they are."""
     here, there = (pool(router={"state_uri": (tmp_path / name).as_uri()}) for name in ("here", "there"))
     if not is_same_pool:
         singers = [{"name": name, "llm": "tiny", "profile": "Sing."} for name in AGENTS]
@@ -443,3 +447,16 @@ async def test_a_deploy_with_another_place_serves_the_gate_that_was_installed(
     await actor.install(files_of(trained(tmp_path, 1)))
     current = await actor.configure(there.model_dump_json())
     assert (current == version_of(tmp_path / "checkpoint-1"), len(await actor.history())) == (is_same_pool, 1 + is_same_pool)
+
+
+@pytest.mark.usefixtures("cluster")
+async def test_an_agent_of_the_ingress_that_was_late_takes_part_again(tmp_path: Path) -> None:
+    llms = {"tiny": {"model": "scripted:x", "engine": "scripted", "placement": "ingress"}}
+    config = pool(llms=llms, router={"state_uri": tmp_path.as_uri(), "probe_interval_s": 0.1})
+    actor = RouterActor(config.model_dump_json(), "app", watch_interval_s=60.0)
+    for _ in range(2):
+        await actor.report_unavailable("adder", "its last replies came too late", 0.05)
+        assert (await actor.status()).masked == ("adder",)
+        async with asyncio.timeout(5):
+            while (await actor.status()).masked:  # noqa: ASYNC110 another task of the actor changes it
+                await asyncio.sleep(0.02)
