@@ -61,6 +61,7 @@ QUIET_S = 0.002
 """How long after a query it still does: its reply is written then."""
 STATE = "feedback.json"
 """Traces and outcomes, beside the records."""
+_NO_STATE = b'{"tenants": {}}'
 
 
 class FeedbackStore:
@@ -87,16 +88,20 @@ class FeedbackStore:
             _LOG.warning("unfinished files of feedback stay where they are: %s", error)
 
     def load(self) -> tuple[list[Feedback], bytes] | None:
-        """Return the records and the state, None where there are none. Raises ConfigError where they cannot be read."""
+        """Return the records and the state, None where there are none. Raises ConfigError where they cannot be read.
+
+        A first save that was cut off leaves records alone: they are what is kept.
+        """
         names = (f"{self._root}/{FILE}", f"{self._root}/{STATE}")
-        gone = [info.base_name for info in self._fs.get_file_info(list(names)) if info.type != arrow_fs.FileType.File]
-        if len(gone) == 1:
-            raise ConfigError(
-                f"{self.place}: {gone[0]} is gone, and what belongs to it is there; remove the folder to begin anew"
-            )
-        if gone:
+        has_records, has_state = (info.type == arrow_fs.FileType.File for info in self._fs.get_file_info(list(names)))
+        if has_state and not has_records:
+            raise ConfigError(f"{self.place}: {FILE} is gone, and {STATE} is there; remove the folder to begin anew")
+        if not has_records:
             return None
-        records, state = (self._fs.open_input_stream(name).readall() for name in names)
+        if not has_state:
+            _LOG.warning("%s: %s is not there; queries are taken up without outcomes", self.place, STATE)
+        records = self._fs.open_input_stream(names[0]).readall()
+        state = self._fs.open_input_stream(names[1]).readall() if has_state else _NO_STATE
         return read_feedback(records, f"{self.place}/{FILE}"), state
 
     def under(self, newer: FeedbackBuffer, empty: FeedbackBuffer, *, is_expected: bool = False) -> FeedbackBuffer:

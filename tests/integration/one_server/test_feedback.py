@@ -31,7 +31,8 @@ async def test_a_query_and_its_outcome_reach_the_snapshot(server: Served, config
     assert [(one.status_code, one.json()["kept"]) for one in mine] == [(200, "new"), (200, "same")]
     folder = config_path.parent / "state" / "feedback"
     deadline = time.monotonic() + 30
-    while not (folder / FILE).exists() or reply["trace_id"] not in (folder / "feedback.json").read_text(encoding="utf-8"):
+    state = folder / "feedback.json"  # Written after the rows: a snapshot's own end.
+    while not state.exists() or reply["trace_id"] not in state.read_text(encoding="utf-8"):
         assert time.monotonic() < deadline, "the snapshot never came"
         await asyncio.sleep(0.1)
     data = (folder / FILE).read_bytes()
@@ -46,5 +47,5 @@ async def test_a_query_and_its_outcome_reach_the_snapshot(server: Served, config
         assert step.route is not None
         assert len(step.route.input_X) == 2 * 384 + 4
     assert b"zebra" not in data
-    kept = [one for _, _, outcomes in read_state((folder / "feedback.json").read_bytes()) for one in outcomes]
+    kept = [one for _, _, outcomes in read_state(state.read_bytes()) for one in outcomes]
     assert [(one.reward, one.source) for one in kept if one.trace_id == reply["trace_id"]] == [(0.0, "tests")]

@@ -203,9 +203,19 @@ def test_feedback_that_is_gone_is_missed_aloud(tmp_path: Path, logged: Logged) -
     (said,) = logged.messages
     assert said.startswith(f"feedback begins empty: {store.place} holds none")
     store.save(write_feedback([]), newer.state())
-    (folder / "feedback.json").unlink()
-    with pytest.raises(ConfigError, match=r"feedback.json is gone, and what belongs to it is there"):
+    (folder / "queries.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"queries.parquet is gone, and feedback.json is there"):
         store.load()
+
+
+def test_a_first_save_that_was_cut_off_keeps_its_queries(tmp_path: Path, logged: Logged) -> None:
+    store, newer = FeedbackStore((tmp_path / "state").as_uri()), buffer()
+    store.save(write_feedback([made(1)]), newer.state())
+    (tmp_path / "state" / "feedback" / "feedback.json").unlink()  # the rows are written first
+    found = store.under(newer, buffer())
+    assert [record.answer.trace_id for record in found.records()] == ["mine1"]
+    assert found.judge("mine", said("mine1"), 10.0) == "new"
+    assert logged.messages == [f"{store.place}: feedback.json is not there; queries are taken up without outcomes"]
 
 
 def test_queries_that_were_saved_after_the_state_can_be_judged_too() -> None:
