@@ -144,11 +144,11 @@ def tell(
             common.say(f"6 of 7: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
             encoder = ServeEncoder(reach("encoder", APP))
             comparison = compare(once, briefly, out, result.checkpoint, encoder, (counts[2], counts[3]))
+            adaptation = show_adaptation(common, briefly, out, encoder, counts[3])
         finally:
             if is_up:
                 common.say("stopping the swarm")
                 stop(APP, end_ray=True)
-        adaptation = show_adaptation(common, briefly, out, encoder, counts[3])
     record = {
         "gate_versions": [launched.gate_version, result.record.version],
         "replay_identical": is_same and is_same_after,
