@@ -54,18 +54,17 @@ class _Loader(yaml.SafeLoader):
             raise _RefusedError(f"{where}: more than {_MAX_NODES} names and values, which no pool has; write a smaller file")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node. Refuses a key that stands twice in it."""
-        if isinstance(node, yaml.MappingNode):
-            # Before `<<` is resolved, because a key beside it may replace one that it brings.
-            seen: set[tuple[str, str]] = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
-                    continue
-                if (key.tag, key.value) in seen:
-                    raise _refused(key, f"the key {short(key.value)} stands twice in one section; keep one of the two")
-                seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep=deep)
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Return the node of a mapping as it is written. Refuses a key that stands twice in it."""
+        # Here no `<<` is resolved yet: a key beside it may replace one that it brings, and then stands twice in the node.
+        node, seen = super().compose_mapping_node(anchor), set[tuple[str, str]]()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
+                continue
+            if (key.tag, key.value) in seen:
+                raise _refused(key, f"the key {short(key.value)} stands twice in one section; keep one of the two")
+            seen.add((key.tag, key.value))
+        return node
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Begin a list or mapping in brackets. Refuses many within each other, over which the scanner takes quadratic time."""

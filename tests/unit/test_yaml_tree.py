@@ -104,6 +104,12 @@ def test_a_key_beside_a_merge_replaces_what_that_brings() -> None:
     assert parse_yaml(text, "pool.yaml")["more"] == {"x": 1, "y": 3}
 
 
+def test_what_replaces_a_merged_key_may_itself_be_merged_further_up() -> None:
+    text = "deep:\n  - a: &a {x: 1, y: 2}\n  - b: &b {<<: *a, y: 3}\nmore: {<<: *b, z: 4}\nmost: {<<: [*a, *b]}\n"
+    tree = parse_yaml(text, "pool.yaml")
+    assert (tree["deep"][1]["b"], tree["more"], tree["most"]) == ({"x": 1, "y": 3}, {"x": 1, "y": 3, "z": 4}, {"x": 1, "y": 2})
+
+
 BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
 
 
