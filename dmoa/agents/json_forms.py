@@ -6,6 +6,7 @@ regular expressions run in an engine whose time is linear.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -425,14 +426,35 @@ def calls_schema(final: FinalCall) -> dict[str, Any]:
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool["name"]}, "arguments": tool.get("parameters") or {"type": "object"}},
+            "properties": {"name": {"const": tool["name"]}, "arguments": {"$ref": f"#/$defs/{number}"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in allowed
+        for number, tool in enumerate(allowed)
     ]
     listed = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MAX_CALLS if final.is_parallel else 1}
-    return {"type": "object", "properties": {"tool_calls": listed}, "required": ["tool_calls"], "additionalProperties": False}
+    given = [_moved(tool.get("parameters") or {"type": "object"}, f"#/$defs/{number}") for number, tool in enumerate(allowed)]
+    return {
+        "type": "object",
+        "properties": {"tool_calls": listed},
+        "required": ["tool_calls"],
+        "additionalProperties": False,
+        "$defs": {str(number): schema for number, schema in enumerate(given)},
+    }
+
+
+def _moved(schema: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Return a schema whose references lead to its own parts where it stands at a place of another one."""
+    moved = copy.deepcopy(schema)
+    left, seen = deque[Any]([moved]), set[int]()
+    while left:
+        part = left.popleft()
+        if isinstance(part, dict) and id(part) not in seen:
+            seen.add(id(part))
+            left.extend(inner for _, inner in _parts(part, moved))
+            if (reference := part.get("$ref", "")) == "#" or reference.startswith("#/"):
+                part["$ref"] = place + reference[1:]
+    return moved
 
 
 def calls_in(text: str, final: FinalCall) -> tuple[tuple[ToolCall, ...], str]:
@@ -500,6 +522,10 @@ def _call_fault(call: Mapping[str, Any], final: FinalCall, budget: Budget) -> st
         return f"{str(name)[:80]!r} is called; expected {', '.join(allowed)}"
     if not isinstance(arguments, dict):
         return f"the arguments of {name} are not a JSON object"
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        return f"the arguments of {name} cannot be written as JSON ({error})"
     fault = value_fault(arguments, tool.get("parameters") or {}, budget)
     return f"the arguments of {name} do not match its parameters: {fault}" if fault else ""
 

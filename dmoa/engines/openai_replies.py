@@ -257,6 +257,8 @@ class Draft:
         self._key = key
         self._calls: dict[int, list[str]] = {}
         """Id, name and arguments of the calls of tools, by their places."""
+        self._open: dict[int | None, int] = {}
+        """The place of the call that was begun last, by the index that its pieces come with."""
         self._rows: list[_Row] = []
         self._vocab_size = vocab_size
         self._fault = fault
@@ -314,12 +316,22 @@ class Draft:
         self._refusal += words.refusal or ""
         self._has_called = self._has_called or bool(words.tool_calls or words.function_call)
         for place, call in enumerate(words.tool_calls or () if self._final.tools else ()):
-            self._call(call, place if choice.message else call.index or 0)
+            self._call(call, place if choice.message else self._place(call))
         if choice.logprobs:
             self._list(choice.logprobs.reasoning_content or (), is_thought=True)
             self._list(choice.logprobs.content or (), is_thought=bool(thought) and not said)
         self._end(choice.finish_reason)
         self._tell(self._thought.add(thought), self._said.add(said))
+
+    def _place(self, call: _Call) -> int:
+        """Return the place of a piece of a call; not every endpoint counts them, or tells an index at all."""
+        place = self._open.get(call.index, len(self._calls))
+        number, name, _ = self._calls.get(place, ("", "", ""))
+        is_named = call.function is not None and bool(call.function.name)
+        if name and is_named and (call.id != number if call.id and number else call.index is None):
+            place = len(self._calls)  # another one begins
+        self._open[call.index] = place
+        return place
 
     def _call(self, call: _Call, place: int) -> None:
         """Add a call of a tool, or a piece of one."""

@@ -355,6 +355,31 @@ def test_what_guided_decoding_may_write_is_what_is_read() -> None:
     assert text_fault('{"tool_calls": []}', calls_schema(asked("required")))
 
 
+def test_references_of_a_tool_lead_to_its_own_parts_in_what_guides_decoding() -> None:
+    point = {"type": "object", "properties": {"x": {"type": "integer"}, "next": {"$ref": "#/$defs/P"}}, "required": ["x"]}
+    draw = {"properties": {"at": {"$ref": "#/$defs/P"}, "$ref": {"type": "string"}}, "$defs": {"P": point}, "required": ["at"]}
+    tree = {"type": "object", "properties": {"left": {"$ref": "#"}}, "additionalProperties": False}
+    final = FinalCall(tools=({"name": "draw", "parameters": draw}, {"name": "grow", "parameters": tree}), tool_choice="required")
+    schema = calls_schema(final)
+    assert schema_fault(schema) == ""
+    assert (draw["properties"]["at"], tree["properties"]) == ({"$ref": "#/$defs/P"}, {"left": {"$ref": "#"}})
+    for name, arguments, is_right in (
+        ("draw", {"at": {"x": 1, "next": {"x": 2}}, "$ref": "a"}, True),
+        ("draw", {"at": {"x": 1, "next": {"x": "2"}}}, False),
+        ("grow", {"left": {"left": {}}}, True),
+        ("grow", {"left": {"right": {}}}, False),
+    ):
+        text = json.dumps({"tool_calls": [{"name": name, "arguments": arguments}]})
+        assert (text_fault(text, schema) == "") == is_right
+        assert bool(calls_in(text, final)[0]) == is_right
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_arguments_that_json_does_not_have_are_no_call(number: str) -> None:
+    calls, fault = calls_in(f'{{"name": "now", "arguments": {{"x": {number}}}}}', asked())
+    assert (calls, fault.partition(" (")[0]) == ((), "the arguments of now cannot be written as JSON")
+
+
 def test_the_prompt_says_tools_choice_and_form() -> None:
     text = form_prompt(asked("=now", is_parallel=False), has_tools=True)
     assert '"description": "Tells the weather."' in text
