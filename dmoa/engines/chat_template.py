@@ -12,6 +12,8 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -66,13 +68,20 @@ def encode_chat(
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], model: str, **options: Any) -> str:
-    """Return a conversation as the chat template writes it; where that takes no system text, the first question begins with it.
+    """Return a conversation as the chat template writes it.
 
+    Where the template refuses it, neighbours of one role become one message, and the first question begins with the system text.
     Raises EngineError.
     """
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except Exception as error:  # the template is a program that came with the model
+        joined = [
+            {"role": role, "content": "\n\n".join(turn["content"] for turn in same)}
+            for role, same in groupby(turns, key=itemgetter("role"))
+        ]
+        if len(joined) < len(turns):
+            return _rendered(tokenizer, joined, model, **options)
         if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise EngineError(f"{model}: its chat template refuses the conversation: {why}") from error

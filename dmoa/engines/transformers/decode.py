@@ -493,7 +493,10 @@ class DecodeLoop:
         for sequence, token, entropy in zip(sequences, tokens, entropies, strict=True):
             if not math.isnan(entropy):
                 sequence.accept(token, entropy, self._loaded.stop_tokens)
-        for sequence in broken:  # once every other row has its token: they may move
+        # Their keys and values may hold NaN, which masking does not keep from those who use the rows next: 0 x NaN is NaN.
+        for sequence in broken:
+            self._kv.wipe(self._rows.index(sequence))
+        for sequence in broken:  # once every other row has its token, and no row holds NaN: rows move
             self._give_up(sequence)
         for row in range(len(self._rows) - 1, -1, -1):
             sequence = self._rows[row]
@@ -504,10 +507,7 @@ class DecodeLoop:
 
     def _give_up(self, sequence: Running) -> None:
         """End a sequence whose logits are not a distribution; whatever else runs goes on."""
-        row = self._rows.index(sequence)
-        # Its keys and values may hold NaN, which masking does not keep from those who use the row next: 0 x NaN is NaN.
-        self._kv.wipe(row)
-        self._evict(row, is_sound=False)
+        self._evict(self._rows.index(sequence), is_sound=False)
         adapter = f" with adapter {sequence.adapter!r}" if sequence.adapter else ""
         sequence.on_done(EngineError(f"token {len(sequence.outputs) + 1}{adapter}: {NOT_FINITE}"))
 
