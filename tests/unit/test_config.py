@@ -465,3 +465,23 @@ def test_endpoints_are_called_from_the_ingress_unless_told_otherwise() -> None:
         loads(
             yaml.safe_dump(tree(llms__tiny__placement="ingress", llms__tiny__engine="transformers", llms__tiny__model="hub:a/b"))
         )
+
+
+def test_a_summarizers_model_is_asked_in_mode_llm_alone() -> None:
+    """In mode select it may stay named: nothing is asked of it, so that it needs no price, and may be recorded."""
+    text = """
+name: p
+llms:
+  a: {model: "scripted:a", engine: scripted, price: {prompt_per_1m: 1, completion_per_1m: 1}}
+  b: {model: "recorded:b", engine: recorded, engine_kwargs: {replies: ~nobody-of-that-name/b}}
+  c: {model: "scripted:c", engine: scripted}
+agents: [{name: one, llm: a, profile: Works.}]
+limits: {budget_price: 1}
+summarizer: {llm: c}
+"""
+    assert loads(text).unpriced == ()
+    assert loads(text, overrides=["summarizer.llm=b"]).summarizer.llm == "b"
+    with pytest.raises(ConfigError, match=r"llms.c has no price"):
+        loads(text, overrides=["summarizer.mode=llm"])
+    with pytest.raises(ConfigError, match=r"summarizer.llm is 'b', whose replies are recorded; .*; use mode 'select'"):
+        loads(text, overrides=["summarizer.mode=llm", "summarizer.llm=b"])
