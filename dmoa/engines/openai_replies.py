@@ -19,7 +19,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    NonNegativeInt,
+    Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -155,17 +155,20 @@ class _Choice(_Part):
     error: Any = None
 
 
+_Count = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
 class _PromptDetails(_Part):
-    cached_tokens: _Extra[int] = None
+    cached_tokens: _Extra[_Count] = None
 
 
 class _CompletionDetails(_Part):
-    reasoning_tokens: _Extra[NonNegativeInt] = None
+    reasoning_tokens: _Extra[_Count] = None
 
 
 class _Usage(_Part):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: _Count = 0
+    completion_tokens: _Count = 0
     total_tokens: _Extra[int] = None
     prompt_tokens_details: _Extra[_PromptDetails] = None
     completion_tokens_details: _Extra[_CompletionDetails] = None
@@ -422,7 +425,7 @@ class Draft:
                 completion_tokens=completion,
                 reasoning_tokens=min(reasoning, completion),
             ),
-            are_tokens_estimated=usage is None,
+            are_tokens_estimated=usage is None or (told is None and not num_listed and reasoning > 0),
             tool_calls=self.tool_calls,
             logprobs=None
             if self._final.top_logprobs is None

@@ -49,6 +49,8 @@ prompts at 64 tokens, a third of the time at 256).
 """
 PREFIX_BYTES = 256 << 20
 """Most memory kept for the beginnings of recent prompts."""
+MASK_CELLS = 1 << 26
+"""Most cells of an attention mask, 256 MiB: a longer prompt is computed from its beginning, where attention needs none."""
 
 
 class Draw:
@@ -420,7 +422,8 @@ class DecodeLoop:
         shared = max([stored, *(_shared(sequence, other) for other in self._rows)])
         # The last token is always computed: its logits are needed.
         shared = min(shared, len(sequence.tokens) - 1)
-        return shared if shared >= MIN_SHARED_TOKENS else 0
+        is_bounded = (len(sequence.tokens) - shared) * len(sequence.tokens) <= MASK_CELLS
+        return shared if shared >= MIN_SHARED_TOKENS and is_bounded else 0
 
     def _copy_prefix(self, row: int, sequence: Running, length: int) -> None:
         for other_row, other in enumerate(self._rows):

@@ -171,7 +171,11 @@ async def test_log_probabilities_of_another_shape_leave_the_reply_with_an_unknow
     assert (found.entropy.tokens, found.entropy.sum_nats) == (0, 0.0)
 
 
-@pytest.mark.parametrize("usage", [[], "3", {"prompt_tokens": None}, {"prompt_tokens": "many"}], ids=json.dumps)
+@pytest.mark.parametrize(
+    "usage",
+    [[], "3", {"prompt_tokens": None}, {"prompt_tokens": "many"}, {"completion_tokens": -1}, {"prompt_tokens": 10**30}],
+    ids=json.dumps,
+)
 async def test_a_usage_of_another_shape_leaves_the_reply_with_estimated_counts(usage: Any) -> None:
     tree = {"choices": [{"message": {"content": "12345678"}, "finish_reason": "stop"}], "usage": usage}
     found = await ask(content(json.dumps(tree).encode()), is_stream=False)
