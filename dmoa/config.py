@@ -135,7 +135,8 @@ class LlmConfig(Node):
     max_num_seqs: int = Field(default=16, ge=1, le=4096)
     """Most sequences in one decoding batch; calls in flight at an endpoint, in placement `ingress` for each ingress."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs per replica; dedicated: per agent. With `vllm`: tensor_parallel_size x pipeline_parallel_size, or 0 for the CPU."""
+    """GPUs per replica; dedicated: per agent. With `vllm`: tensor_parallel_size x pipeline_parallel_size, or 0 for the CPU; with
+    `transformers` 1 at most."""
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
     """Replicas of the host in shared placement."""
     price: PriceConfig | None = None
