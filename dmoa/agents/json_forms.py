@@ -423,24 +423,24 @@ def completed(text: str) -> str:
 def calls_schema(final: FinalCall) -> dict[str, Any]:
     """Return the JSON Schema of what `form_prompt` asks for where tools must be called, for guided decoding."""
     allowed = [tool for tool in final.tools if final.tool_choice in ("auto", "required", f"={tool['name']}")]
+    wanted = [tool.get("parameters") or {"type": "object"} for tool in allowed]
+    # Those with references of their own alone: behind a reference grammars take an object of any names for an empty one.
+    moved = {number: there for number, one in enumerate(wanted) if (there := _moved(one, f"#/$defs/{number}")) != one}
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool["name"]}, "arguments": {"$ref": f"#/$defs/{number}"}},
+            "properties": {
+                "name": {"const": tool["name"]},
+                "arguments": {"$ref": f"#/$defs/{number}"} if number in moved else wanted[number],
+            },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
         for number, tool in enumerate(allowed)
     ]
     listed = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MAX_CALLS if final.is_parallel else 1}
-    given = [_moved(tool.get("parameters") or {"type": "object"}, f"#/$defs/{number}") for number, tool in enumerate(allowed)]
-    return {
-        "type": "object",
-        "properties": {"tool_calls": listed},
-        "required": ["tool_calls"],
-        "additionalProperties": False,
-        "$defs": {str(number): schema for number, schema in enumerate(given)},
-    }
+    whole = {"type": "object", "properties": {"tool_calls": listed}, "required": ["tool_calls"], "additionalProperties": False}
+    return whole | ({"$defs": {str(number): schema for number, schema in moved.items()}} if moved else {})
 
 
 def _moved(schema: Mapping[str, Any], place: str) -> Mapping[str, Any]:

@@ -195,3 +195,25 @@ def test_where_a_template_wants_roles_in_turn_neighbours_of_one_role_are_one_mes
     )
     with pytest.raises(EngineError, match="m: its chat template refuses the conversation: TemplateError: Conversation roles"):
         encode_chat(tokenizer, said(("assistant", "a"), ("assistant", "b"), ("user", "c")), model="m")
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("<think>\n", "\n</think>\n\n"),
+        ("[THINK]", "\n[/think]\n\n"),
+        ("<|begin_of_thought|>", "\n<|end_of_thought|>\n\n"),
+        ("<|channel_thought|>", ""),
+        ("Answer:", ""),
+    ],
+)
+def test_a_thought_that_a_template_opens_is_closed_where_none_may_be_thought(opening: str, closing: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE + "{% if add_generation_prompt %}" + opening + "{% endif %}"
+    for word in ("12 + 7?", "12 <|end|> 7?"):
+        opened = encode_chat(tokenizer, said(("user", word)), model="m")
+        closed = encode_chat(tokenizer, said(("user", word)), model="m", thinks=False)
+        assert tokenizer.decode(closed) == tokenizer.decode(opened) + closing
+        assert (closed == opened) == (not closing)
+    begun = said(("user", "12 + 7?"), ("assistant", "<think>\nI"))
+    assert encode_chat(tokenizer, begun, model="m", thinks=False) == encode_chat(tokenizer, begun, model="m")
