@@ -31,7 +31,7 @@ _MAX_NODES = 100_000
 _MAX_FLOW = 100
 _MAX_DIGITS = 64
 _TAG = "tag:yaml.org,2002:"
-_TRUTH = re.compile(r"true|True|TRUE|false|False|FALSE")
+_TRUTH = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 _NUMBER_OF_ANOTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?")
 _taken: tuple[TextIO, str] | None = None
 """Standard input and what it held: it can be read once, but a command may load its pool several times."""
@@ -122,7 +122,12 @@ def parse_yaml(text: str, source: str) -> Any:
         return loader.construct_document(node)
     except _RefusedError as error:
         raise ConfigError(f"{source}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the errors of int, date and nesting through
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        RecursionError,
+    ) as error:  # PyYAML lets those of int, bool and nesting through
         raise ConfigError(f"{source}: not valid YAML: {redact_text(' '.join(str(error).split()))}; correct it") from error
 
 

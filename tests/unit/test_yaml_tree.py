@@ -22,6 +22,9 @@ READ_AS_WRITTEN = [
     ("=", "="),
     ("true", True),
     ("False", False),
+    ("True or false", "True or false"),
+    ("falsehood", "falsehood"),
+    ("[true, trues]", [True, "trues"]),
     ("~", None),
     ("12", 12),
     ("-7", -7),
@@ -72,6 +75,12 @@ def test_a_number_that_means_another_one_is_refused(text: str, part: str) -> Non
         assert str(caught.value).startswith(f"pool.yaml: line {line}: YAML 1.1 reads {plain} ")
         assert part in str(caught.value)
         assert "in quotes" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["!!bool maybe", "!!int ''", "!!float x", "!!timestamp x"])
+def test_a_value_that_is_not_of_its_tag_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^pool.yaml: not valid YAML: .*; correct it$"):
+        parse_yaml(f"a: {text}", "pool.yaml")
 
 
 def test_an_override_is_read_alike() -> None:
