@@ -33,6 +33,8 @@ _MAX_DIGITS = 64
 _TAG = "tag:yaml.org,2002:"
 _TRUTH = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 _NUMBER_OF_ANOTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?")
+_LET_THROUGH = (ValueError, LookupError, AttributeError, RecursionError)
+"""What PyYAML raises besides its own errors: of int, bool, date and nesting."""
 _taken: tuple[TextIO, str] | None = None
 """Standard input and what it held: it can be read once, but a command may load its pool several times."""
 
@@ -122,12 +124,7 @@ def parse_yaml(text: str, source: str) -> Any:
         return loader.construct_document(node)
     except _RefusedError as error:
         raise ConfigError(f"{source}: {error}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        RecursionError,
-    ) as error:  # PyYAML lets those of int, bool and nesting through
+    except (yaml.YAMLError, *_LET_THROUGH) as error:
         raise ConfigError(f"{source}: not valid YAML: {redact_text(' '.join(str(error).split()))}; correct it") from error
 
 
