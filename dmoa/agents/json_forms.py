@@ -30,7 +30,7 @@ MAX_CALLS = 32
 """Most calls of tools that one answer may hold."""
 _SHOWN = 300
 _STARTS = 16
-"""Most places at which a JSON value is looked for in a text."""
+"""Most places of a text at which a JSON value may be looked for in vain."""
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 _MAX_REPEATS = 1000
@@ -329,15 +329,16 @@ def unwrapped(text: str) -> str:
 
 def _values(text: str) -> Iterator[tuple[int, int, Any]]:
     """Yield start, end and value of the JSON objects and lists in a text, one behind the other."""
-    decoder, end = json.JSONDecoder(), 0
-    for found in list(re.finditer(r"[{\[]", text))[:_STARTS]:
-        if found.start() < end:
+    decoder, end, failed = json.JSONDecoder(), 0, 0
+    for found in re.finditer(r"[{\[]", text):
+        if found.start() < end or failed >= _STARTS:
             continue
         try:
             value, end = decoder.raw_decode(text, found.start())
         except (ValueError, RecursionError):
-            continue
-        yield found.start(), end, value
+            failed += 1
+        else:
+            yield found.start(), end, value
 
 
 def form_prompt(final: FinalCall, *, has_tools: bool) -> str:

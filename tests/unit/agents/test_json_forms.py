@@ -344,6 +344,13 @@ def test_any_text_is_read(text: str) -> None:
     assert isinstance(unwrapped(text), str)
 
 
+def test_all_of_many_calls_are_found_however_nested_their_arguments_are() -> None:
+    arguments = {"a": [{"b": [[], {}]}] * 8}
+    said = "\n".join(json.dumps({"name": "now", "arguments": arguments | {"n": number}}) for number in range(20))
+    calls, fault = calls_in(said, asked())
+    assert ([json.loads(call.arguments)["n"] for call in calls], fault) == ([*range(20)], "")
+
+
 def test_what_guided_decoding_may_write_is_what_is_read() -> None:
     for final in (asked("required"), asked("=weather"), asked("required", is_parallel=False)):
         schema = calls_schema(final)
