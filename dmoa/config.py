@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 from dmoa.engine_options import ENGINES, AutoscalingConfig, EngineEntry, EngineName, EngineOptions, Node, fault_of_url, owner_of
 from dmoa.errors import ConfigError
 from dmoa.plugins import absolute_reference, is_reference, missing_file
+from dmoa.reading import home_path
 from dmoa.types import Defence, Sampling
 from dmoa.validation import describe, did_you_mean, short
 from dmoa.yaml_tree import merged, parse_yaml, read, set_value
@@ -134,7 +135,8 @@ class LlmConfig(Node):
     max_num_seqs: int = Field(default=16, ge=1, le=4096)
     """Most sequences in one decoding batch; calls in flight at an endpoint, in placement `ingress` for each ingress."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs per replica; dedicated: per agent. With `vllm`: tensor_parallel_size x pipeline_parallel_size, or 0 for the CPU."""
+    """GPUs per replica; dedicated: per agent. With `vllm`: tensor_parallel_size x pipeline_parallel_size, or 0 for the CPU; with
+    `transformers` 1 at most."""
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
     """Replicas of the host in shared placement."""
     price: PriceConfig | None = None
@@ -517,7 +519,7 @@ class Config(Node):
         """Recorded replies answer the query alone: what would ask more is refused here, before anything starts."""
         recorded = {name for name, llm in self.llms.items() if llm.engine_entry.is_recorded}
         asked = [agent for agent in self.agents if agent.llm in recorded]
-        if self.summarizer.llm in recorded:
+        if self.summarizer.mode == "llm" and self.summarizer.llm in recorded:
             raise ValueError(
                 f"summarizer.llm is {self.summarizer.llm!r}, whose replies are recorded; a summarizer reads other agents' "
                 "replies; use mode 'select'"
@@ -573,7 +575,7 @@ class Config(Node):
     @property
     def unpriced(self) -> tuple[str, ...]:
         """The models that are asked and have no price; recorded replies have their own."""
-        asked = {agent.llm for agent in self.agents} | {self.summarizer.llm}
+        asked = {agent.llm for agent in callable_agents(self)}
         return tuple(
             name for name, llm in self.llms.items() if name in asked and llm.price is None and not llm.engine_entry.is_recorded
         )
@@ -672,7 +674,7 @@ def _find_engine_files(tree: dict[str, Any], folder: Path) -> None:
         given = llm.get("engine_kwargs") if isinstance(llm, dict) and llm.get("engine") == "recorded" else None
         if isinstance(given, dict) and isinstance(given.get("replies"), str):
             beside = folder / given["replies"]
-            given["replies"] = str((beside if beside.exists() else Path(given["replies"]).expanduser()).absolute())
+            given["replies"] = str((beside if beside.exists() else home_path(given["replies"])).absolute())
 
 
 def summarizer_agent(config: Config) -> AgentConfig | None:

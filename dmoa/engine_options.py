@@ -151,6 +151,15 @@ class TransformersOptions(EngineOptions):
         """Weights as they are, on the part of a GPU that the replica has."""
         return MemoryUse(dtype=self.dtype, max_model_len=self.max_model_len)
 
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Refuse GPUs that a replica would hold and not compute on."""
+        if gpus > 1:
+            return f"gpus is {gpus:g}; engine 'transformers' computes on one GPU; set gpus to 1 or less, or use engine vllm"
+        if gpus and (self.device == "cpu" or self.dtype == "int8"):
+            on_cpu = f"engine_kwargs.device {self.device!r} and dtype {self.dtype!r} run on the CPU"
+            return f"gpus is {gpus:g}; {on_cpu}; set gpus to 0, or change these"
+        return None
+
 
 class ScriptedOptions(EngineOptions):
     """Options of the `scripted` engine: deterministic stand-ins for tests and for measuring overhead."""

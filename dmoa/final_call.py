@@ -311,11 +311,12 @@ def _read(reply: AgentReply, card: AgentCard, final: FinalCall, shown: str = "")
         fault = "" if is_cut else text_fault(text, final.schema)
     elif shown:
         text = text.lstrip()
+    is_called = bool(calls) and not any(text_fault(call.arguments, {}) for call in calls)  # else a limit cut the last one
     choice = Choice(
         text=text,
         reasoning=reply.reasoning,
         tool_calls=calls,
         logprobs=reply.logprobs,
-        finish_reason="tool_calls" if calls else "length" if is_cut else "stop",
+        finish_reason="length" if is_cut and not is_called else "tool_calls" if calls else "stop",
     )
     return choice, fault

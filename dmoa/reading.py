@@ -76,6 +76,14 @@ def check_bytes(found: bytes | bytearray, most: int = MAX_BYTES) -> None:
         raise OSError(f"it is larger than {most >> 20} MiB, which no file of its kind is")
 
 
+def home_path(text: str) -> Path:
+    """Return a path with the home folder in place of `~`; as it is written where no such folder is known."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # an unknown user, or one without a home: a path that is not there, like any other
+        return Path(text)
+
+
 def hash_file(path: str | Path) -> str:
     """Return the SHA-256 of a file as hex. Raises OSError."""
     with open(path, "rb", opener=regular) as file:

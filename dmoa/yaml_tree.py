@@ -31,8 +31,10 @@ _MAX_NODES = 100_000
 _MAX_FLOW = 100
 _MAX_DIGITS = 64
 _TAG = "tag:yaml.org,2002:"
-_TRUTH = re.compile(r"true|True|TRUE|false|False|FALSE")
+_TRUTH = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 _NUMBER_OF_ANOTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?")
+_LET_THROUGH = (ValueError, LookupError, AttributeError, RecursionError)
+"""What PyYAML raises besides its own errors: of int, bool, date and nesting."""
 _taken: tuple[TextIO, str] | None = None
 """Standard input and what it held: it can be read once, but a command may load its pool several times."""
 
@@ -54,18 +56,17 @@ class _Loader(yaml.SafeLoader):
             raise _RefusedError(f"{where}: more than {_MAX_NODES} names and values, which no pool has; write a smaller file")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node. Refuses a key that stands twice in it."""
-        if isinstance(node, yaml.MappingNode):
-            # Before `<<` is resolved, because a key beside it may replace one that it brings.
-            seen: set[tuple[str, str]] = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
-                    continue
-                if (key.tag, key.value) in seen:
-                    raise _refused(key, f"the key {short(key.value)} stands twice in one section; keep one of the two")
-                seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep=deep)
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Return the node of a mapping as it is written. Refuses a key that stands twice in it."""
+        # Here no `<<` is resolved yet: a key beside it may replace one that it brings, and then stands twice in the node.
+        node, seen = super().compose_mapping_node(anchor), set[tuple[str, str]]()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
+                continue
+            if (key.tag, key.value) in seen:
+                raise _refused(key, f"the key {short(key.value)} stands twice in one section; keep one of the two")
+            seen.add((key.tag, key.value))
+        return node
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Begin a list or mapping in brackets. Refuses many within each other, over which the scanner takes quadratic time."""
@@ -123,7 +124,7 @@ def parse_yaml(text: str, source: str) -> Any:
         return loader.construct_document(node)
     except _RefusedError as error:
         raise ConfigError(f"{source}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the errors of int, date and nesting through
+    except (yaml.YAMLError, *_LET_THROUGH) as error:
         raise ConfigError(f"{source}: not valid YAML: {redact_text(' '.join(str(error).split()))}; correct it") from error
 
 

@@ -98,7 +98,8 @@ class Agent:
                 rounds.append(generation)
                 text += generation.raw or generation.text
                 found = toolbox.find_call(text, tools) if tools else None
-                if found is None or len(rounds) >= MAX_TOOL_ROUNDS or self._room(call, rounds) <= 0:
+                is_cut = generation.finish_reason == "length" and bool(generation.text.strip())  # maybe amid the call itself
+                if found is None or is_cut or len(rounds) >= MAX_TOOL_ROUNDS or self._room(call, rounds) <= 0:
                     break
                 result = await tools[found.tool].run(found.argument)
                 text = found.before + toolbox.result_text(found, result)

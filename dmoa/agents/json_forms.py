@@ -6,6 +6,7 @@ regular expressions run in an engine whose time is linear.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -29,7 +30,7 @@ MAX_CALLS = 32
 """Most calls of tools that one answer may hold."""
 _SHOWN = 300
 _STARTS = 16
-"""Most places at which a JSON value is looked for in a text."""
+"""Most places of a text at which a JSON value may be looked for in vain."""
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 _MAX_REPEATS = 1000
@@ -328,15 +329,16 @@ def unwrapped(text: str) -> str:
 
 def _values(text: str) -> Iterator[tuple[int, int, Any]]:
     """Yield start, end and value of the JSON objects and lists in a text, one behind the other."""
-    decoder, end = json.JSONDecoder(), 0
-    for found in list(re.finditer(r"[{\[]", text))[:_STARTS]:
-        if found.start() < end:
+    decoder, end, failed = json.JSONDecoder(), 0, 0
+    for found in re.finditer(r"[{\[]", text):
+        if found.start() < end or failed >= _STARTS:
             continue
         try:
             value, end = decoder.raw_decode(text, found.start())
         except (ValueError, RecursionError):
-            continue
-        yield found.start(), end, value
+            failed += 1
+        else:
+            yield found.start(), end, value
 
 
 def form_prompt(final: FinalCall, *, has_tools: bool) -> str:
@@ -422,17 +424,38 @@ def completed(text: str) -> str:
 def calls_schema(final: FinalCall) -> dict[str, Any]:
     """Return the JSON Schema of what `form_prompt` asks for where tools must be called, for guided decoding."""
     allowed = [tool for tool in final.tools if final.tool_choice in ("auto", "required", f"={tool['name']}")]
+    wanted = [tool.get("parameters") or {"type": "object"} for tool in allowed]
+    # Those with references of their own alone: behind a reference grammars take an object of any names for an empty one.
+    moved = {number: there for number, one in enumerate(wanted) if (there := _moved(one, f"#/$defs/{number}")) != one}
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool["name"]}, "arguments": tool.get("parameters") or {"type": "object"}},
+            "properties": {
+                "name": {"const": tool["name"]},
+                "arguments": {"$ref": f"#/$defs/{number}"} if number in moved else wanted[number],
+            },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in allowed
+        for number, tool in enumerate(allowed)
     ]
     listed = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MAX_CALLS if final.is_parallel else 1}
-    return {"type": "object", "properties": {"tool_calls": listed}, "required": ["tool_calls"], "additionalProperties": False}
+    whole = {"type": "object", "properties": {"tool_calls": listed}, "required": ["tool_calls"], "additionalProperties": False}
+    return whole | ({"$defs": {str(number): schema for number, schema in moved.items()}} if moved else {})
+
+
+def _moved(schema: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Return a schema whose references lead to its own parts where it stands at a place of another one."""
+    moved = copy.deepcopy(schema)
+    left, seen = deque[Any]([moved]), set[int]()
+    while left:
+        part = left.popleft()
+        if isinstance(part, dict) and id(part) not in seen:
+            seen.add(id(part))
+            left.extend(inner for _, inner in _parts(part, moved))
+            if (reference := part.get("$ref", "")) == "#" or reference.startswith("#/"):
+                part["$ref"] = place + reference[1:]
+    return moved
 
 
 def calls_in(text: str, final: FinalCall) -> tuple[tuple[ToolCall, ...], str]:
@@ -500,6 +523,10 @@ def _call_fault(call: Mapping[str, Any], final: FinalCall, budget: Budget) -> st
         return f"{str(name)[:80]!r} is called; expected {', '.join(allowed)}"
     if not isinstance(arguments, dict):
         return f"the arguments of {name} are not a JSON object"
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        return f"the arguments of {name} cannot be written as JSON ({error})"
     fault = value_fault(arguments, tool.get("parameters") or {}, budget)
     return f"the arguments of {name} do not match its parameters: {fault}" if fault else ""
 

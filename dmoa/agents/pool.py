@@ -221,10 +221,10 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuS
 
 def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:
     """Return the agents of one LLM on its engine, by name."""
-    tools = toolbox.default_tools(config.tools.search_corpus)
-    return {
-        agent.name: Agent(agent, engine, tools, entropy_scope=config.gate.entropy_scope) for agent in callable_agents(config, llm)
-    }
+    agents = callable_agents(config, llm)
+    searches = any("search" in agent.tools for agent in agents)
+    tools = toolbox.default_tools(config.tools.search_corpus if searches else None)
+    return {agent.name: Agent(agent, engine, tools, entropy_scope=config.gate.entropy_scope) for agent in agents}
 
 
 def build_local(

@@ -82,8 +82,8 @@ def _text(result: sandbox.SandboxResult) -> str:
     return f"error: {_one_line(lines[-1] if result.status == 'failed' and lines else result.reason)}"
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+def _one_line(text: str, most: int = 200) -> str:
+    return " ".join(text.split())[:most]
 
 
 class Tool(Protocol):
@@ -159,7 +159,7 @@ class Search:
         passages = await self._backend.search(argument, _MAX_PASSAGES)
         if not passages:
             return "no passage matches"
-        return "\n".join(f"[{p.title}] {' '.join(p.text.split())[:_MAX_PASSAGE_CHARS]}" for p in passages)
+        return "\n".join(f"[{_one_line(p.title)}] {_one_line(p.text, _MAX_PASSAGE_CHARS)}" for p in passages)
 
 
 class Bm25Corpus:

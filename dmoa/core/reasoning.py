@@ -86,6 +86,12 @@ def opened_at_end(prompt: str) -> str:
     return prompt[end - len(tag) :] if tag else ""
 
 
+def closing_of(opening: str) -> str:
+    """Return what ends a thought without words behind the tag that opened it; empty where that is not known."""
+    tag = opening.strip().lower()
+    return next((f"\n{mark}\n\n" for mark in (f"{tag[0]}/{tag[1:]}", tag.replace("begin", "end")) if mark in _CLOSED), "")
+
+
 class ReasoningSplitter:
     """Splits a reply that comes in pieces; however it is cut, the whole is split alike.
 

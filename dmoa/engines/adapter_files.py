@@ -323,6 +323,7 @@ def _judged(settings: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
     layers = _as_list(settings.get("layers_pattern") or [])
     yield "layers_pattern", all(isinstance(pattern, str) for pattern in layers), "regular expressions"
     yield "rank_pattern", all(map(_is_rank, (settings.get("rank_pattern") or {}).values())), "whole numbers from 1"
+    yield "alpha_pattern", all(map(is_finite, (settings.get("alpha_pattern") or {}).values())), "finite numbers"
 
 
 def _check_pairs(adapter: AdapterFiles) -> None:

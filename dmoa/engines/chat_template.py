@@ -12,10 +12,12 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from dmoa.core.reasoning import opened_at_end, split_reasoning
+from dmoa.core.reasoning import closing_of, opened_at_end, split_reasoning
 from dmoa.errors import EngineError, PromptTooLongError
 from dmoa.types import Message
 
@@ -33,12 +35,14 @@ def encode_chat(
     model: str,
     settings: Sequence[tuple[str, Any]] = (),
     tools: Sequence[dict[str, Any]] = (),
+    thinks: bool = True,
 ) -> list[int]:
     """Return a prompt's tokens by the chat template of a transformers tokenizer; raises EngineError without a message.
 
     A last message of the assistant's is continued; after any other the template opens the reply. Control tokens that messages
     name are encoded as the text that they are, so no message can end its turn or open another. `settings`: `Sampling.template`.
-    `tools`: as the template is told of them, names in them being no more than text either.
+    `tools`: as the template is told of them, names in them being no more than text either. `thinks` False: a thought that the
+    template opens is closed at once, for a reply of which every token is to be the answer's.
     """
     if not messages:
         raise EngineError(f"{model}: messages is empty; give at least one")
@@ -58,6 +62,8 @@ def encode_chat(
         continue_final_message=is_continued,
         **dict(settings) | offered,
     )
+    opening = "" if thinks or is_continued else opened_at_end(text)
+    text += closing_of(opening) if opening else ""
     if is_forged:
         return controls.encode(text)
     # The backend's own call: transformers' sets padding on the shared tokenizer, which is not safe among threads.
@@ -66,13 +72,20 @@ def encode_chat(
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], model: str, **options: Any) -> str:
-    """Return a conversation as the chat template writes it; where that takes no system text, the first question begins with it.
+    """Return a conversation as the chat template writes it.
 
+    Where the template refuses it, neighbours of one role become one message, and the first question begins with the system text.
     Raises EngineError.
     """
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except Exception as error:  # the template is a program that came with the model
+        joined = [
+            {"role": role, "content": "\n\n".join(turn["content"] for turn in same)}
+            for role, same in groupby(turns, key=itemgetter("role"))
+        ]
+        if len(joined) < len(turns):
+            return _rendered(tokenizer, joined, model, **options)
         if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise EngineError(f"{model}: its chat template refuses the conversation: {why}") from error

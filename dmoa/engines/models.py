@@ -27,7 +27,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from dmoa.errors import ConfigError, ModelFetchError
-from dmoa.reading import hash_file, read_bounded, read_json
+from dmoa.reading import hash_file, home_path, read_bounded, read_json
 from dmoa.validation import did_you_mean
 
 MANIFEST = "dmoa-manifest.json"
@@ -105,7 +105,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 def cache_root() -> Path:
     """Return dmoa's cache folder: `DMOA_CACHE`, else the user's cache folder for dmoa. It may not exist yet."""
     chosen = os.environ.get("DMOA_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else Path(platformdirs.user_cache_dir("dmoa"))
+    return home_path(chosen).absolute() if chosen else Path(platformdirs.user_cache_dir("dmoa"))
 
 
 def path(name: str) -> Path | None:
@@ -202,7 +202,7 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
         check_embedded(model)
         return fetch(rest, progress=progress)
     if source == "path":
-        return _model_folder(model, Path(rest).expanduser())
+        return _model_folder(model, home_path(rest))
     if source == "hub":
         return _hub_model(model, rest)
     raise ConfigError(
@@ -220,7 +220,7 @@ def check_embedded(model: str) -> None:
 def resolve_adapter(adapter: str) -> Path:
     """Turn the `adapter` of an agent (`builtin:NAME` or `path:DIR`) into its folder. Raises ConfigError."""
     source, _, rest = adapter.partition(":")
-    folder = _builtin_root() / rest if source == "builtin" else Path(rest).expanduser().absolute()
+    folder = _builtin_root() / rest if source == "builtin" else home_path(rest).absolute()
     if source not in ("builtin", "path"):
         raise ConfigError(f"adapter: {adapter!r}; expected builtin:NAME, path:DIR or null; write one of these")
     missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
@@ -244,7 +244,7 @@ def model_id(model: str) -> str:
     if source == "embedded":
         return f"{model}@sha256:{_embedded(rest).source_sha256}"
     if source == "path":
-        return f"path@sha256:{_content_hash(_model_folder(model, Path(rest).expanduser()))}"
+        return f"path@sha256:{_content_hash(_model_folder(model, home_path(rest)))}"
     if source == "hub":
         hub = _hub_model(model, rest)
         return f"hub:{hub.repo}@{hub.revision}"

@@ -19,7 +19,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    NonNegativeInt,
+    Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -155,17 +155,20 @@ class _Choice(_Part):
     error: Any = None
 
 
+_Count = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
 class _PromptDetails(_Part):
-    cached_tokens: _Extra[int] = None
+    cached_tokens: _Extra[_Count] = None
 
 
 class _CompletionDetails(_Part):
-    reasoning_tokens: _Extra[NonNegativeInt] = None
+    reasoning_tokens: _Extra[_Count] = None
 
 
 class _Usage(_Part):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: _Count = 0
+    completion_tokens: _Count = 0
     total_tokens: _Extra[int] = None
     prompt_tokens_details: _Extra[_PromptDetails] = None
     completion_tokens_details: _Extra[_CompletionDetails] = None
@@ -257,6 +260,8 @@ class Draft:
         self._key = key
         self._calls: dict[int, list[str]] = {}
         """Id, name and arguments of the calls of tools, by their places."""
+        self._open: dict[int | None, int] = {}
+        """The place of the call that was begun last, by the index that its pieces come with."""
         self._rows: list[_Row] = []
         self._vocab_size = vocab_size
         self._fault = fault
@@ -314,12 +319,22 @@ class Draft:
         self._refusal += words.refusal or ""
         self._has_called = self._has_called or bool(words.tool_calls or words.function_call)
         for place, call in enumerate(words.tool_calls or () if self._final.tools else ()):
-            self._call(call, place if choice.message else call.index or 0)
+            self._call(call, place if choice.message else self._place(call))
         if choice.logprobs:
             self._list(choice.logprobs.reasoning_content or (), is_thought=True)
             self._list(choice.logprobs.content or (), is_thought=bool(thought) and not said)
         self._end(choice.finish_reason)
         self._tell(self._thought.add(thought), self._said.add(said))
+
+    def _place(self, call: _Call) -> int:
+        """Return the place of a piece of a call; not every endpoint counts them, or tells an index at all."""
+        place = self._open.get(call.index, len(self._calls))
+        number, name, _ = self._calls.get(place, ("", "", ""))
+        is_named = call.function is not None and bool(call.function.name)
+        if name and is_named and (call.id != number if call.id and number else call.index is None):
+            place = len(self._calls)  # another one begins
+        self._open[call.index] = place
+        return place
 
     def _call(self, call: _Call, place: int) -> None:
         """Add a call of a tool, or a piece of one."""
@@ -410,7 +425,7 @@ class Draft:
                 completion_tokens=completion,
                 reasoning_tokens=min(reasoning, completion),
             ),
-            are_tokens_estimated=usage is None,
+            are_tokens_estimated=usage is None or (told is None and not num_listed and reasoning > 0),
             tool_calls=self.tool_calls,
             logprobs=None
             if self._final.top_logprobs is None

@@ -35,7 +35,7 @@ from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engine_options import RecordedOptions
 from dmoa.engines.openai_replies import estimated_tokens, generated_tokens
 from dmoa.errors import ConfigError, EngineError
-from dmoa.reading import BYTE_ORDER_MARK, lines_of, regular
+from dmoa.reading import BYTE_ORDER_MARK, home_path, lines_of, regular
 from dmoa.types import EntropySum, Generation, GenerationRequest, TextDelta, TokenUsage, question_key
 from dmoa.validation import describe, did_you_mean
 
@@ -240,7 +240,7 @@ class RecordedEngine:
         """
         self._options = options
         try:
-            self._index = ReplyIndex(Path(options.replies).expanduser())
+            self._index = ReplyIndex(home_path(options.replies))
         except ConfigError as error:
             raise ConfigError(f"engine_kwargs.replies: {error}") from error
         self._names = {agent: agent_name(options.names.get(agent, agent)) for agent in agents}

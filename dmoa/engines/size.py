@@ -18,7 +18,7 @@ import httpx
 
 from dmoa.engines.models import HubModel, path, resolve_model
 from dmoa.errors import DmoaError
-from dmoa.reading import read_bounded, read_json
+from dmoa.reading import home_path, read_bounded, read_json
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
@@ -225,7 +225,7 @@ def _local_folder(model: str) -> Path | str:
         if source == "embedded":
             return path(rest) or f"not in the cache; `dmoa models fetch {rest}` gets it"
         if source == "path":
-            folder = Path(rest).expanduser()
+            folder = home_path(rest)
             return folder if (folder / _CONFIG).is_file() else f"no config.json in {rest} on this machine"
     except DmoaError as error:
         return str(error)

@@ -23,7 +23,7 @@ from dmoa.errors import RequestError
 from dmoa.policies.options import Count, OneOptions, ask
 from dmoa.policies.registry import PolicyContext, policy
 from dmoa.protocols import Encoder
-from dmoa.reading import read_bounded
+from dmoa.reading import home_path, read_bounded
 from dmoa.types import FloatArray, QueryState, StepPlan, Stop
 from dmoa.validation import describe
 
@@ -58,7 +58,7 @@ def judged_of(data: str, agents: Sequence[str]) -> tuple[int, tuple[Judged, ...]
 
     Raises RequestError naming file and line, and where no line is of one of the agents that take part.
     """
-    path = Path(data).expanduser().absolute()
+    path = home_path(data).absolute()
     try:
         changed_ns = path.stat().st_mtime_ns
         rows = _read(path, changed_ns)

@@ -142,6 +142,9 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"llms__tiny__max_num_seqs": 0}, ("llms.tiny.max_num_seqs is 0", "greater than or equal to 1")),
     ({"llms__tiny__gpus": -1}, ("llms.tiny.gpus is -1",)),
     ({"llms__tiny__gpus": 1.5}, ("llms.tiny: gpus is 1.5", "expected a number up to 1, or a whole one")),
+    ({"llms__tiny": {"gpus": 2}}, ("llms.tiny: gpus is 2; engine 'transformers' computes on one GPU", "use engine vllm")),
+    ({"llms__tiny": {"gpus": 1, "engine_kwargs": {"device": "cpu"}}}, ("gpus is 1; engine_kwargs.device 'cpu' and dtype",)),
+    ({"llms__tiny": {"gpus": 1, "engine_kwargs": {"dtype": "int8"}}}, ("dtype 'int8' run on the CPU; set gpus",)),
     ({"tracing": {"otlp_endpoint": "ftp://a"}}, ("tracing.otlp_endpoint is 'ftp://a'",)),
     ({"llms__tiny__engine_kwargs": {"tokens": 0}}, ("llms.tiny: engine_kwargs: tokens is 0",)),
     ({"llms__tiny__engine_kwargs": {"delays_ms": {"adder": -1}}}, ("delays_ms.adder is -1",)),
@@ -465,3 +468,23 @@ def test_endpoints_are_called_from_the_ingress_unless_told_otherwise() -> None:
         loads(
             yaml.safe_dump(tree(llms__tiny__placement="ingress", llms__tiny__engine="transformers", llms__tiny__model="hub:a/b"))
         )
+
+
+def test_a_summarizers_model_is_asked_in_mode_llm_alone() -> None:
+    """In mode select it may stay named: nothing is asked of it, so that it needs no price, and may be recorded."""
+    text = """
+name: p
+llms:
+  a: {model: "scripted:a", engine: scripted, price: {prompt_per_1m: 1, completion_per_1m: 1}}
+  b: {model: "recorded:b", engine: recorded, engine_kwargs: {replies: ~nobody-of-that-name/b}}
+  c: {model: "scripted:c", engine: scripted}
+agents: [{name: one, llm: a, profile: Works.}]
+limits: {budget_price: 1}
+summarizer: {llm: c}
+"""
+    assert loads(text).unpriced == ()
+    assert loads(text, overrides=["summarizer.llm=b"]).summarizer.llm == "b"
+    with pytest.raises(ConfigError, match=r"llms.c has no price"):
+        loads(text, overrides=["summarizer.mode=llm"])
+    with pytest.raises(ConfigError, match=r"summarizer.llm is 'b', whose replies are recorded; .*; use mode 'select'"):
+        loads(text, overrides=["summarizer.mode=llm", "summarizer.llm=b"])

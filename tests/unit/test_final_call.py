@@ -227,6 +227,14 @@ async def test_a_text_that_a_limit_cut_is_given_as_it_is() -> None:
     assert (answer.text, answer.choices[0].finish_reason, answer.finish_reason) == ('{"n":', "length", "length")
 
 
+@pytest.mark.parametrize(("arguments", "reason"), [('{"a": 1}', "tool_calls"), ('{"a": ', "length")])
+async def test_a_call_that_a_limit_cut_is_told_as_cut(arguments: str, reason: str) -> None:
+    calls = tuple(ToolCall(call_id=f"c{i}", name="add", arguments=said) for i, said in enumerate(('{"a": 0}', arguments)))
+    agents = Writers(AgentReply(agent="", status="ok", tool_calls=calls, finish_reason="length"))
+    answer = await written(agents, FinalCall(tools=TOOLS), one=NATIVE)
+    assert (answer.choices[0].tool_calls, answer.choices[0].finish_reason) == (calls, reason)
+
+
 async def test_several_answers_have_seeds_of_their_own() -> None:
     agents = Writers("a", "b", "c")
     answer = await written(agents, FinalCall(n=3), one=frozenset())

@@ -22,6 +22,9 @@ READ_AS_WRITTEN = [
     ("=", "="),
     ("true", True),
     ("False", False),
+    ("True or false", "True or false"),
+    ("falsehood", "falsehood"),
+    ("[true, trues]", [True, "trues"]),
     ("~", None),
     ("12", 12),
     ("-7", -7),
@@ -74,6 +77,12 @@ def test_a_number_that_means_another_one_is_refused(text: str, part: str) -> Non
         assert "in quotes" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["!!bool maybe", "!!int ''", "!!float x", "!!timestamp x"])
+def test_a_value_that_is_not_of_its_tag_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^pool.yaml: not valid YAML: .*; correct it$"):
+        parse_yaml(f"a: {text}", "pool.yaml")
+
+
 def test_an_override_is_read_alike() -> None:
     tree: dict[str, object] = {}
     set_value(tree, "name=off")
@@ -102,6 +111,12 @@ def test_a_key_that_stands_twice_is_refused(text: str, line: int, key: str) -> N
 def test_a_key_beside_a_merge_replaces_what_that_brings() -> None:
     text = "base: &b {x: 1, y: 2}\nmore:\n  <<: *b\n  y: 3\n"
     assert parse_yaml(text, "pool.yaml")["more"] == {"x": 1, "y": 3}
+
+
+def test_what_replaces_a_merged_key_may_itself_be_merged_further_up() -> None:
+    text = "deep:\n  - a: &a {x: 1, y: 2}\n  - b: &b {<<: *a, y: 3}\nmore: {<<: *b, z: 4}\nmost: {<<: [*a, *b]}\n"
+    tree = parse_yaml(text, "pool.yaml")
+    assert (tree["deep"][1]["b"], tree["more"], tree["most"]) == ({"x": 1, "y": 3}, {"x": 1, "y": 3, "z": 4}, {"x": 1, "y": 2})
 
 
 BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))

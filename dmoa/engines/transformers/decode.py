@@ -49,6 +49,8 @@ prompts at 64 tokens, a third of the time at 256).
 """
 PREFIX_BYTES = 256 << 20
 """Most memory kept for the beginnings of recent prompts."""
+MASK_CELLS = 1 << 26
+"""Most cells of an attention mask, 256 MiB: a longer prompt is computed from its beginning, where attention needs none."""
 
 
 class Draw:
@@ -420,7 +422,8 @@ class DecodeLoop:
         shared = max([stored, *(_shared(sequence, other) for other in self._rows)])
         # The last token is always computed: its logits are needed.
         shared = min(shared, len(sequence.tokens) - 1)
-        return shared if shared >= MIN_SHARED_TOKENS else 0
+        is_bounded = (len(sequence.tokens) - shared) * len(sequence.tokens) <= MASK_CELLS
+        return shared if shared >= MIN_SHARED_TOKENS and is_bounded else 0
 
     def _copy_prefix(self, row: int, sequence: Running, length: int) -> None:
         for other_row, other in enumerate(self._rows):
@@ -493,7 +496,10 @@ class DecodeLoop:
         for sequence, token, entropy in zip(sequences, tokens, entropies, strict=True):
             if not math.isnan(entropy):
                 sequence.accept(token, entropy, self._loaded.stop_tokens)
-        for sequence in broken:  # once every other row has its token: they may move
+        # Their keys and values may hold NaN, which masking does not keep from those who use the rows next: 0 x NaN is NaN.
+        for sequence in broken:
+            self._kv.wipe(self._rows.index(sequence))
+        for sequence in broken:  # once every other row has its token, and no row holds NaN: rows move
             self._give_up(sequence)
         for row in range(len(self._rows) - 1, -1, -1):
             sequence = self._rows[row]
@@ -504,10 +510,7 @@ class DecodeLoop:
 
     def _give_up(self, sequence: Running) -> None:
         """End a sequence whose logits are not a distribution; whatever else runs goes on."""
-        row = self._rows.index(sequence)
-        # Its keys and values may hold NaN, which masking does not keep from those who use the row next: 0 x NaN is NaN.
-        self._kv.wipe(row)
-        self._evict(row, is_sound=False)
+        self._evict(self._rows.index(sequence), is_sound=False)
         adapter = f" with adapter {sequence.adapter!r}" if sequence.adapter else ""
         sequence.on_done(EngineError(f"token {len(sequence.outputs) + 1}{adapter}: {NOT_FINITE}"))
 

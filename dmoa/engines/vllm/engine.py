@@ -152,7 +152,16 @@ class VllmEngine:
         accepted_s, sampling, final = time.perf_counter(), request.sampling, request.final
         reader = self._reader(final)
         offered = reader.tools if reader else ()
-        tokens = encode_chat(self._tokenizer, request.messages, model=self._name, settings=sampling.template, tools=offered)
+        # A grammar holds from the first token on: no thought could end that the template opens.
+        is_bound = final is not None and (final.tool_choice != "auto" if reader else final.schema is not None)
+        tokens = encode_chat(
+            self._tokenizer,
+            request.messages,
+            model=self._name,
+            settings=sampling.template,
+            tools=offered,
+            thinks=not is_bound,
+        )
         room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         key = f"{request.request_id}-{next(self._numbers)}"
         opened = opened_thought(self._tokenizer, tokens, request.messages)

@@ -140,6 +140,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({"r": 0}, "r: 0; expected a whole number from 1"),
     "alpha 0": ({"lora_alpha": 0}, "lora_alpha: 0"),
     "alpha NaN": ({"lora_alpha": float("nan")}, "lora_alpha: nan"),
+    "alpha of a layer": ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: {'q_proj': None}; expected finite numbers"),
     "no targets": ({"target_modules": None}, "target_modules: None"),
     "more targets": ({"target_modules": [*TARGETS, "o_proj"]}, r"self_attn.o_proj.lora_A.weight' is missing"),
     "all linear": ({"target_modules": "all-linear"}, "self_attn.k_proj.lora_A.weight' is missing"),

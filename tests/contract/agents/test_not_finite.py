@@ -94,6 +94,21 @@ async def test_a_row_whose_numbers_overflow_spoils_no_other(tiny_model: Path, ti
     await engine.close()
 
 
+async def test_rows_that_break_in_one_step_leave_nothing_to_those_who_have_their_places(
+    tiny_model: Path, tiny_adapters: dict[str, Path], huge: Path
+) -> None:
+    sound = [request(LONG * repeats, name=f"{repeats}", max_tokens=12) for repeats in (3, 1)]
+    options = TransformersOptions(threads=1, prefix_cache=False)
+    engine = TransformersEngine(tiny_model, options, adapters=tiny_adapters | {"huge": huge}, idle_s=(600.0, 600.0))
+    expected = [(await engine.generate(item)).text for item in sound]
+    bad = [request(LONG * 4, name=f"bad{number}", adapter="huge", max_tokens=12) for number in range(2)]
+    results = await asyncio.gather(*map(engine.generate, bad), return_exceptions=True)
+    assert [type(result) for result in results] == [EngineError] * 2
+    together = await asyncio.gather(*map(engine.generate, sound))
+    assert [result.text for result in together] == expected
+    await engine.close()
+
+
 async def test_of_a_broken_row_nothing_is_kept_for_later_prompts(tmp_path: Path) -> None:
     engine = TransformersEngine(broken_model(tmp_path, float("nan")), CPU, idle_s=(0.05, 600.0))
     with pytest.raises(EngineError, match="NaN or infinite"):

@@ -334,3 +334,12 @@ async def test_a_reply_that_fails_after_a_tool_call_counts_what_it_took_before()
     assert (reply.status, reply.error, reply.text) == ("failed", "gone", "")
     assert (reply.usage, reply.price, reply.engine_ms) == (USAGE, 0.25, 5.0)
     assert (await agent_of(ListEngine(EngineError("gone"))).call(call_of())).price is None
+
+
+@pytest.mark.parametrize("has_closing", [False, True])
+async def test_a_call_that_was_cut_is_not_run(has_closing: bool) -> None:
+    """By the deadline or the engine's room: its argument may be half of one, and nothing could follow its result."""
+    said = f"<calculator>12*7{'</calculator> so' * has_closing}"
+    engine = ListEngine(generated(said, finish_reason="length"), EngineError("the prompt has 2048 tokens; expected at most 2047"))
+    reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=50))
+    assert (reply.status, reply.text, reply.finish_reason, len(engine.requests)) == ("ok", said, "length", 1)

@@ -175,3 +175,45 @@ def test_where_a_template_takes_no_system_text_the_first_question_begins_with_it
     assert encode_chat(tokenizer, asked, model="m") == encode_chat(TINY, folded, model="m")
     with pytest.raises(EngineError, match="m: its chat template refuses the conversation: TemplateError: System role not"):
         encode_chat(tokenizer, said(("system", "Be brief.")), model="m")
+
+
+ALTERNATING = (
+    "{% for message in messages %}{% if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
+) + TEMPLATE
+
+
+@pytest.mark.parametrize("word", ["12 + 7?", "12 <|end|> 7?"])
+def test_where_a_template_wants_roles_in_turn_neighbours_of_one_role_are_one_message(word: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ALTERNATING
+    results = (("user", word), ("assistant", "Called a"), ("user", "Result of a: 1"), ("user", "Result of b: 2"))
+    asked = said(("system", "Be brief."), *results, ("assistant", "3"), ("user", "Sure?"))
+    joined = (("user", f"Be brief.\n\n{word}"), ("assistant", "Called a"), ("user", "Result of a: 1\n\nResult of b: 2"))
+    assert encode_chat(tokenizer, asked, model="m") == encode_chat(
+        TINY, said(*joined, ("assistant", "3"), ("user", "Sure?")), model="m"
+    )
+    with pytest.raises(EngineError, match="m: its chat template refuses the conversation: TemplateError: Conversation roles"):
+        encode_chat(tokenizer, said(("assistant", "a"), ("assistant", "b"), ("user", "c")), model="m")
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("<think>\n", "\n</think>\n\n"),
+        ("[THINK]", "\n[/think]\n\n"),
+        ("<|begin_of_thought|>", "\n<|end_of_thought|>\n\n"),
+        ("<|channel_thought|>", ""),
+        ("Answer:", ""),
+    ],
+)
+def test_a_thought_that_a_template_opens_is_closed_where_none_may_be_thought(opening: str, closing: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE + "{% if add_generation_prompt %}" + opening + "{% endif %}"
+    for word in ("12 + 7?", "12 <|end|> 7?"):
+        opened = encode_chat(tokenizer, said(("user", word)), model="m")
+        closed = encode_chat(tokenizer, said(("user", word)), model="m", thinks=False)
+        assert tokenizer.decode(closed) == tokenizer.decode(opened) + closing
+        assert (closed == opened) == (not closing)
+    begun = said(("user", "12 + 7?"), ("assistant", "<think>\nI"))
+    assert encode_chat(tokenizer, begun, model="m", thinks=False) == encode_chat(tokenizer, begun, model="m")

@@ -344,6 +344,13 @@ def test_any_text_is_read(text: str) -> None:
     assert isinstance(unwrapped(text), str)
 
 
+def test_all_of_many_calls_are_found_however_nested_their_arguments_are() -> None:
+    arguments = {"a": [{"b": [[], {}]}] * 8}
+    said = "\n".join(json.dumps({"name": "now", "arguments": arguments | {"n": number}}) for number in range(20))
+    calls, fault = calls_in(said, asked())
+    assert ([json.loads(call.arguments)["n"] for call in calls], fault) == ([*range(20)], "")
+
+
 def test_what_guided_decoding_may_write_is_what_is_read() -> None:
     for final in (asked("required"), asked("=weather"), asked("required", is_parallel=False)):
         schema = calls_schema(final)
@@ -353,6 +360,32 @@ def test_what_guided_decoding_may_write_is_what_is_read() -> None:
         assert len(calls_in(text, final)[0]) == 1
     assert text_fault('{"tool_calls": [{"name": "now", "arguments": {}}]}', calls_schema(asked("=weather")))
     assert text_fault('{"tool_calls": []}', calls_schema(asked("required")))
+    assert "$ref" not in str(calls_schema(asked("required")))  # behind one, vLLM's grammars take {"type": "object"} for {} alone
+
+
+def test_references_of_a_tool_lead_to_its_own_parts_in_what_guides_decoding() -> None:
+    point = {"type": "object", "properties": {"x": {"type": "integer"}, "next": {"$ref": "#/$defs/P"}}, "required": ["x"]}
+    draw = {"properties": {"at": {"$ref": "#/$defs/P"}, "$ref": {"type": "string"}}, "$defs": {"P": point}, "required": ["at"]}
+    tree = {"type": "object", "properties": {"left": {"$ref": "#"}}, "additionalProperties": False}
+    final = FinalCall(tools=({"name": "draw", "parameters": draw}, {"name": "grow", "parameters": tree}), tool_choice="required")
+    schema = calls_schema(final)
+    assert schema_fault(schema) == ""
+    assert (draw["properties"]["at"], tree["properties"]) == ({"$ref": "#/$defs/P"}, {"left": {"$ref": "#"}})
+    for name, arguments, is_right in (
+        ("draw", {"at": {"x": 1, "next": {"x": 2}}, "$ref": "a"}, True),
+        ("draw", {"at": {"x": 1, "next": {"x": "2"}}}, False),
+        ("grow", {"left": {"left": {}}}, True),
+        ("grow", {"left": {"right": {}}}, False),
+    ):
+        text = json.dumps({"tool_calls": [{"name": name, "arguments": arguments}]})
+        assert (text_fault(text, schema) == "") == is_right
+        assert bool(calls_in(text, final)[0]) == is_right
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_arguments_that_json_does_not_have_are_no_call(number: str) -> None:
+    calls, fault = calls_in(f'{{"name": "now", "arguments": {{"x": {number}}}}}', asked())
+    assert (calls, fault.partition(" (")[0]) == ((), "the arguments of now cannot be written as JSON")
 
 
 def test_the_prompt_says_tools_choice_and_form() -> None:

@@ -123,3 +123,11 @@ def test_of_an_ended_reply_what_was_computed_is_kept(is_stopped: bool, kept: lis
     found, shared = store.find(None, np.array([1, 2, 3, 7, 8, 9, 9]))
     assert found is not None
     assert (found.tokens.tolist(), shared, found.kv_NTE.shape[1]) == (kept, len(kept), len(kept))
+
+
+@pytest.mark.parametrize(("stored", "reused"), [(100, 0), (19_000, 19_000), (20_000, 19_999)])
+def test_a_long_prompt_reuses_a_beginning_only_where_the_mask_of_the_rest_stays_small(stored: int, reused: int) -> None:
+    """Attention over reused tokens needs a mask of all new tokens by all tokens: 1.6 GB for 20,000 of them."""
+    store, asked = PrefixStore(1 << 30, 1), SimpleNamespace(adapter=None, tokens=np.arange(20_000))
+    store.put(entry(list(range(stored))))
+    assert DecodeLoop._reusable(SimpleNamespace(_prefixes=store, _rows=[]), asked) == reused  # type: ignore[arg-type]

@@ -171,7 +171,11 @@ async def test_log_probabilities_of_another_shape_leave_the_reply_with_an_unknow
     assert (found.entropy.tokens, found.entropy.sum_nats) == (0, 0.0)
 
 
-@pytest.mark.parametrize("usage", [[], "3", {"prompt_tokens": None}, {"prompt_tokens": "many"}], ids=json.dumps)
+@pytest.mark.parametrize(
+    "usage",
+    [[], "3", {"prompt_tokens": None}, {"prompt_tokens": "many"}, {"completion_tokens": -1}, {"prompt_tokens": 10**30}],
+    ids=json.dumps,
+)
 async def test_a_usage_of_another_shape_leaves_the_reply_with_estimated_counts(usage: Any) -> None:
     tree = {"choices": [{"message": {"content": "12345678"}, "finish_reason": "stop"}], "usage": usage}
     found = await ask(content(json.dumps(tree).encode()), is_stream=False)
@@ -402,3 +406,35 @@ async def test_log_probabilities_are_handed_on_as_many_as_were_asked_for() -> No
     listed = [{"token": "1", "logprob": -2.0, "bytes": [49]}, {"token": "2", "logprob": -2.0, "bytes": [50]}]
     assert found.logprobs == ({"token": "1", "logprob": -0.1, "bytes": [49], "top_logprobs": listed},)
     assert plain.logprobs is None
+
+
+def piece(name: str | None, said: str, **fields: Any) -> dict[str, Any]:
+    return fields | {"function": {"arguments": said} | ({"name": name} if name else {})}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [[piece("add", '{"a": 1}', id="c1"), piece("add", '{"a": 2}', id="c2")]],
+        [[piece("add", '{"a": 1}', id="")], [piece("add", '{"a": 2}', id="")]],
+        [[piece("add", "", id="c1")], [piece(None, '{"a"')], [piece(None, ": 1}")], [piece("add", '{"a": 2}', id="c2")]],
+        [[piece("add", '{"a"', id="c1")], [piece("add", ": 1}", id="c1")], [piece("add", '{"a": 2}', id="c2")]],
+        [[piece("add", '{"a": 1}', id="c1", index=0)], [piece("add", '{"a": 2}', id="c2", index=0)]],
+        [[piece("add", '{"a"', id="c1", index=0)], [piece(None, ": 1}", id="x", index=0)], [piece("add", '{"a": 2}', index=1)]],
+        [[piece("add", '{"a": 1', index=3)], [piece("add", '{"a": 2}', index=4)], [piece("add", "}", index=3)]],
+    ],
+    ids=["one-piece", "no-ids", "in-pieces", "named-again", "all-of-index-0", "other-ids-of-pieces", "by-index"],
+)
+async def test_calls_in_a_stream_are_told_apart_however_they_are_counted(told: list[list[dict[str, Any]]]) -> None:
+    async def turn(call: Call) -> None:
+        await call.open_stream()
+        for calls in told:
+            await call.event({"choices": [{"index": 0, "delta": {"tool_calls": calls}}]})
+        await call.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+        await call.event("[DONE]")
+        await call.raw(b"0\r\n\r\n")
+
+    async with playing(turn) as endpoint:
+        found = await final_call(endpoint, FinalCall(tools=(FUNCTION,)), is_stream=True)
+    assert [(call.name, call.arguments) for call in found.tool_calls] == [("add", '{"a": 1}'), ("add", '{"a": 2}')]
+    assert len({call.call_id for call in found.tool_calls}) == 2

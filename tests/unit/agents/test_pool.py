@@ -13,6 +13,7 @@ import torch
 from dmoa import checkpoint
 from dmoa.agents.embedder import HashEncoder
 from dmoa.agents.pool import (
+    build_agents,
     build_encoder,
     build_engine,
     build_local,
@@ -25,6 +26,7 @@ from dmoa.agents.pool import (
     vllm_builds,
 )
 from dmoa.config import Config, callable_agents, summarizer_agent
+from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.routing import LocalRouter
@@ -265,3 +267,21 @@ async def test_a_profile_gate_can_be_built_inside_an_event_loop() -> None:
     gate, _ = build_pool_gate(pool(gate__head="profile"))
     norms = gate.get_buffer("profile_AD").norm(dim=1)
     assert torch.allclose(norms, torch.ones(3), atol=1e-5)
+
+
+def test_only_who_searches_reads_the_corpus(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("no JSON")
+    config = pool(tools__search_corpus=str(tmp_path / "corpus.jsonl"))
+    assert sorted(build_agents(config, "one", ScriptedEngine(ScriptedOptions()))) == ["adder"]
+    searching = pool(tools__search_corpus=str(tmp_path / "corpus.jsonl"), agents__1__tools=["search"])
+    with pytest.raises(ConfigError, match=r"search corpus: .*line 1: not JSON"):
+        build_agents(searching, "two", ScriptedEngine(ScriptedOptions()))
+
+
+@pytest.mark.parametrize("home", ["~nobody-of-that-name/x", "~nobody-of-that-name"])
+def test_a_home_that_is_not_there_is_a_path_that_is_not_there(home: str) -> None:
+    config = pool(llms__one={"model": f"path:{home}"}, agents__1__adapter=f"path:{home}")
+    with pytest.raises(ConfigError, match=r"llms.one.model: .* lacks config.json; .*\(agents on it: adder\)"):
+        check_files(config)
+    with pytest.raises(ConfigError, match=r"agents.sorter.adapter: .* lacks adapter_config.json"):
+        check_files(pool(agents__1__adapter=f"path:{home}"))

@@ -240,6 +240,12 @@ class TestSearch:
         assert asyncio.run(tool.run("zzz")) == "no passage matches"
         assert asyncio.run(tool.run(" ")).startswith("error: ")
 
+    def test_a_passage_takes_one_line_of_bounded_length(self) -> None:
+        tool = Search(Bm25Corpus([Passage(title="rye\nbread " * 100, text="rye\n" * 1000)]))
+        found = asyncio.run(tool.run("rye"))
+        assert found.startswith("[rye bread rye bread ")
+        assert (len(found), found.count("\n")) == (703, 0)
+
     def test_without_a_corpus_the_tool_says_so(self) -> None:
         assert asyncio.run(default_tools()["search"].run("x")) == "error: this pool has no search corpus"
 
