@@ -108,6 +108,26 @@ def test_manifest_without_a_place_for_the_config_exits_2(
     assert manifest.read_text(encoding="utf-8") == "spec: {}\n"
 
 
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        ("server.host=127.0.0.1", "server.host is '127.0.0.1', where a pod is reached by itself alone"),
+        ("server.port=8123", "server.port is 8123; the manifest's pods, its Service and the NetworkPolicy have 8000"),
+    ],
+)
+def test_service_that_nobody_would_reach_is_refused(
+    server: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, out = tmp_path / "rayservice.yaml", tmp_path / "serve.yaml"
+    manifest.write_text(SERVICE.read_text(encoding="utf-8"), encoding="utf-8")
+    arguments = ("--manifest", str(manifest), "--out", str(out), "--set", server)
+    assert run_build(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert manifest.read_text(encoding="utf-8") == SERVICE.read_text(encoding="utf-8")
+    assert run_build(monkeypatch, *arguments[2:]) == 0  # alone, for a Ray of one's own
+
+
 def test_builder_binds_the_pool_and_leaves_its_arguments_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DMOA_API_KEYS", raising=False)
     args = json.loads(json.dumps(POOL))
