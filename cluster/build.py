@@ -27,13 +27,21 @@ MANIFEST = HERE / "kuberay" / "service" / "rayservice.yaml"
 _HEADER = "# Built by cluster/build.py from the pool {pool}: change the pool, then build again.\n"
 # The block scalar ends where the next key of `spec` begins.
 _EMBEDDED = re.compile(r"^  serveConfigV2: \|\n(?:    .*\n|\n)*", re.M)
+_READ_OTHERWISE = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|0o[0-7]+|[yYnN]|.*[\x85\u2028\u2029].*", re.S)
+"""Texts that KubeRay, whose YAML is another program's, would take for numbers, truth values or ends of lines."""
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes every value out: no aliases."""
+    """Writes every value out, no aliases, and in quotes what others read otherwise."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+    def text(self, value: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style='"' if _READ_OTHERWISE.fullmatch(value) else None)
+
+
+_Plain.add_representer(str, _Plain.text)
 
 
 def render_serve(pool: Path, overrides: list[str]) -> str:

@@ -97,6 +97,22 @@ def test_bad_pool_exits_2_and_writes_nothing(
     assert not out.exists()
 
 
+def test_texts_that_another_yaml_reads_otherwise_stand_in_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go's YAML, which KubeRay has, takes 1e3 for a number, n for false, and U+2028 for the end of a line."""
+    profile, open_server = "One line\u2028and its next.", {"host": "0.0.0.0"}
+    agents = [{"name": name, "llm": "fake", "profile": profile, "tags": ["0o17"]} for name in ("1e3", "n")]
+    tree = {**POOL, "agents": agents, "server": open_server}
+    pool, out, manifest = tmp_path / "pool.yaml", tmp_path / "serve.yaml", tmp_path / "rayservice.yaml"
+    pool.write_text(json.dumps(tree), encoding="utf-8")
+    manifest.write_text(SERVICE.read_text(encoding="utf-8"), encoding="utf-8")
+    assert run_build(monkeypatch, "--pool", str(pool), "--out", str(out), "--manifest", str(manifest)) == 0
+    text = one(manifest)["spec"]["serveConfigV2"]
+    assert text == out.read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["applications"][0]["args"] == tree
+    for quoted in ('name: "1e3"', 'name: "n"', '- "0o17"', 'profile: "One line\\Land its next."'):
+        assert quoted in text
+
+
 def test_manifest_without_a_place_for_the_config_exits_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
