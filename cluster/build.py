@@ -70,7 +70,10 @@ def check_reach(manifest: str, serve: str) -> None:
             f"server.host is {host!r}, where a pod is reached by itself alone: the service would never be ready; set it to "
             "0.0.0.0 (--set server.host=0.0.0.0)"
         )
-    opened = set(_serve_ports(yaml.safe_load(manifest)))
+    try:
+        opened = set(_serve_ports(list(yaml.safe_load_all(manifest))))
+    except yaml.YAMLError:
+        return  # a template of another program, whose ports are its own
     if opened - {port}:
         raise ValueError(
             f"server.port is {port}; the manifest's pods, its Service and the NetworkPolicy have {sorted(opened)[0]} for Serve; "

@@ -97,6 +97,15 @@ def test_bad_pool_exits_2_and_writes_nothing(
     assert not out.exists()
 
 
+def test_manifest_that_is_a_template_is_filled_in_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, out = tmp_path / "rayservice.yaml", tmp_path / "serve.yaml"
+    manifest.write_text("metadata: {{ .Values.name }}: {\nspec:\n  serveConfigV2: |\n    old\n", encoding="utf-8")
+    assert run_build(monkeypatch, "--manifest", str(manifest), "--out", str(out)) == 0
+    assert manifest.read_text(encoding="utf-8").startswith(
+        "metadata: {{ .Values.name }}: {\nspec:\n  serveConfigV2: |\n    # Built"
+    )
+
+
 def test_texts_that_another_yaml_reads_otherwise_stand_in_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go's YAML, which KubeRay has, takes 1e3 for a number, n for false, and U+2028 for the end of a line."""
     profile, open_server = "One line\u2028and its next.", {"host": "0.0.0.0"}
@@ -135,12 +144,13 @@ def test_service_that_nobody_would_reach_is_refused(
     server: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest, out = tmp_path / "rayservice.yaml", tmp_path / "serve.yaml"
-    manifest.write_text(SERVICE.read_text(encoding="utf-8"), encoding="utf-8")
+    text = "kind: Namespace\n---\n" + SERVICE.read_text(encoding="utf-8")
+    manifest.write_text(text, encoding="utf-8")
     arguments = ("--manifest", str(manifest), "--out", str(out), "--set", server)
     assert run_build(monkeypatch, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
-    assert manifest.read_text(encoding="utf-8") == SERVICE.read_text(encoding="utf-8")
+    assert manifest.read_text(encoding="utf-8") == text
     assert run_build(monkeypatch, *arguments[2:]) == 0  # alone, for a Ray of one's own
 
 
