@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from dmoa.errors import DmoaError
+from dmoa.loopback import is_loopback
 from dmoa.serving.deploy import serve_config
 from dmoa.yaml_tree import parse_yaml, set_value
 
@@ -25,13 +27,21 @@ MANIFEST = HERE / "kuberay" / "service" / "rayservice.yaml"
 _HEADER = "# Built by cluster/build.py from the pool {pool}: change the pool, then build again.\n"
 # The block scalar ends where the next key of `spec` begins.
 _EMBEDDED = re.compile(r"^  serveConfigV2: \|\n(?:    .*\n|\n)*", re.M)
+_READ_OTHERWISE = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|0o[0-7]+|[yYnN]|.*[\x85\u2028\u2029].*", re.S)
+"""Texts that KubeRay, whose YAML is another program's, would take for numbers, truth values or ends of lines."""
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes every value out: no aliases."""
+    """Writes every value out, no aliases, and in quotes what others read otherwise."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+    def text(self, value: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style='"' if _READ_OTHERWISE.fullmatch(value) else None)
+
+
+_Plain.add_representer(str, _Plain.text)
 
 
 def render_serve(pool: Path, overrides: list[str]) -> str:
@@ -52,6 +62,35 @@ def embed(manifest: str, serve: str) -> str:
     return replaced
 
 
+def check_reach(manifest: str, serve: str) -> None:
+    """Raise ValueError where nobody reaches what the Serve config listens on in the pods of a RayService."""
+    host, port = yaml.safe_load(serve)["http_options"].values()
+    if is_loopback(host):
+        raise ValueError(
+            f"server.host is {host!r}, where a pod is reached by itself alone: the service would never be ready; set it to "
+            "0.0.0.0 (--set server.host=0.0.0.0)"
+        )
+    try:
+        opened = set(_serve_ports(list(yaml.safe_load_all(manifest))))
+    except yaml.YAMLError:
+        return  # a template of another program, whose ports are its own
+    if opened - {port}:
+        raise ValueError(
+            f"server.port is {port}; the manifest's pods, its Service and the NetworkPolicy have {sorted(opened)[0]} for Serve; "
+            "set that one (--set server.port=...), or change the port in all three"
+        )
+
+
+def _serve_ports(tree: object) -> Iterator[int]:
+    """Yield the port of every container that KubeRay takes for Serve's, by its name."""
+    if isinstance(tree, dict):
+        if tree.get("name") == "serve" and "containerPort" in tree:
+            yield tree["containerPort"]
+        tree = list(tree.values())
+    for part in tree if isinstance(tree, list) else ():
+        yield from _serve_ports(part)
+
+
 def main() -> None:
     """Build and write; exits 2 for a bad pool or manifest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,6 +108,8 @@ def main() -> None:
     try:
         serve = render_serve(options.pool, options.overrides)
         embedded = embed(manifest.read_text(encoding="utf-8"), serve) if manifest else None
+        if embedded is not None:
+            check_reach(embedded, serve)
     except (DmoaError, OSError, ValueError) as error:
         print(f"build: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -16,10 +16,12 @@ from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.validation import redact, redact_command, short
 from dmoa.workflows.console import Common, fail, suggesting, with_common
-from dmoa.workflows.terminal import closed, never_join_by_accident
+from dmoa.workflows.terminal import closed, never_join_by_accident, warn
 from dmoa.yaml_tree import parse_yaml, read, set_value
 
 JOB, POOL = "job", "pool"
+_COPIES = "working_dir_files"
+"""Folder of a Ray under which the folders lie that were submitted with jobs."""
 
 
 class _Job(TyperCommand):
@@ -182,9 +184,22 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
     for override in own:
         set_value(tree, override)
     values = tree.pop(JOB)
+    _warn_of_copy(values)
     if not is_named:
         return from_tree(tree, source=source), values
     return _named_pool(tree, source, [override for override in common.overrides if override not in own]), values
+
+
+def _warn_of_copy(values: dict[str, Any]) -> None:
+    """Say where results would go into a job's own folder, which Ray removes."""
+    from dmoa.storage import uri_of
+
+    out = values.get("out")
+    if isinstance(out, str) and _COPIES in Path.cwd().parts and not Path(out).is_absolute() and uri_of(out) is None:
+        warn(
+            f"job.out is {out!r}, in the copy of a folder that Ray made for this job and removes later; name a URI, or an "
+            "absolute path that the cluster's machines share (--set job.out=...)"
+        )
 
 
 def _named_pool(tree: dict[str, Any], source: str, overrides: list[str]) -> Config:

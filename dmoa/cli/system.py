@@ -76,7 +76,7 @@ def _findings(config: Config, installed: Callable[[str], str | None]) -> Iterato
     yield from _token_file()
     yield port_check(config.server.host, config.server.port)
     yield from _models()
-    yield from _pool(config)
+    yield from _pool(config, installed)
 
 
 def _versions(version_of: Callable[[str], str | None]) -> Iterator[Check]:
@@ -177,12 +177,13 @@ def _models() -> Iterator[Check]:
         yield Check(name=f"model {name}", status="ok" if folder else "warn", detail=detail)
 
 
-def _pool(config: Config) -> Iterator[Check]:
-    from dmoa.agents.pool import check_corpus, check_files
+def _pool(config: Config, version_of: Callable[[str], str | None]) -> Iterator[Check]:
+    from dmoa.agents.pool import check_corpus, check_files, check_vllm
 
     try:
         check_files(config)
         check_corpus(config)
+        check_vllm(config, version_of)
     except ConfigError as error:
         yield Check(name="pool", status="fail", detail=str(error))
         return

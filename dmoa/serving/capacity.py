@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dmoa.agents.pool import check_corpus, check_files
+from dmoa.agents.pool import check_corpus, check_files, check_vllm
 from dmoa.config import Config, LlmConfig, callable_agents
 from dmoa.engine_options import MemoryUse
 from dmoa.engines.models import resolve_adapter
@@ -571,7 +571,7 @@ def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str
     }
     found = judge_plan(config, plan, supply, memories)
     faults = list(found.faults)
-    for check in (check_files, check_corpus) if is_here else (check_files,):
+    for check in (check_files, check_corpus, check_vllm) if is_here else (check_files,):
         try:
             check(config)
         except ConfigError as error:

@@ -134,10 +134,13 @@ def plan_of(config: Config) -> Plan:
                 is_remote=bool(options.endpoint),
             )
         )
-    parts = (
+    parts = [
         LightPart(name=INGRESS, replicas=config.server.ingress_replicas, purpose="HTTP, and the step loop of every query"),
         LightPart(name="encoder", replicas=1, purpose="MiniLM on the CPU: embeddings for the gate"),
         LightPart(name="router", replicas=1, purpose="the gate, on the CPU"),
         LightPart(name="traces", replicas=1, purpose="the last traces"),
-    )
-    return Plan(pool=config.name, deployments=tuple(deployments), parts=parts)
+    ]
+    if config.router.feedback == "on":
+        purpose = f"a sample of the answered queries, about {config.router.feedback_mb} MB at most"
+        parts.append(LightPart(name="feedback", replicas=1, purpose=purpose))
+    return Plan(pool=config.name, deployments=tuple(deployments), parts=tuple(parts))

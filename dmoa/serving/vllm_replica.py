@@ -15,7 +15,7 @@ from ray.serve.llm import LLMConfig, LLMServer
 
 from dmoa.config import AgentConfig, Config, LlmConfig
 from dmoa.engine_options import VllmOptions
-from dmoa.engines.vllm.local import check_adapters, check_parser, engine_over
+from dmoa.engines.vllm.local import check_adapters, check_parser, engine_over, keep_usage_private
 from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.serving.agent_replica import AgentCalls, hosted_agents
 
@@ -25,6 +25,7 @@ class VllmReplica(AgentCalls, LLMServer):
 
     async def __init__(self, config_json: str, llm: str, agent: str | None = None) -> None:  # type: ignore[misc]  # Serve awaits it
         """Start vLLM. `agent` names the one agent of a dedicated deployment, None hosts all of the LLM's."""
+        keep_usage_private()
         config = Config.model_validate_json(config_json)
         hosted = hosted_agents(config, llm, agent)
         part = config.llms[llm]

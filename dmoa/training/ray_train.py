@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
 
 from dmoa.dataflow import in_background, stopped_by
+from dmoa.errors import ConfigError
 from dmoa.training.distributed import SingleWorker, TorchGroup, WorkerGroup
 from dmoa.training.loop import BadStepsError, TrainJob, train_gate
 from dmoa.training.state import StateStore
@@ -42,29 +47,56 @@ def fit_on_ray(
     use_gpu: bool = False,
     max_failures: int = 0,
     tick: Callable[[], None] = lambda: None,
+    shares_place: bool = True,
 ) -> str | None:
     """Run a function in Ray Train's workers and return what the first one returns; `tick` is called now and then.
 
-    Raises DmoaError where it fails.
+    `shares_place`: what the first one writes in `place` is read here. Raises DmoaError where it fails, ConfigError before it
+    begins where its machine has another `place`.
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
-        run_config=RunConfig(
-            name=_NAME,
-            storage_path=place,
-            failure_config=FailureConfig(max_failures=max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    try:
-        result = in_background(trainer.fit, "training", tick)
-    except TrainingFailedError as error:
-        raise stopped_by(error, "training stopped", "the same command goes on from the last state that was kept") from error
-    found: str | None = result.return_value
+    with StateStore(place).marked() if shares_place else nullcontext("") as mark:
+        trainer = TorchTrainer(
+            _where_marked(worker, place, mark) if mark else worker,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+            run_config=RunConfig(
+                name=_NAME,
+                storage_path=place,
+                failure_config=FailureConfig(max_failures=max_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            result = in_background(trainer.fit, "training", tick)
+        except TrainingFailedError as error:
+            raise stopped_by(error, "training stopped", "the same command goes on from the last state that was kept") from error
+    found: str | _Elsewhere | None = result.return_value
+    if isinstance(found, _Elsewhere):
+        raise ConfigError(
+            f"--out: {place!r} is this machine's alone: Ray runs the worker on {found.host}, which would write to another; name "
+            "a folder that all machines of the Ray share, or, to train a gate, a URI"
+        )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Elsewhere:
+    """Returned by workers in place of anything else where the first one does not see the place."""
+
+    host: str
+
+
+def _where_marked(worker: Callable[[dict[str, Any]], Any], place: str, mark: str) -> Callable[[dict[str, Any]], Any]:
+    """Return a worker function that does its work only where the first worker sees the mark in the place."""
+
+    def checked(config: dict[str, Any]) -> Any:
+        host = "" if StateStore(place).has(mark) else socket.gethostname()
+        if get_context().get_world_size() > 1:
+            host = broadcast_from_rank_zero(host)
+        return _Elsewhere(host) if host else worker(config)
+
+    return checked
 
 
 def world_of_worker() -> WorkerGroup:

@@ -7,6 +7,9 @@ gs://). The order of the queries follows from seed and epoch, so it needs no sta
 from __future__ import annotations
 
 import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,25 @@ class StateStore:
             system.delete_file(f"{root}/.writable")
         except (OSError, ValueError) as error:
             raise ConfigError(f"train: cannot write {self.place!r}: {error}; name a folder that can be written") from error
+
+    @contextmanager
+    def marked(self) -> Iterator[str]:
+        """Leave a file in the place while the block runs, and yield its name. Raises ConfigError where none can be written."""
+        self.check()
+        system, root = self._open()
+        mark = f".mark-{secrets.token_hex(8)}"
+        with system.open_output_stream(f"{root}/{mark}") as stream:
+            stream.write(b"")
+        try:
+            yield mark
+        finally:
+            with suppress(OSError):
+                system.delete_file(f"{root}/{mark}")
+
+    def has(self, mark: str) -> bool:
+        """Tell whether this process sees the file that another one has left: whether the place is the same for both."""
+        system, root = self._open()
+        return bool(system.get_file_info(f"{root}/{mark}").type == pyarrow.fs.FileType.File)
 
     def write(self, state: RunState) -> None:
         """Keep a state in place of the one before; a reader sees either of them whole. Raises DmoaError where it cannot."""

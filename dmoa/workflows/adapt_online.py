@@ -66,7 +66,7 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
         _stop_key(options.app, clear=True)
         try:
             place = str(out / "state" / f"{time.time():.0f}")
-            fit_on_ray(_worker, {"job": job}, place, options.workers, max_failures=-1, tick=tail.tick)
+            fit_on_ray(_worker, {"job": job}, place, options.workers, max_failures=-1, tick=tail.tick, shares_place=False)
         except KeyboardInterrupt:
             common.say("ending after the update that is under way")
             _stop_key(options.app)

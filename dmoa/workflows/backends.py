@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +40,35 @@ if TYPE_CHECKING:
     from dmoa.training.collect import ExploringSwarm
 
 
+Carried = Mapping[str, Mapping[str, bytes]]
+"""Checkpoints that travel with what opens a pool, by folder: a worker's machine may have no such folder."""
+
+
+def carried(config: Config, gates: Mapping[str, Path] | None = None) -> Carried:
+    """Read the pool's own checkpoint, and those of `gates`. Raises CheckpointError."""
+    from dmoa import checkpoint
+
+    folders = [str(folder) for folder in (config.gate.checkpoint, *(gates or {}).values()) if folder]
+    return {folder: checkpoint.files_of(*checkpoint.load(folder)) for folder in folders}
+
+
+@contextmanager
+def unpacked(config_json: str, gates: Mapping[str, Path], packed: Carried) -> Iterator[tuple[Config, dict[str, Path]]]:
+    """Yield a pool and gates beside its own whose checkpoints lie on this machine for as long as the block runs."""
+    config = Config.model_validate_json(config_json)
+    with tempfile.TemporaryDirectory(prefix="dmoa-gates-") as root:
+        where = {folder: Path(root, str(number)) for number, folder in enumerate(packed)}
+        for folder, files in packed.items():
+            where[folder].mkdir()
+            for name, data in files.items():
+                (where[folder] / name).write_bytes(data)
+        own = config.gate.checkpoint
+        if own in where:
+            gate = config.gate.model_copy(update={"checkpoint": str(where[own])})
+            config = config.model_copy(update={"gate": gate})
+        yield config, {name: where.get(str(folder), folder) for name, folder in gates.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenPool:
     """Loads a pool's gate, encoder and engines in the process that calls it."""
@@ -51,12 +81,14 @@ class OpenPool:
     """Policies as `FILE.py:NAME`, with paths that this process finds too."""
     adversaries: Adversaries | None = None
     """Agents that work against the swarm; None: nobody does."""
+    carried: Carried = field(default_factory=dict, repr=False)
+    """What is not in it is read from its folder."""
 
     def __call__(self) -> Swarm:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
         POLICIES.resolve(self.policy_files, "--policies")
-        config = Config.model_validate_json(self.config_json)
-        return build_local_swarm(config, lambda text: None, self.call_cache, self.gates, self.adversaries)
+        with unpacked(self.config_json, self.gates, self.carried) as (config, gates):
+            return build_local_swarm(config, lambda text: None, self.call_cache, gates, self.adversaries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +99,15 @@ class OpenCollectingPool:
     epsilon: float | None
     """As in `ExploringPolicy`."""
     call_cache: Path | None = None
+    carried: Carried = field(default_factory=dict, repr=False)
+    """As in `OpenPool`."""
 
     def __call__(self) -> ExploringSwarm:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
         from dmoa.training.collect import ExploringSwarm
 
-        config = Config.model_validate_json(self.config_json)
-        return ExploringSwarm(build_local_swarm(config, lambda text: None, self.call_cache), self.epsilon)
+        with unpacked(self.config_json, {}, self.carried) as (config, _):
+            return ExploringSwarm(build_local_swarm(config, lambda text: None, self.call_cache), self.epsilon)
 
 
 BUSY_PATIENCE_S = 600.0

@@ -330,14 +330,15 @@ def _workers(options: RolloutOptions, config: Config) -> CollectWorkers:
     from dmoa.engines.gpus import pool_gpus
     from dmoa.serving.agent_replica import ENGINE_ENV
     from dmoa.training.collect import CollectWorkers, width
-    from dmoa.workflows.backends import OpenCollectingPool
+    from dmoa.workflows.backends import OpenCollectingPool, carried
 
     call_cache = options.call_cache.absolute() if options.call_cache else None
     if call_cache is not None:
         CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
     used = {agent.llm for agent in config.agents}
+    text, gates = config.model_dump_json(), carried(config)
     return CollectWorkers(
-        open_swarm=OpenCollectingPool(config_json=config.model_dump_json(), epsilon=options.epsilon, call_cache=call_cache),
+        open_swarm=OpenCollectingPool(config_json=text, epsilon=options.epsilon, call_cache=call_cache, carried=gates),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
         width=width(config, options.epsilon),

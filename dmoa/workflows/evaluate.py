@@ -249,7 +249,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     from dmoa.engines.gpus import pool_gpus
     from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.serving.agent_replica import ENGINE_ENV
-    from dmoa.workflows.backends import OpenPool
+    from dmoa.workflows.backends import OpenPool, carried
 
     adversaries = Adversaries(count=options.adversaries, kind=options.kind) if options.adversaries else None
     if adversaries is not None:
@@ -260,11 +260,13 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     call_cache: Path | None = options.call_cache.absolute() if options.call_cache else None
     if call_cache is not None:
         CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
+    gates = {name: folder.absolute() for name, folder in options.gates.items()}
     return AnswerWorkers(
         open_swarm=OpenPool(
             config_json=config.model_dump_json(),
             call_cache=call_cache,
-            gates={name: folder.absolute() for name, folder in options.gates.items()},
+            gates=gates,
+            carried=carried(config, gates),
             policy_files=POLICIES.references(name for name, _ in map(split_policy, options.policies)),
             adversaries=adversaries,
         ),

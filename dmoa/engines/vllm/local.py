@@ -37,6 +37,11 @@ def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str], gpus: GpuSl
     return engine_over(connect(part, given, engine_args(part, given, adapters), gpus), part, given, adapters)
 
 
+def keep_usage_private() -> None:
+    """Keep a vLLM that this process starts from telling its makers about it, unless the environment says otherwise."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
 def check_parser(given: VllmOptions, llm: str) -> None:
     """Check that vLLM has the parsers that an LLM names, before vLLM starts. Blocks; raises ConfigError."""
     if given.reasoning_parser is None and given.tool_parser is None:
@@ -84,6 +89,7 @@ def connect(
     `start` makes the client of vLLM's arguments, with the environment that its processes need.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
+    keep_usage_private()
     source = local_source(part.model) or remote_source(part.model)
     # Its workers run beside this process, also where that is a part of a Ray job.
     beside = {"distributed_executor_backend": "mp"} if given.num_workers > 1 else {}

@@ -105,6 +105,13 @@ def test_dashboard_shows_every_metric_of_dmoa() -> None:
     assert {stem for stem in stems if stem not in asked} == set()
 
 
+def test_figures_are_those_of_now_and_the_gate_is_shown_by_its_version() -> None:
+    panels = [panel for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"] if panel["type"] == "stat"]
+    assert all(target["instant"] for panel in panels for target in panel["targets"])  # else a gate of hours ago stands there too
+    (gate,) = [panel for panel in panels if panel["title"] == "Gate"]
+    assert gate["options"]["textMode"] == "name"  # its value is 1
+
+
 def test_panels_lie_side_by_side_without_overlap() -> None:
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     cells = [

@@ -126,9 +126,15 @@ def test_pods_are_confined_and_bounded(item: Manifest) -> None:
         assert security["runAsNonRoot"] is True
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
         assert "automountServiceAccountToken" in pod["spec"]
-    for container in containers(item.tree):
-        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    beside = [part["autoscalerOptions"] for part in walk(item.tree) if "autoscalerOptions" in part]
+    for container in (*containers(item.tree), *beside):
+        assert container["securityContext"] | {"readOnlyRootFilesystem": True} == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        }
         assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
+    for container in containers(item.tree):
         assert container["image"].startswith(REGISTRY)
 
 
@@ -209,6 +215,20 @@ def test_network_opens_the_ports_that_are_served_and_scraped() -> None:
     (monitor,) = [item.tree for item in manifests() if item.kind == "PodMonitor"]
     scraped = {declared[endpoint["port"]] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     assert opened == scraped | {declared["dashboard"], declared["serve"]}
+
+
+def test_names_are_looked_up_also_where_nodes_keep_a_cache() -> None:
+    (policy,) = [item.tree for item in manifests() if item.tree["metadata"]["name"] == "dmoa-ray"]
+    (rule,) = [rule for rule in policy["spec"]["egress"] if {"protocol": "UDP", "port": 53} in rule.get("ports", [])]
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in rule["to"]
+
+
+def test_ray_up_shows_prometheus_whom_to_ask() -> None:
+    (job, _) = one(CLUSTER / "monitoring" / "prometheus.yaml")["scrape_configs"]
+    folder = str(Path(job["file_sd_configs"][0]["files"][0]).parent)
+    tree = one(CLUSTER / "ray-up.yaml")
+    assert f"-v {folder}:{folder}" in tree["docker"]["run_options"]
+    assert tree["initialization_commands"] == [f"mkdir -p -m 777 {folder}"]
 
 
 def test_ray_up_is_valid_and_holds_no_secret() -> None:

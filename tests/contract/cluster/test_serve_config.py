@@ -97,6 +97,31 @@ def test_bad_pool_exits_2_and_writes_nothing(
     assert not out.exists()
 
 
+def test_manifest_that_is_a_template_is_filled_in_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, out = tmp_path / "rayservice.yaml", tmp_path / "serve.yaml"
+    manifest.write_text("metadata: {{ .Values.name }}: {\nspec:\n  serveConfigV2: |\n    old\n", encoding="utf-8")
+    assert run_build(monkeypatch, "--manifest", str(manifest), "--out", str(out)) == 0
+    assert manifest.read_text(encoding="utf-8").startswith(
+        "metadata: {{ .Values.name }}: {\nspec:\n  serveConfigV2: |\n    # Built"
+    )
+
+
+def test_texts_that_another_yaml_reads_otherwise_stand_in_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go's YAML, which KubeRay has, takes 1e3 for a number, n for false, and U+2028 for the end of a line."""
+    profile, open_server = "One line\u2028and its next.", {"host": "0.0.0.0"}
+    agents = [{"name": name, "llm": "fake", "profile": profile, "tags": ["0o17"]} for name in ("1e3", "n")]
+    tree = {**POOL, "agents": agents, "server": open_server}
+    pool, out, manifest = tmp_path / "pool.yaml", tmp_path / "serve.yaml", tmp_path / "rayservice.yaml"
+    pool.write_text(json.dumps(tree), encoding="utf-8")
+    manifest.write_text(SERVICE.read_text(encoding="utf-8"), encoding="utf-8")
+    assert run_build(monkeypatch, "--pool", str(pool), "--out", str(out), "--manifest", str(manifest)) == 0
+    text = one(manifest)["spec"]["serveConfigV2"]
+    assert text == out.read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["applications"][0]["args"] == tree
+    for quoted in ('name: "1e3"', 'name: "n"', '- "0o17"', 'profile: "One line\\Land its next."'):
+        assert quoted in text
+
+
 def test_manifest_without_a_place_for_the_config_exits_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +131,27 @@ def test_manifest_without_a_place_for_the_config_exits_2(
     assert "serveConfigV2" in capsys.readouterr().err
     assert not (tmp_path / "serve.yaml").exists()
     assert manifest.read_text(encoding="utf-8") == "spec: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        ("server.host=127.0.0.1", "server.host is '127.0.0.1', where a pod is reached by itself alone"),
+        ("server.port=8123", "server.port is 8123; the manifest's pods, its Service and the NetworkPolicy have 8000"),
+    ],
+)
+def test_service_that_nobody_would_reach_is_refused(
+    server: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, out = tmp_path / "rayservice.yaml", tmp_path / "serve.yaml"
+    text = "kind: Namespace\n---\n" + SERVICE.read_text(encoding="utf-8")
+    manifest.write_text(text, encoding="utf-8")
+    arguments = ("--manifest", str(manifest), "--out", str(out), "--set", server)
+    assert run_build(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert manifest.read_text(encoding="utf-8") == text
+    assert run_build(monkeypatch, *arguments[2:]) == 0  # alone, for a Ray of one's own
 
 
 def test_builder_binds_the_pool_and_leaves_its_arguments_alone(monkeypatch: pytest.MonkeyPatch) -> None:

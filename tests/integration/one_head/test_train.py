@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from dmoa import checkpoint
 from dmoa.testing import domain_rows, write_rollouts
 from dmoa.testing import scripted_pool as pool
 from dmoa.testing import scripted_pool_yaml as pool_yaml
+from tests.integration.head import environment
 from tests.integration.trainings import command, curve, greatest_difference, kept_weights, num_epochs, run, start
 
 EPOCHS = 120
@@ -45,6 +47,18 @@ def test_two_workers_train_a_gate_that_can_be_loaded(material: Path, tmp_path: P
     assert [epoch["epoch"] for epoch in curve(tmp_path / "run")] == [1, 2]
     gate, _ = checkpoint.load(tmp_path / "run" / "checkpoint")
     assert gate.spec.agents == pool().agent_names
+
+
+def test_a_folder_that_the_worker_does_not_share_is_refused_before_anything_is_trained(material: Path, tmp_path: Path) -> None:
+    """Every process has a folder of its own under /proc/self: as machines have, of which there is but one here."""
+    arguments = command(material, Path("/proc/self/cwd/out/tests/apart"), "--epochs", "2")
+    ran = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment(), check=False)
+    assert ran.returncode == 2, ran.stderr
+    assert "--out: '/proc/self/cwd/out/tests/apart/state' is this machine's alone: Ray runs the worker on " in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert [
+        path.name for path in (tmp_path / "out" / "tests" / "apart" / "state").iterdir() if path.name.startswith(".mark")
+    ] == []
 
 
 @pytest.mark.accept

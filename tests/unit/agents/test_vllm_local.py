@@ -76,6 +76,15 @@ def test_every_engine_sees_its_own_gpus_alone(recorder: Recorder, monkeypatch: p
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")) == ("4,5,7,GPU-8a", None)
 
 
+def test_no_engine_tells_its_makers_of_its_use_unless_it_is_to(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "")  # so that it is put back
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS")
+    recorder.build_local(of(one={}))
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    recorder.build_local(of(one={}))
+    assert recorder.seen("VLLM_NO_USAGE_STATS") == [("1",), ("0",)]
+
+
 def test_more_gpus_than_visible_are_refused_before_any_engine_starts(recorder: Recorder) -> None:
     with pytest.raises(ConfigError, match=r"^llms\.a\.gpus and of b: the pool needs 5 .* \(a 1, b 4\), and this process sees 4 "):
         recorder.build_local(of(a={"gpus": 1}, b={"gpus": 4, "engine_kwargs": {"tensor_parallel_size": 4}}))

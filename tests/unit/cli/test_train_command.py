@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import yaml
 
+from dmoa.agents.pool import load_pool
 from dmoa.cli.jobs import train_gate_job
+from dmoa.storage import localized
 from dmoa.testing import domain_rows, write_rollouts
 from dmoa.testing import scripted_pool as made_up_pool
 from dmoa.testing import scripted_pool_yaml as pool_yaml
+from dmoa.training.options import TrainOptions
+from dmoa.workflows.console import Common
+from dmoa.workflows.rounds import RoundsOptions
+from dmoa.workflows.train import run_train
 from tests.unit.cli.conftest import Invoke
 
 pytestmark = pytest.mark.contract  # asks git for the revision, and trains
@@ -44,6 +50,19 @@ def test_a_training_prints_its_checkpoint_and_tells_how_it_went(dmoa: Invoke, ma
     assert report == json.loads((out / "train.json").read_text())
     assert report["version"] in result.stderr
     assert len(report["epochs"]) == 3
+
+
+def test_a_training_in_the_copy_of_a_uri_keeps_its_state_at_the_uri(material: Path, tmp_path: Path) -> None:
+    """As a round of `jobs/train_rounds.py` is: Ray's workers may be on a machine that does not have the copy."""
+    place = (tmp_path / "there").as_uri()
+    rounds = RoundsOptions.parse({"out": place, "rollouts": {}})
+    with localized(rounds, lambda line: None, writes=("out",)) as here:
+        out = here.out / "round-0" / "gate"
+        values = {"rollouts": [material / "rollouts"], "out": out, "workers": 0, "epochs": 2, "track": "none"}
+        run_train(TrainOptions.parse(values), load_pool(material / "pool.yaml"), Common(), "")
+        assert not (out / "state").exists()
+        assert (tmp_path / "there" / "round-0" / "gate" / "state" / "state.safetensors").is_file()
+    assert (tmp_path / "there" / "round-0" / "gate" / "checkpoint" / "gate.json").is_file()
 
 
 def test_a_gate_that_learned_is_not_called_arbitrary(dmoa: Invoke, material: Path, tmp_path: Path) -> None:

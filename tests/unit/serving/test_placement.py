@@ -26,6 +26,9 @@ TEN = ModelSize(
 MODEL = "hub:me/ten"
 
 
+PARTS = ("ingress", "encoder", "router", "traces", "feedback")
+
+
 def pool(agents: int = 1, *, llm: dict[str, Any] | None = None, agent: dict[str, Any] | None = None, **kwargs: Any) -> Config:
     """A pool of agents with one GPU each on vLLM; `kwargs` are engine options."""
     part = {"model": MODEL, "engine": "vllm", "placement": "dedicated", "gpus": 1, "engine_kwargs": kwargs}
@@ -55,7 +58,16 @@ def test_dedicated_agents_are_deployments_of_their_own() -> None:
     assert [item.name for item in plan.deployments] == ["agent-a0", "agent-a1", "agent-a2"]
     assert [item.agents for item in plan.deployments] == [("a0",), ("a1",), ("a2",)]
     assert (plan.min_gpus, plan.max_gpus) == (3, 6)
-    assert {part.name: part.replicas for part in plan.parts} == {"ingress": 1, "encoder": 1, "router": 1, "traces": 1}
+    assert {part.name: part.replicas for part in plan.parts} == dict.fromkeys(PARTS, 1)
+
+
+@pytest.mark.parametrize(("feedback", "parts"), [("on", "256 MB at most"), ("off", None)])
+def test_what_is_kept_of_queries_takes_a_place_unless_nothing_is(feedback: str, parts: str | None) -> None:
+    config = pool(1)
+    router = config.router.model_copy(update={"feedback": feedback, "feedback_mb": 256})
+    found = {part.name: part.purpose for part in plan_of(config.model_copy(update={"router": router})).parts}
+    assert ("feedback" in found) == (parts is not None)
+    assert parts is None or parts in found["feedback"]
 
 
 def test_shared_agents_and_the_summarizer_are_one_deployment() -> None:

@@ -122,3 +122,12 @@ def test_another_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state" / FILE).write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(ConfigError, match="cannot be read"):
         store.read_progress()
+
+
+def test_a_mark_is_seen_in_the_same_place_alone_and_goes(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    with store.marked() as mark:
+        assert store.has(mark)
+        assert StateStore((tmp_path / "state").as_uri()).has(mark)
+        assert not StateStore(str(tmp_path / "other")).has(mark)
+    assert not store.has(mark)
