@@ -142,6 +142,33 @@ async def test_a_busy_server_is_asked_again_when_it_says(
     assert (client.waits, len(refusals)) == (waits, left)
 
 
+class Other(httpx2.AsyncBaseTransport):
+    """A server that is no dmoa server: it gives one answer to everything."""
+
+    def __init__(self, kind: str, content: bytes) -> None:
+        self._kind, self._content = kind, content
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, headers={"content-type": self._kind}, content=self._content, request=request)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("text/html", b"<html>Sign in</html>"),
+        ("application/json", b'{"hello": 1}'),
+        ("application/json", b'{"object": "list", "data": [], "choices": []}'),
+        ("application/json", b"{"),
+    ],
+)
+async def test_an_answer_of_another_server_is_said_in_one_line(kind: str, content: bytes) -> None:
+    http_client = DefaultAsyncHttpxClient(transport=Other(kind, content))
+    async with ServerClient("http://test", http_client=http_client) as client:
+        for ask in (client.pool(), client.chat(HI), client.chat(HI, model="tiny")):
+            with pytest.raises(DmoaError, match=r"^http://test: its answer .*; is it a dmoa server, and is the address right"):
+                await ask
+
+
 async def test_no_server_is_said_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
