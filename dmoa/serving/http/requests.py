@@ -56,8 +56,15 @@ _RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 """A surrogate as lenient writers encode it; no bytes of UTF-8 look so."""
 
 
+class RefusalPart(LenientModel):
+    """A part of an assistant's message: why it did not answer."""
+
+    type: Literal["refusal"]
+    text: str = Field(alias="refusal")
+
+
 class TextPart(LenientModel):
-    """A text part of a message; other kinds of part are not supported."""
+    """A text part of a message; other kinds of part, but for refusals, are not supported."""
 
     type: Literal["text"]
     text: str
@@ -66,7 +73,12 @@ class TextPart(LenientModel):
     annotations: Any = None
 
 
-Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(text_or_list)]
+def _part_kind(value: Any) -> str:
+    return "<refusal>" if isinstance(value, dict) and value.get("type") == "refusal" else "<part>"
+
+
+Part = Annotated[Annotated[TextPart, Tag("<part>")] | Annotated[RefusalPart, Tag("<refusal>")], Discriminator(_part_kind)]
+Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<list>")], Discriminator(text_or_list)]
 """A message's text, or its text parts, which are joined by line breaks."""
 _OLD_TOOLS = "send tools and tool_choice"
 
@@ -101,12 +113,12 @@ class ChatMessage(LenientModel):
     tool_call_id: str | None = None
     """Of a message of the role tool: the call that it answers."""
     function_call: Annotated[Any, Only(way=_OLD_TOOLS)] = None
-    parsed: Annotated[Any, Only()] = None
     type: Annotated[Any, Only("text", "message")] = None
     name: str | None = None
     """Ignored, as are the fields below: clients send back what they were shown, and hints that change no answer."""
     id: Any = None
     annotations: Any = None
+    parsed: Any = None
     reasoning_content: Any = None
     reasoning: Any = None
     reasoning_details: Any = None
@@ -463,7 +475,7 @@ def param_of(loc: tuple[int | str, ...]) -> str | None:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("<text>", "<list>", "<options>", "<off>", "<tool>", "[key]"):
+        elif part not in ("<text>", "<list>", "<part>", "<refusal>", "<options>", "<off>", "<tool>", "[key]"):
             path += f".{part}" if path else part
     return path[:200] or None
 

@@ -140,7 +140,7 @@ class ResponsesRequest(LenientModel):
     dmoa: AskedOfDmoa = None
     """false leaves the `dmoa` object out of the reply."""
     include: Any = None
-    """Ignored, as are the fields below."""
+    """`message.output_text.logprobs` in the list asks for log-probabilities; all else is ignored, as are the fields below."""
     truncation: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
@@ -148,6 +148,11 @@ class ResponsesRequest(LenientModel):
     prompt_cache_retention: Any = None
     max_tool_calls: Any = None
     stream_options: Any = None
+
+    @property
+    def includes_logprobs(self) -> bool:
+        """Whether the log-probabilities of the text are to be part of it."""
+        return isinstance(self.include, list) and "message.output_text.logprobs" in self.include
 
 
 def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedRequest:
@@ -161,7 +166,7 @@ def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedR
         "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(request.tools or [])] or None,
         "tool_choice": _tool_choice(request.tool_choice),
         "response_format": _format(request.text.format if request.text else None),
-        "logprobs": True if request.top_logprobs else None,
+        "logprobs": True if request.top_logprobs or request.includes_logprobs else None,
         "max_tokens": request.max_output_tokens,
         "dmoa": request.dmoa.model_dump() if request.dmoa else request.dmoa,
     }
@@ -204,6 +209,7 @@ def _renamed(error: RequestError, request: ResponsesRequest, places: _Places = (
     old = error.param or ""
     new, message = old, _MESSAGE.fullmatch(old)
     for name, pattern, here in _NAMES:
+        here = "include" if name == "logprobs" and not request.top_logprobs else here
         if name not in (request.model_extra or {}):  # else the client wrote it so
             new = re.sub(rf"^{pattern}(?![\w])", here, new)
     if message:
@@ -282,7 +288,7 @@ def _tool_choice(choice: Any) -> Any:
 def _format(wanted: TextFormat | None) -> dict[str, Any] | None:
     if wanted is None:
         return None
-    form = {"name": wanted.name or "answer", "schema": wanted.form, "strict": wanted.strict}
+    form = {"name": wanted.name or "answer", "description": wanted.description, "schema": wanted.form, "strict": wanted.strict}
     return {"type": wanted.type, **({"json_schema": form} if wanted.type == "json_schema" else {})}
 
 
