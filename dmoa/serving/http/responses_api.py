@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError
@@ -16,6 +17,7 @@ from dmoa.errors import RequestError
 from dmoa.serving.http.errors import described, encode_json
 from dmoa.serving.http.fields import MAX_TOOLS, WHOLE, LenientModel, Only, Tokens, refused, text_or_list
 from dmoa.serving.http.requests import (
+    MAX_IGNORED,
     AskedOfDmoa,
     ChatRequest,
     ParsedRequest,
@@ -83,7 +85,7 @@ class Reasoning(LenientModel):
     """What is told of thoughts."""
 
     effort: str | None = None
-    """Ignored."""
+    """Ignored, and named among the ignored fields."""
     summary: str | None = None
     """With any: the lines of the steps come as a summary of the reasoning."""
 
@@ -103,7 +105,7 @@ class TextOptions(LenientModel):
 
     format: TextFormat | None = None
     verbosity: str | None = None
-    """Ignored."""
+    """As `reasoning.effort`."""
 
 
 class ResponsesRequest(LenientModel):
@@ -176,11 +178,14 @@ def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedR
     unknown = [param for param, _, _ in unknown_in(request) if param not in also]
     try:
         chat = ChatRequest.model_validate(also | {name: value for name, value in tree.items() if value is not None})
-        return chat_order(chat, service, unknown)
+        order = chat_order(chat, service, unknown)
     except ValidationError as error:
         raise _renamed(request_error(error), request, places) from None
     except RequestError as error:
         raise _renamed(error, request, places) from None
+    effort, verbosity = request.reasoning and request.reasoning.effort, request.text and request.text.verbosity
+    hints = [name for name, value in (("reasoning.effort", effort), ("text.verbosity", verbosity)) if value is not None]
+    return replace(order, ignored=(*order.ignored, *hints)[:MAX_IGNORED])
 
 
 _ALSO = frozenset(ChatRequest.model_fields) - {"messages", "n"}

@@ -293,5 +293,8 @@ async def test_fields_of_every_depth_are_named_and_those_of_chat_requests_are_ta
         strict = await client.post(PATH, json=body | {"input": [*said[1:3], {"role": "user", "content": "Hi"}]})
     assert response.status_code == strict.status_code == 200, response.text
     assert response.json()["dmoa"]["ignored"] == ["messages", "n", "input[0].odd", "input[3].content[0].id"]
+    async with connect(make_app(service)) as client:
+        hinted = await client.post(PATH, json=body | {"reasoning": {"effort": "low"}, "text": {"verbosity": "low"}})
+    assert hinted.json()["dmoa"]["ignored"][-2:] == ["reasoning.effort", "text.verbosity"]
     query = service.asked[0][0]
     assert (query.text, query.sampling, query.final) == ("What is 12 + 7?", {"max_tokens": 9, "seed": 3}, None)
