@@ -135,14 +135,14 @@ class Orchestrator:
             raise _no_answer(state, policy.name, reason)
         text, choices = ended(policy, state), tuple[Choice, ...]()
         written = None if query.final is None else await self._written(state, query.final, emit)
+        is_late = query.final is not None and written is None
         if written is not None:
             step, choices = written
             state, text = advance(state, step), step.summary
             emit(step)
-        elif query.final is not None:
-            reason = "deadline"
-        answer = finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3, choices=choices)
-        emit(replace(answer, text=text))
+        wall_ms = (time.perf_counter() - started) * 1e3
+        answer = finish(state, policy.name, "deadline" if is_late else reason, wall_ms=wall_ms, choices=choices)
+        emit(replace(answer, text=text, degraded=answer.degraded or is_late))
 
     async def _written(self, state: QueryState, final: FinalCall, emit: Emit) -> tuple[StepRecord, tuple[Choice, ...]] | None:
         """Write the answer as the client wants it; None where the deadline passed first and the text so far is an answer too."""

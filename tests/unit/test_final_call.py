@@ -358,7 +358,7 @@ async def test_where_a_text_will_do_a_deadline_ends_with_the_best_one_so_far(
             await written(late, final, one=NATIVE)
         return
     answer = await written(late, final, one=NATIVE)
-    assert (answer.text, answer.stop_reason, answer.finish_reason) == ("It is 19.", "deadline", "stop")
+    assert (answer.text, answer.stop_reason, answer.finish_reason, answer.degraded) == ("It is 19.", "deadline", "stop", True)
     assert (len(answer.steps), answer.choices, answer.usage.total) == (1, (), 14)
 
 

@@ -270,7 +270,6 @@ class ChatRequest(SharedRequest):
     function_call: Annotated[Any, Only("none", "auto", way=_OLD_TOOLS)] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
-    prediction: Annotated[Any, Only()] = None
     web_search_options: Annotated[Any, Only()] = None
     moderation: Annotated[Any, Only()] = None
     parallel_tool_calls: bool | None = None
@@ -286,6 +285,8 @@ class ChatRequest(SharedRequest):
     cache_control: Any = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
+    prediction: Any = None
+    """Of the answer's text, so that it is written faster."""
 
     @property
     def is_stored(self) -> bool:
@@ -387,7 +388,7 @@ def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequenc
     unknown = [*unknown, *(param for param, _, _ in islice(unknown_in(request), MAX_IGNORED))][:MAX_IGNORED]
     wished = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty"}
     wished |= {"chat_template_kwargs": "template", "enable_thinking": "template", "skip_special_tokens": ""}
-    wished |= {"reasoning_effort": "", "verbosity": ""}
+    wished |= {"reasoning_effort": "", "verbosity": "", "prediction": ""}
     unused = [name for name, ability in wished.items() if getattr(request, name, None) is not None and ability not in abilities]
     for param in unknown:
         if param not in _TOLD and len(_TOLD) < _MAX_TOLD:
