@@ -160,6 +160,8 @@ class ServerClient:
                         if isinstance(event, TextDelta):
                             texts[event.is_reasoning].append(event.text)
                         yield event
+        if not finish_reason:
+            raise self._foreign("its stream broke off before the answer was whole")
         yield RemoteReply(
             text="".join(texts[False]),
             reasoning="".join(texts[True]),

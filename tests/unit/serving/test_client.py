@@ -169,6 +169,16 @@ async def test_an_answer_of_another_server_is_said_in_one_line(kind: str, conten
                 await ask
 
 
+async def test_a_stream_that_breaks_off_is_no_answer() -> None:
+    piece = b'data: {"id": "a", "model": "m", "choices": [{"index": 0, "delta": {"content": "The ans"}}]}\n\n'
+    http_client = DefaultAsyncHttpxClient(transport=Other("text/event-stream", piece))
+    async with ServerClient("http://test", http_client=http_client) as client:
+        events = client.stream(HI, model="tiny")
+        assert await anext(events) == TextDelta(text="The ans")
+        with pytest.raises(DmoaError, match=r"^http://test: its stream broke off before the answer was whole"):
+            await anext(events)
+
+
 async def test_no_server_is_said_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
