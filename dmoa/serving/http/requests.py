@@ -252,7 +252,7 @@ class ChatRequest(SharedRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    """The last one is the user's, which the gate reads as the question, or the result of a tool."""
+    """The last one but for system messages is the user's, which the gate reads as the question, or the result of a tool."""
     max_completion_tokens: Tokens = None
     """Newer name of `max_tokens`."""
     metadata: dict[Annotated[str, Field(max_length=64)], Any] | None = Field(default=None, max_length=16)
@@ -510,17 +510,19 @@ class ParsedRequest:
 def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[str] = ()) -> ParsedRequest:
     """Return the order of a chat request. Raises RequestError (400, 404).
 
-    System and developer messages ahead of the first turn become the query's system text; later ones stay in place. `unknown`:
-    what nobody knows of a body of another kind, which was made into this request.
+    System and developer messages ahead of the first turn, and behind the last one, become the query's system text; others stay in
+    place. `unknown`: what nobody knows of a body of another kind, which was made into this request.
     """
     policy, agent = resolve(request, service)
     _check_messages(request)
-    last, asked = request.messages[-1], _place_of_question(request)
+    is_system = [message.role in ("system", "developer") for message in request.messages]
+    end = len(is_system) - (is_system[::-1].index(False) if False in is_system else 0)
+    last, asked = request.messages[end - 1], _place_of_question(request)
     if last.role not in ("user", "tool") or asked is None:
         seen = f"is {last.role!r}; expected 'user' for the last message; end the conversation with the question"
-        raise refused(f"messages[{len(request.messages) - 1}].role", seen)
+        raise refused(f"messages[{end - 1}].role", seen)
     place, question = f"messages[{asked}]", request.messages[asked]
-    num_system = next(i for i, message in enumerate(request.messages) if message.role not in ("system", "developer"))
+    num_system = is_system.index(False)
     names = {call.id: call.function.name for message in request.messages for call in message.tool_calls or []}
     tokens, older = request.max_completion_tokens, request.max_tokens
     if None not in (tokens, older) and tokens != older:
@@ -531,9 +533,9 @@ def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[st
         service,
         text=_question(question.text, f"{place}.content"),
         max_tokens=tokens or older,
-        system="\n\n".join(message.text for message in request.messages[:num_system]),
+        system="\n\n".join(message.text for message in (*request.messages[:num_system], *request.messages[end:])),
         turns=tuple(_turn(message, names) for message in request.messages[num_system:asked]),
-        exchange="\n".join(_turn(message, names).content for message in request.messages[asked + 1 :]),
+        exchange="\n".join(_turn(message, names).content for message in request.messages[asked + 1 : end]),
         final=final_call(
             tools=request.tools,
             tool_choice=request.tool_choice,

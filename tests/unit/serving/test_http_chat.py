@@ -295,6 +295,17 @@ async def test_the_conversation_reaches_the_swarm_in_order() -> None:
     assert query.text == "1 + 1?"
 
 
+async def test_system_messages_behind_the_last_turn_join_those_ahead() -> None:
+    behind = [{"role": "system", "content": "Be exact."}, {"role": "developer", "content": "Use digits."}]
+    first = {"role": "system", "content": "Be brief."}
+    query, *_ = await post_query(FakeService(), messages=[first, *QUESTION, *behind])
+    assert (query.text, query.turns, query.system) == ("What is 12 + 7?", (), "Be brief.\n\nBe exact.\n\nUse digits.")
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    used = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "19"}]
+    query, *_ = await post_query(FakeService(), messages=[*QUESTION, *used, *behind])
+    assert (query.exchange, query.system) == ("Called add with {}\nResult of add: 19", "Be exact.\n\nUse digits.")
+
+
 ECHOED: list[dict[str, Any]] = [
     {"content": "Hi", "type": "text"},
     {"content": "Hi", "type": "message", "id": "msg_1", "status": "completed", "timestamp": 1.5, "parts": [{}]},

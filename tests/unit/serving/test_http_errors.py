@@ -135,6 +135,12 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     (chat(messages=[USER, {"role": "assistant", "content": "x"}]), 400, "messages[1].role", "invalid_value"),
     (chat(messages=[{"role": "system", "content": "x"}]), 400, "messages[0].role", "invalid_value"),
     (
+        chat(messages=[USER, {"role": "assistant", "content": "x"}, {"role": "system", "content": "x"}]),
+        400,
+        "messages[1].role",
+        "invalid_value",
+    ),
+    (
         chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}, USER]),
         400,
         "messages[0].tool_calls[0].function",
