@@ -73,7 +73,7 @@ class ServerClient:
         """`patience_s`: how long a request that a busy server refuses is sent again, when the server says (Retry-After)."""
         self.waits = 0
         """Requests that were sent again."""
-        self._patience_s = patience_s
+        self._patience_s, self._timeout_s = patience_s, timeout_s
         self.url = url.rstrip("/").removesuffix("/v1")
         self._conceal = Conceal(api_key)
         if http_client is None and not uses_proxies(self.url):
@@ -223,6 +223,8 @@ class ServerClient:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except openai.APITimeoutError as error:
+            raise DmoaError(f"{self.url}: no answer within {self._timeout_s:g} s; ask for less, or set a deadline") from error
         except openai.APIConnectionError as error:
             raise DmoaError(self._clean(f"{self.url}: cannot be reached ({error}); is the server running there?")) from error
         except openai.APIError as error:

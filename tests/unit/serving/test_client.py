@@ -169,6 +169,21 @@ async def test_an_answer_of_another_server_is_said_in_one_line(kind: str, conten
                 await ask
 
 
+class Slow(httpx2.AsyncBaseTransport):
+    """A server that answers too late."""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ReadTimeout("too late", request=request)
+
+
+async def test_a_server_that_takes_too_long_is_not_said_to_be_away() -> None:
+    http_client = DefaultAsyncHttpxClient(transport=Slow())
+    async with ServerClient("http://test", timeout_s=5.0, http_client=http_client) as client:
+        for ask in (client.chat(HI, model="tiny"), anext(client.stream(HI, model="tiny"))):
+            with pytest.raises(DmoaError, match=r"^http://test: no answer within 5 s; ask for less, or set a deadline"):
+                await ask
+
+
 async def test_a_stream_that_breaks_off_is_no_answer() -> None:
     piece = b'data: {"id": "a", "model": "m", "choices": [{"index": 0, "delta": {"content": "The ans"}}]}\n\n'
     http_client = DefaultAsyncHttpxClient(transport=Other("text/event-stream", piece))
