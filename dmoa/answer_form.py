@@ -40,12 +40,19 @@ class FinalCall:
     """JSON Schema of the text; None: any text."""
     schema_name: str = ""
     """What the client calls the schema; empty: any JSON object is asked for."""
+    schema_description: str = ""
+    """What the client says that the form is for."""
     is_strict: bool | None = None
     """As the client says of its schema, for endpoints."""
     top_logprobs: int | None = None
     """Log-probabilities listed per token beside the chosen one's; None: none are asked for."""
     n: int = 1
     """Answers, each of a call with its own seed."""
+
+    @property
+    def may_be_text(self) -> bool:
+        """Whether any text is such an answer: there are tools that may be called, and nothing else is asked for."""
+        return self.tool_choice == "auto" and self.schema is None and self.top_logprobs is None and self.n == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

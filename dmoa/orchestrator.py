@@ -38,6 +38,7 @@ from dmoa.types import (
     Choice,
     Defence,
     Event,
+    FinalCall,
     Price,
     Query,
     QueryState,
@@ -133,13 +134,31 @@ class Orchestrator:
         if not state.summary:
             raise _no_answer(state, policy.name, reason)
         text, choices = ended(policy, state), tuple[Choice, ...]()
-        if query.final is not None:
-            final = FinalCaller(self.dispatcher, self.writer)
-            step, choices = await final.write(state, emit if query.is_streamed else None)
+        written = None if query.final is None else await self._written(state, query.final, emit)
+        is_late = query.final is not None and written is None
+        if written is not None:
+            step, choices = written
             state, text = advance(state, step), step.summary
             emit(step)
-        answer = finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3, choices=choices)
-        emit(replace(answer, text=text))
+        wall_ms = (time.perf_counter() - started) * 1e3
+        answer = finish(state, policy.name, "deadline" if is_late else reason, wall_ms=wall_ms, choices=choices)
+        emit(replace(answer, text=text, degraded=answer.degraded or is_late))
+
+    async def _written(self, state: QueryState, final: FinalCall, emit: Emit) -> tuple[StepRecord, tuple[Choice, ...]] | None:
+        """Write the answer as the client wants it; None where the deadline passed first and the text so far is an answer too."""
+        has_text = False
+
+        def told(event: TextDelta) -> None:
+            nonlocal has_text
+            has_text = has_text or (not event.is_reasoning and bool(event.text.strip()))
+            emit(event)
+
+        try:
+            return await FinalCaller(self.dispatcher, self.writer).write(state, told if state.query.is_streamed else None)
+        except DeadlineError:
+            if has_text or not final.may_be_text:
+                raise
+            return None
 
     async def _plan(self, state: QueryState, policy: Policy) -> StepPlan | Stop:
         """Ask the policy, waiting while no agent is up, until the deadline."""

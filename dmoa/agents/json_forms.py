@@ -357,6 +357,7 @@ def form_prompt(final: FinalCall, *, has_tools: bool) -> str:
     if final.schema is not None:
         wanted = f" that matches this JSON Schema: {json.dumps(final.schema, ensure_ascii=False)}" if final.schema_name else ""
         parts.append(f"Write the answer as nothing but one JSON {'value' if final.schema_name else 'object'}{wanted}")
+        parts += [f"What it is for: {final.schema_description}"] if final.schema_description else []
     return "\n".join(parts)
 
 

@@ -539,7 +539,8 @@ def _form(final: FinalCall) -> dict[str, Any]:
             body["parallel_tool_calls"] = False
     if final.schema is not None and final.schema_name:
         strict = {} if final.is_strict is None else {"strict": final.is_strict}
-        form = {"name": final.schema_name, "schema": final.schema, **strict}
+        told = {"description": final.schema_description} if final.schema_description else {}
+        form = {"name": final.schema_name, **told, "schema": final.schema, **strict}
         body["response_format"] = {"type": "json_schema", "json_schema": form}
     elif final.schema is not None:
         body["response_format"] = {"type": "json_object"}

@@ -87,6 +87,8 @@ class IngressAgents:
         self._elsewhere = elsewhere
         self._places = deployment_names(config)
         self._version = pool_version(config)
+        self._looks: dict[str, asyncio.Task[str]] = {}
+        """Looks at places that are under way, by the agent that is pinged."""
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Ask one agent. Raises as the client of agents elsewhere."""
@@ -106,13 +108,21 @@ class IngressAgents:
     async def unready(self, agents: Iterable[str], patience_s: float) -> dict[str, str]:
         """Return agent -> why it does not answer, of those that do not.
 
-        A deployment is pinged once: a thousand agents' pings would fill its queue.
+        A deployment is pinged once, whoever else asks meanwhile: pings of a thousand agents, or of people without a key, would
+        fill its queue.
         """
         asked = {name: self._places.get(name, INGRESS) for name in agents}
         first = {place: name for name, place in reversed(asked.items())}
-        found = dict(zip(first, await asyncio.gather(*(self._wrong(name, patience_s) for name in first.values())), strict=True))
+        found = dict(zip(first, await asyncio.gather(*(self._look(name, patience_s) for name in first.values())), strict=True))
         wrong = {name: found[place].replace(repr(first[place]), repr(name)) for name, place in asked.items()}
         return {name: why for name, why in wrong.items() if why}
+
+    async def _look(self, agent: str, patience_s: float) -> str:
+        look = self._looks.get(agent)
+        if look is None:
+            look = self._looks[agent] = asyncio.create_task(self._wrong(agent, patience_s))
+            look.add_done_callback(lambda _: self._looks.pop(agent))
+        return await asyncio.shield(look)
 
     async def _wrong(self, agent: str, patience_s: float) -> str:
         """Return why an agent's place does not answer, "" where it does."""

@@ -312,7 +312,8 @@ def build_app(
         "name": INGRESS,
         "num_replicas": config.server.ingress_replicas,
         "ray_actor_options": actor,
-        "max_ongoing_requests": 1000,
+        # Above what it lets in: what Serve held back would be refused by nobody, and probes would wait behind it.
+        "max_ongoing_requests": 1000 + 2 * config.limits.max_queued_requests,
         "health_check_period_s": 0.5,  # where it listens itself nothing else tells Serve that it died; by default 10
         "graceful_shutdown_timeout_s": query_drain_s(config.limits.deadline_s),
     }

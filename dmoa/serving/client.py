@@ -7,6 +7,7 @@ dmoa's own errors in place of HTTP statuses.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import time
@@ -17,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.loopback import asked_wait_s, uses_proxies
@@ -72,7 +73,7 @@ class ServerClient:
         """`patience_s`: how long a request that a busy server refuses is sent again, when the server says (Retry-After)."""
         self.waits = 0
         """Requests that were sent again."""
-        self._patience_s = patience_s
+        self._patience_s, self._timeout_s = patience_s, timeout_s
         self.url = url.rstrip("/").removesuffix("/v1")
         self._conceal = Conceal(api_key)
         if http_client is None and not uses_proxies(self.url):
@@ -113,6 +114,8 @@ class ServerClient:
                     model=name, messages=_plain(messages), extra_body={"dmoa": dict(dmoa or {})}, **dict(sampling or {})
                 )
             )
+        if not isinstance(reply, ChatCompletion) or not reply.choices:
+            raise self._foreign("its answer is no chat completion")
         choice = reply.choices[0]
         return RemoteReply(
             text=choice.message.content or "",
@@ -157,6 +160,8 @@ class ServerClient:
                         if isinstance(event, TextDelta):
                             texts[event.is_reasoning].append(event.text)
                         yield event
+        if not finish_reason:
+            raise self._foreign("its stream broke off before the answer was whole")
         yield RemoteReply(
             text="".join(texts[False]),
             reasoning="".join(texts[True]),
@@ -169,7 +174,12 @@ class ServerClient:
     async def models(self) -> list[str]:
         """Return every model name of the server, the pool first."""
         with self._errors():
-            return [model.id async for model in self._openai.models.list()]
+            found = await self._openai.get("/models", cast_to=object)
+        rows = found.get("data") if isinstance(found, Mapping) else None
+        names = [str(row["id"]) for row in rows if isinstance(row, Mapping) and "id" in row] if isinstance(rows, list) else []
+        if not names:
+            raise self._foreign("its answer lists no models")
+        return names
 
     async def pool(self) -> str:
         """Return the server's pool name."""
@@ -213,11 +223,18 @@ class ServerClient:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except openai.APITimeoutError as error:
+            raise DmoaError(f"{self.url}: no answer within {self._timeout_s:g} s; ask for less, or set a deadline") from error
         except openai.APIConnectionError as error:
             raise DmoaError(self._clean(f"{self.url}: cannot be reached ({error}); is the server running there?")) from error
         except openai.APIError as error:
             body = error.body if isinstance(error.body, Mapping) else {}
             raise _error(self._clean(f"{self.url}: {body.get('message') or error.message}"), error) from error
+        except json.JSONDecodeError as error:
+            raise self._foreign("its answer is not JSON") from error
+
+    def _foreign(self, seen: str) -> DmoaError:
+        return DmoaError(f"{self.url}: {seen}; is it a dmoa server, and is the address right?")
 
     def _clean(self, text: str) -> str:
         """Return a text about the server without the key and without other secrets."""

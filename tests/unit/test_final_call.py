@@ -346,6 +346,30 @@ async def test_a_final_call_that_is_lost(status: AgentStatus, reason: FinishReas
         await written(Writers(reply), FinalCall(n=1, top_logprobs=0), one=NATIVE)
 
 
+@pytest.mark.parametrize(
+    ("final", "said", "is_answered"),
+    [
+        (FinalCall(tools=TOOLS), "", True),
+        (FinalCall(tools=TOOLS), "19 is", False),  # its words are with the client already
+        (FinalCall(tools=TOOLS, tool_choice="required"), "", False),
+        (FinalCall(tools=TOOLS, schema=FORM, schema_name="f"), "", False),
+        (FinalCall(tools=TOOLS, n=2), "", False),
+        (FinalCall(top_logprobs=0), "", False),
+    ],
+)
+async def test_where_a_text_will_do_a_deadline_ends_with_the_best_one_so_far(
+    final: FinalCall, said: str, is_answered: bool
+) -> None:
+    late = Writers(AgentReply(agent="", status="late", text=said, error="too late"))
+    if not is_answered:
+        with pytest.raises(DeadlineError, match="final call"):
+            await written(late, final, one=NATIVE)
+        return
+    answer = await written(late, final, one=NATIVE)
+    assert (answer.text, answer.stop_reason, answer.finish_reason, answer.degraded) == ("It is 19.", "deadline", "stop", True)
+    assert (len(answer.steps), answer.choices, answer.usage.total) == (1, (), 14)
+
+
 class Dying(Writers):
     """The place of whoever writes dies, so many times."""
 

@@ -177,22 +177,19 @@ def final_call(
     if top_logprobs and not logprobs:
         raise refused("top_logprobs", f"is {top_logprobs} without logprobs; send logprobs: true too")
     choice = _choice(tools or [], tool_choice)
-    schema, name, strict = _form(response_format)
-    functions = [tool.function.model_dump(exclude_none=True) for tool in tools or []] if choice != "none" else []
+    known, form = set(FunctionSpec.model_fields), _form(response_format)
+    functions = [tool.function.model_dump(include=known, exclude_none=True) for tool in tools or []] if choice != "none" else []
     for number, function in enumerate(functions):
         _check_size(function.get("parameters"), f"tools[{number}].function.parameters")
     wanted = FinalCall(
         tools=tuple(functions),
         tool_choice=choice if functions else "auto",
         is_parallel=is_parallel is not False,
-        schema=schema,
-        schema_name=name,
-        is_strict=strict,
+        **form,
         top_logprobs=(top_logprobs or 0) if logprobs else None,
         n=n or 1,
     )
-    is_plain = not functions and schema is None and not logprobs and wanted.n == 1
-    return None if is_plain else wanted
+    return None if not functions and wanted.may_be_text else wanted
 
 
 def _choice(tools: list[ToolSpec], choice: str | NamedTool | None) -> str:
@@ -211,17 +208,18 @@ def _choice(tools: list[ToolSpec], choice: str | NamedTool | None) -> str:
     return choice or "auto"
 
 
-def _form(wanted: ResponseFormat | None) -> tuple[dict[str, Any] | None, str, bool | None]:
-    """Return schema, name and strictness of the answer's form."""
+def _form(wanted: ResponseFormat | None) -> dict[str, Any]:
+    """Return the fields of a `FinalCall` that tell of the answer's form."""
     if wanted is None or wanted.type == "text":
-        return None, "", None
+        return {}
     if wanted.type == "json_object":
-        return {"type": "object"}, "", None
+        return {"schema": {"type": "object"}}
     if wanted.json_schema is None:
         raise refused("response_format.json_schema", "missing; add it", "missing_required_parameter")
     form = wanted.json_schema
     _check_size(form.form, "response_format.json_schema.schema")
-    return form.form or {}, form.name, form.strict
+    told = {"schema_name": form.name, "schema_description": form.description or "", "is_strict": form.strict}
+    return {"schema": form.form or {}, **told}
 
 
 def _check_size(schema: dict[str, Any] | None, param: str) -> None:

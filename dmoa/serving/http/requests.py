@@ -56,8 +56,15 @@ _RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 """A surrogate as lenient writers encode it; no bytes of UTF-8 look so."""
 
 
+class RefusalPart(LenientModel):
+    """A part of an assistant's message: why it did not answer."""
+
+    type: Literal["refusal"]
+    text: str = Field(alias="refusal")
+
+
 class TextPart(LenientModel):
-    """A text part of a message; other kinds of part are not supported."""
+    """A text part of a message; other kinds of part, but for refusals, are not supported."""
 
     type: Literal["text"]
     text: str
@@ -66,7 +73,12 @@ class TextPart(LenientModel):
     annotations: Any = None
 
 
-Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(text_or_list)]
+def _part_kind(value: Any) -> str:
+    return "<refusal>" if isinstance(value, dict) and value.get("type") == "refusal" else "<part>"
+
+
+Part = Annotated[Annotated[TextPart, Tag("<part>")] | Annotated[RefusalPart, Tag("<refusal>")], Discriminator(_part_kind)]
+Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<list>")], Discriminator(text_or_list)]
 """A message's text, or its text parts, which are joined by line breaks."""
 _OLD_TOOLS = "send tools and tool_choice"
 
@@ -101,12 +113,12 @@ class ChatMessage(LenientModel):
     tool_call_id: str | None = None
     """Of a message of the role tool: the call that it answers."""
     function_call: Annotated[Any, Only(way=_OLD_TOOLS)] = None
-    parsed: Annotated[Any, Only()] = None
     type: Annotated[Any, Only("text", "message")] = None
     name: str | None = None
     """Ignored, as are the fields below: clients send back what they were shown, and hints that change no answer."""
     id: Any = None
     annotations: Any = None
+    parsed: Any = None
     reasoning_content: Any = None
     reasoning: Any = None
     reasoning_details: Any = None
@@ -240,7 +252,7 @@ class ChatRequest(SharedRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    """The last one is the user's, which the gate reads as the question, or the result of a tool."""
+    """The last one but for system messages is the user's, which the gate reads as the question, or the result of a tool."""
     max_completion_tokens: Tokens = None
     """Newer name of `max_tokens`."""
     metadata: dict[Annotated[str, Field(max_length=64)], Any] | None = Field(default=None, max_length=16)
@@ -258,7 +270,6 @@ class ChatRequest(SharedRequest):
     function_call: Annotated[Any, Only("none", "auto", way=_OLD_TOOLS)] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
-    prediction: Annotated[Any, Only()] = None
     web_search_options: Annotated[Any, Only()] = None
     moderation: Annotated[Any, Only()] = None
     parallel_tool_calls: bool | None = None
@@ -274,6 +285,8 @@ class ChatRequest(SharedRequest):
     cache_control: Any = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
+    prediction: Any = None
+    """Of the answer's text, so that it is written faster."""
 
     @property
     def is_stored(self) -> bool:
@@ -375,7 +388,7 @@ def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequenc
     unknown = [*unknown, *(param for param, _, _ in islice(unknown_in(request), MAX_IGNORED))][:MAX_IGNORED]
     wished = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty"}
     wished |= {"chat_template_kwargs": "template", "enable_thinking": "template", "skip_special_tokens": ""}
-    wished |= {"reasoning_effort": "", "verbosity": ""}
+    wished |= {"reasoning_effort": "", "verbosity": "", "prediction": ""}
     unused = [name for name, ability in wished.items() if getattr(request, name, None) is not None and ability not in abilities]
     for param in unknown:
         if param not in _TOLD and len(_TOLD) < _MAX_TOLD:
@@ -463,7 +476,7 @@ def param_of(loc: tuple[int | str, ...]) -> str | None:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("<text>", "<list>", "<options>", "<off>", "<tool>", "[key]"):
+        elif part not in ("<text>", "<list>", "<part>", "<refusal>", "<options>", "<off>", "<tool>", "[key]"):
             path += f".{part}" if path else part
     return path[:200] or None
 
@@ -497,17 +510,19 @@ class ParsedRequest:
 def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[str] = ()) -> ParsedRequest:
     """Return the order of a chat request. Raises RequestError (400, 404).
 
-    System and developer messages ahead of the first turn become the query's system text; later ones stay in place. `unknown`:
-    what nobody knows of a body of another kind, which was made into this request.
+    System and developer messages ahead of the first turn, and behind the last one, become the query's system text; others stay in
+    place. `unknown`: what nobody knows of a body of another kind, which was made into this request.
     """
     policy, agent = resolve(request, service)
     _check_messages(request)
-    last, asked = request.messages[-1], _place_of_question(request)
+    is_system = [message.role in ("system", "developer") for message in request.messages]
+    end = len(is_system) - (is_system[::-1].index(False) if False in is_system else 0)
+    last, asked = request.messages[end - 1], _place_of_question(request)
     if last.role not in ("user", "tool") or asked is None:
         seen = f"is {last.role!r}; expected 'user' for the last message; end the conversation with the question"
-        raise refused(f"messages[{len(request.messages) - 1}].role", seen)
+        raise refused(f"messages[{end - 1}].role", seen)
     place, question = f"messages[{asked}]", request.messages[asked]
-    num_system = next(i for i, message in enumerate(request.messages) if message.role not in ("system", "developer"))
+    num_system = is_system.index(False)
     names = {call.id: call.function.name for message in request.messages for call in message.tool_calls or []}
     tokens, older = request.max_completion_tokens, request.max_tokens
     if None not in (tokens, older) and tokens != older:
@@ -518,9 +533,9 @@ def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[st
         service,
         text=_question(question.text, f"{place}.content"),
         max_tokens=tokens or older,
-        system="\n\n".join(message.text for message in request.messages[:num_system]),
+        system="\n\n".join(message.text for message in (*request.messages[:num_system], *request.messages[end:])),
         turns=tuple(_turn(message, names) for message in request.messages[num_system:asked]),
-        exchange="\n".join(_turn(message, names).content for message in request.messages[asked + 1 :]),
+        exchange="\n".join(_turn(message, names).content for message in request.messages[asked + 1 : end]),
         final=final_call(
             tools=request.tools,
             tool_choice=request.tool_choice,

@@ -5,6 +5,7 @@ Last stop of a query over HTTP. The reply's own `dmoa` object is made in `dmoa.t
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -252,8 +253,10 @@ class Rendering:
         return piece
 
     def renamed(self, error: RequestError) -> RequestError:
-        """Return an error with the names that fields have in the request: here those of a chat request."""
-        return error
+        """Return an error with the names that fields have in the request: those of a chat request, or of a plain one."""
+        if self._is_chat or error.param != "messages":
+            return error
+        return RequestError(re.sub(r"^messages\b", "prompt", str(error)), param="prompt", code=error.code, status=error.status)
 
     def failure(self, error: Exception) -> bytes:
         """Return the events of an error in mid-stream: the error object, then `[DONE]`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError
@@ -16,6 +17,7 @@ from dmoa.errors import RequestError
 from dmoa.serving.http.errors import described, encode_json
 from dmoa.serving.http.fields import MAX_TOOLS, WHOLE, LenientModel, Only, Tokens, refused, text_or_list
 from dmoa.serving.http.requests import (
+    MAX_IGNORED,
     AskedOfDmoa,
     ChatRequest,
     ParsedRequest,
@@ -83,7 +85,7 @@ class Reasoning(LenientModel):
     """What is told of thoughts."""
 
     effort: str | None = None
-    """Ignored."""
+    """Ignored, and named among the ignored fields."""
     summary: str | None = None
     """With any: the lines of the steps come as a summary of the reasoning."""
 
@@ -103,7 +105,7 @@ class TextOptions(LenientModel):
 
     format: TextFormat | None = None
     verbosity: str | None = None
-    """Ignored."""
+    """As `reasoning.effort`."""
 
 
 class ResponsesRequest(LenientModel):
@@ -140,7 +142,7 @@ class ResponsesRequest(LenientModel):
     dmoa: AskedOfDmoa = None
     """false leaves the `dmoa` object out of the reply."""
     include: Any = None
-    """Ignored, as are the fields below."""
+    """`message.output_text.logprobs` in the list asks for log-probabilities; all else is ignored, as are the fields below."""
     truncation: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
@@ -148,6 +150,11 @@ class ResponsesRequest(LenientModel):
     prompt_cache_retention: Any = None
     max_tool_calls: Any = None
     stream_options: Any = None
+
+    @property
+    def includes_logprobs(self) -> bool:
+        """Whether the log-probabilities of the text are to be part of it."""
+        return isinstance(self.include, list) and "message.output_text.logprobs" in self.include
 
 
 def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedRequest:
@@ -161,7 +168,7 @@ def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedR
         "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(request.tools or [])] or None,
         "tool_choice": _tool_choice(request.tool_choice),
         "response_format": _format(request.text.format if request.text else None),
-        "logprobs": True if request.top_logprobs else None,
+        "logprobs": True if request.top_logprobs or request.includes_logprobs else None,
         "max_tokens": request.max_output_tokens,
         "dmoa": request.dmoa.model_dump() if request.dmoa else request.dmoa,
     }
@@ -171,11 +178,14 @@ def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedR
     unknown = [param for param, _, _ in unknown_in(request) if param not in also]
     try:
         chat = ChatRequest.model_validate(also | {name: value for name, value in tree.items() if value is not None})
-        return chat_order(chat, service, unknown)
+        order = chat_order(chat, service, unknown)
     except ValidationError as error:
         raise _renamed(request_error(error), request, places) from None
     except RequestError as error:
         raise _renamed(error, request, places) from None
+    effort, verbosity = request.reasoning and request.reasoning.effort, request.text and request.text.verbosity
+    hints = [name for name, value in (("reasoning.effort", effort), ("text.verbosity", verbosity)) if value is not None]
+    return replace(order, ignored=(*order.ignored, *hints)[:MAX_IGNORED])
 
 
 _ALSO = frozenset(ChatRequest.model_fields) - {"messages", "n"}
@@ -204,6 +214,7 @@ def _renamed(error: RequestError, request: ResponsesRequest, places: _Places = (
     old = error.param or ""
     new, message = old, _MESSAGE.fullmatch(old)
     for name, pattern, here in _NAMES:
+        here = "include" if name == "logprobs" and not request.top_logprobs else here
         if name not in (request.model_extra or {}):  # else the client wrote it so
             new = re.sub(rf"^{pattern}(?![\w])", here, new)
     if message:
@@ -282,7 +293,7 @@ def _tool_choice(choice: Any) -> Any:
 def _format(wanted: TextFormat | None) -> dict[str, Any] | None:
     if wanted is None:
         return None
-    form = {"name": wanted.name or "answer", "schema": wanted.form, "strict": wanted.strict}
+    form = {"name": wanted.name or "answer", "description": wanted.description, "schema": wanted.form, "strict": wanted.strict}
     return {"type": wanted.type, **({"json_schema": form} if wanted.type == "json_schema" else {})}
 
 

@@ -329,14 +329,11 @@ async def _events(items: AsyncGenerator[Event], rendering: responses.Rendering) 
                 is_open = True
                 yield events
         raise EmptyAnswerError("the query ended without an answer; ask again")
-    except DmoaError as error:
-        if not is_open:
-            raise
-        yield rendering.failure(error)
     except Exception as error:  # agents and engines run inside: the client is owed an error event, the log the details
         if not is_open:
             raise
-        logger.exception("unexpected error in mid-stream")
+        if errors.described(error)[0] == 500:
+            logger.exception("unexpected error in mid-stream")
         yield rendering.failure(error)
 
 

@@ -84,7 +84,7 @@ function again(trace) {
       tool_choice: final.tool_choice.startsWith("=") ? { type: "function", function: { name: final.tool_choice.slice(1) } } : final.tool_choice,
     }),
     ...(final.schema && { response_format: final.schema_name
-      ? { type: "json_schema", json_schema: given({ name: final.schema_name, schema: final.schema, strict: final.is_strict }) } : { type: "json_object" } }),
+      ? { type: "json_schema", json_schema: given({ name: final.schema_name, description: final.schema_description || null, schema: final.schema, strict: final.is_strict }) } : { type: "json_object" } }),
     ...(final.n > 1 && { n: final.n }), ...(final.top_logprobs !== null && { logprobs: true, top_logprobs: final.top_logprobs }),
   };
   return {

@@ -394,6 +394,8 @@ def test_the_prompt_says_tools_choice_and_form() -> None:
     assert text.endswith("Call now. Make one call only.")
     assert form_prompt(FinalCall(schema={"type": "object"}), has_tools=False) == "Write the answer as nothing but one JSON object"
     assert '{"type": "integer"}' in form_prompt(FinalCall(schema={"type": "integer"}, schema_name="x"), has_tools=False)
+    described = FinalCall(schema={"type": "integer"}, schema_name="x", schema_description="Parcels on the shelf.")
+    assert form_prompt(described, has_tools=False).endswith("\nWhat it is for: Parcels on the shelf.")
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,8 @@ async def test_calls_of_tools_that_were_offered_are_read(is_stream: bool) -> Non
         (FinalCall(schema={"type": "object"}), {"response_format": {"type": "json_object"}}),
         (FinalCall(schema={}, schema_name="n", is_strict=True),
          {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": True}}}),
+        (FinalCall(schema={}, schema_name="n", schema_description="A sum."),
+         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "description": "A sum.", "schema": {}}}}),
         (FinalCall(top_logprobs=3), {"logprobs": True, "top_logprobs": 3}),
         (FinalCall(n=2), {}),
     ],

@@ -142,6 +142,58 @@ async def test_a_busy_server_is_asked_again_when_it_says(
     assert (client.waits, len(refusals)) == (waits, left)
 
 
+class Other(httpx2.AsyncBaseTransport):
+    """A server that is no dmoa server: it gives one answer to everything."""
+
+    def __init__(self, kind: str, content: bytes) -> None:
+        self._kind, self._content = kind, content
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, headers={"content-type": self._kind}, content=self._content, request=request)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("text/html", b"<html>Sign in</html>"),
+        ("application/json", b'{"hello": 1}'),
+        ("application/json", b'{"object": "list", "data": [], "choices": []}'),
+        ("application/json", b"{"),
+    ],
+)
+async def test_an_answer_of_another_server_is_said_in_one_line(kind: str, content: bytes) -> None:
+    http_client = DefaultAsyncHttpxClient(transport=Other(kind, content))
+    async with ServerClient("http://test", http_client=http_client) as client:
+        for ask in (client.pool(), client.chat(HI), client.chat(HI, model="tiny")):
+            with pytest.raises(DmoaError, match=r"^http://test: its answer .*; is it a dmoa server, and is the address right"):
+                await ask
+
+
+class Slow(httpx2.AsyncBaseTransport):
+    """A server that answers too late."""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ReadTimeout("too late", request=request)
+
+
+async def test_a_server_that_takes_too_long_is_not_said_to_be_away() -> None:
+    http_client = DefaultAsyncHttpxClient(transport=Slow())
+    async with ServerClient("http://test", timeout_s=5.0, http_client=http_client) as client:
+        for ask in (client.chat(HI, model="tiny"), anext(client.stream(HI, model="tiny"))):
+            with pytest.raises(DmoaError, match=r"^http://test: no answer within 5 s; ask for less, or set a deadline"):
+                await ask
+
+
+async def test_a_stream_that_breaks_off_is_no_answer() -> None:
+    piece = b'data: {"id": "a", "model": "m", "choices": [{"index": 0, "delta": {"content": "The ans"}}]}\n\n'
+    http_client = DefaultAsyncHttpxClient(transport=Other("text/event-stream", piece))
+    async with ServerClient("http://test", http_client=http_client) as client:
+        events = client.stream(HI, model="tiny")
+        assert await anext(events) == TextDelta(text="The ans")
+        with pytest.raises(DmoaError, match=r"^http://test: its stream broke off before the answer was whole"):
+            await anext(events)
+
+
 async def test_no_server_is_said_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -14,6 +14,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import BaseModel
 
 from dmoa.config import LimitsConfig, ServerConfig
+from dmoa.errors import RequestError
 from dmoa.serving.http.middleware import hash_keys
 from dmoa.serving.http.routes import create_app
 from dmoa.testing import FakeAgents, Say, Schedule, asks, orchestrator_of
@@ -191,6 +192,19 @@ async def test_plain_completions_whole_and_streamed() -> None:
     assert chunks[-1].model_extra["dmoa"]["pool"] == "tiny"
 
 
+@pytest.mark.parametrize("error_at", [0, 1])
+async def test_an_error_of_the_prompt_names_it_as_the_request(error_at: int) -> None:
+    long = RequestError("messages: 9000 tokens; at most 8192", param="messages", code="context_length_exceeded")
+    async with connect(make_app(FakeService(error=long, error_at=error_at))) as client:
+        response = await client.post("/v1/completions", json={"model": "tiny", "prompt": "1", "stream": bool(error_at)})
+    error = json.loads(response.text.removeprefix("data: ").partition("\n")[0])["error"]
+    assert (error["message"], error["param"], error["code"]) == (
+        "prompt: 9000 tokens; at most 8192",
+        "prompt",
+        "context_length_exceeded",
+    )
+
+
 async def test_models_lists_pool_policies_and_agents() -> None:
     names = ["tiny", "tiny/dmoa", "tiny/single", *AGENTS]
     async with official(FakeService()) as client:
@@ -281,6 +295,17 @@ async def test_the_conversation_reaches_the_swarm_in_order() -> None:
     assert query.text == "1 + 1?"
 
 
+async def test_system_messages_behind_the_last_turn_join_those_ahead() -> None:
+    behind = [{"role": "system", "content": "Be exact."}, {"role": "developer", "content": "Use digits."}]
+    first = {"role": "system", "content": "Be brief."}
+    query, *_ = await post_query(FakeService(), messages=[first, *QUESTION, *behind])
+    assert (query.text, query.turns, query.system) == ("What is 12 + 7?", (), "Be brief.\n\nBe exact.\n\nUse digits.")
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    used = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "19"}]
+    query, *_ = await post_query(FakeService(), messages=[*QUESTION, *used, *behind])
+    assert (query.exchange, query.system) == ("Called add with {}\nResult of add: 19", "Be exact.\n\nUse digits.")
+
+
 ECHOED: list[dict[str, Any]] = [
     {"content": "Hi", "type": "text"},
     {"content": "Hi", "type": "message", "id": "msg_1", "status": "completed", "timestamp": 1.5, "parts": [{}]},
@@ -290,6 +315,8 @@ ECHOED: list[dict[str, Any]] = [
     {"content": []},
     {"content": None, "refusal": "I will not."},
     {"content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}, "annotations": []}]},
+    {"content": [{"type": "refusal", "refusal": "I will not."}]},
+    {"content": "Hi", "parsed": {"answer": 19}},
     {"content": "Hi", "cache_control": {"type": "ephemeral"}},
     {"content": "Hi", "reasoning": "Step 1", "reasoning_content": "Step 1", "reasoning_details": [{"type": "reasoning.text"}]},
     {"content": "Hi", "reasoning": None, "reasoning_content": None, "reasoning_details": None, "thinking_blocks": None},
@@ -304,7 +331,7 @@ async def test_what_clients_send_back_of_a_reply_is_accepted(echoed: dict[str, A
     turn = {"role": "user", "content": "Hi", "type": "text"}
     query, *_ = await post_query(FakeService(), messages=[turn, {"role": "assistant", **echoed}, *QUESTION])
     content = echoed.get("content") or echoed.get("refusal") or ""
-    said = content if isinstance(content, str) else content[0]["text"]
+    said = content if isinstance(content, str) else content[0].get("text") or content[0]["refusal"]
     assert query.turns == (Message(role="user", content="Hi"), Message(role="assistant", content=said))
 
 

@@ -13,7 +13,15 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from dmoa.errors import AgentUnavailableError, DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.errors import (
+    AgentUnavailableError,
+    DeadlineError,
+    DmoaError,
+    EmptyAnswerError,
+    NoAgentError,
+    RequestError,
+    RoutingError,
+)
 from dmoa.serving.http.middleware import hash_keys
 from tests.logged import Logged
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app, until
@@ -134,6 +142,12 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     (chat(messages=[USER, {"role": "tool", "content": None}]), 400, "messages[1].content", "invalid_value"),
     (chat(messages=[USER, {"role": "assistant", "content": "x"}]), 400, "messages[1].role", "invalid_value"),
     (chat(messages=[{"role": "system", "content": "x"}]), 400, "messages[0].role", "invalid_value"),
+    (
+        chat(messages=[USER, {"role": "assistant", "content": "x"}, {"role": "system", "content": "x"}]),
+        400,
+        "messages[1].role",
+        "invalid_value",
+    ),
     (
         chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}, USER]),
         400,
@@ -323,7 +337,11 @@ async def test_an_empty_answer_after_steps_is_an_error_event() -> None:
 
 @pytest.mark.parametrize(
     ("error", "code", "text"),
-    [(NoAgentError("all gone"), "no_agent", "all gone"), (ZeroDivisionError("secret"), "internal_error", "unexpected error")],
+    [
+        (NoAgentError("all gone"), "no_agent", "all gone"),
+        (ZeroDivisionError("secret"), "internal_error", "unexpected error"),
+        (RoutingError("secret"), "internal_error", "its log has the details"),
+    ],
 )
 async def test_an_error_in_mid_stream_is_an_event_then_done(error: Exception, code: str, text: str, logged: Logged) -> None:
     service = FakeService(error=error, error_at=1)
@@ -336,6 +354,7 @@ async def test_an_error_in_mid_stream_is_an_event_then_done(error: Exception, co
     assert text in found["message"]
     assert (done, end) == ("data: [DONE]", "")
     assert "secret" not in response.text
+    assert ("secret" in logged.text) == (code == "internal_error")
 
     transport = httpx.ASGITransport(make_app(service))
     official = AsyncOpenAI(base_url="http://test/v1", api_key="k", http_client=httpx.AsyncClient(transport=transport))

@@ -35,6 +35,7 @@ ASKED: dict[str, Any] = {"model": "tiny", "messages": QUESTION}
             ["top_k", "enable_thinking", "skip_special_tokens"],
         ),
         ({"reasoning_effort": "low", "verbosity": "low"}, ["reasoning_effort", "verbosity"]),
+        ({"prediction": {"type": "content", "content": "19"}}, ["prediction"]),
         ({"max_tokens": -1, "top_k": None, "metadata": {"a": [1]}}, []),
         ({"dmoa": {"max_agents": 1}}, []),
         ({"dmoa": {"max_agents": 1, "epsilon": 0.5, "policy": "single"}}, ["dmoa.max_agents", "dmoa.epsilon"]),

@@ -189,6 +189,28 @@ async def test_the_official_clients_parse_helper_works() -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "listed"),
+    [
+        ({"include": ["message.output_text.logprobs"]}, 0),
+        ({"include": ["reasoning.encrypted_content"]}, None),
+        ({"include": 7}, None),
+    ],
+)
+async def test_log_probabilities_may_be_included(body: dict[str, Any], listed: int | None) -> None:
+    final = (await asked(**body)).asked[0][0].final
+    assert (final and final.top_logprobs) == listed
+    refusal = FakeService(error=RequestError("logprobs: it is not supported", param="logprobs", code="unsupported"))
+    async with connect(make_app(refusal)) as client:
+        response = await client.post(PATH, json={"model": "tiny", "input": "Hi"} | body)
+    assert response.json()["error"]["param"] == "include"
+
+
+async def test_what_a_form_is_for_is_told() -> None:
+    service = await asked(text={"format": {"type": "json_schema", "name": "f", "description": "A sum.", "schema": {}}})
+    assert service.asked[0][0].final == FinalCall(schema={}, schema_name="f", schema_description="A sum.")
+
+
+@pytest.mark.parametrize(
     ("body", "param", "code"),
     [
         ({"store": True}, "store", "unsupported"),
@@ -271,5 +293,8 @@ async def test_fields_of_every_depth_are_named_and_those_of_chat_requests_are_ta
         strict = await client.post(PATH, json=body | {"input": [*said[1:3], {"role": "user", "content": "Hi"}]})
     assert response.status_code == strict.status_code == 200, response.text
     assert response.json()["dmoa"]["ignored"] == ["messages", "n", "input[0].odd", "input[3].content[0].id"]
+    async with connect(make_app(service)) as client:
+        hinted = await client.post(PATH, json=body | {"reasoning": {"effort": "low"}, "text": {"verbosity": "low"}})
+    assert hinted.json()["dmoa"]["ignored"][-2:] == ["reasoning.effort", "text.verbosity"]
     query = service.asked[0][0]
     assert (query.text, query.sampling, query.final) == ("What is 12 + 7?", {"max_tokens": 9, "seed": 3}, None)

@@ -371,3 +371,9 @@ async def test_a_deployment_is_pinged_once_for_all_of_its_agents() -> None:
     wrong = {name: f"agent {name!r}: it has no running replica" for name in config.agent_names if name.startswith("lost")}
     late = dict.fromkeys(("late0", "late1"), "no answer within 0.05 s")
     assert found == wrong | late
+    asking = [asyncio.create_task(agents.unready(config.agent_names, 0.05)) for _ in range(20)]
+    await asyncio.sleep(0)
+    asking[0].cancel()  # whose client went away, and the others are told all the same
+    _, *others = await asyncio.gather(*asking, return_exceptions=True)
+    assert others == [found] * 19
+    assert len(elsewhere.pinged) == 10
