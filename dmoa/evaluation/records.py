@@ -351,6 +351,8 @@ class CompareOptions(EvaluateOptions):
             )
         if self.repeats > 1 and self.call_cache is not None:
             raise ValueError(f"repeats is {self.repeats} with call_cache; cached calls do not vary; leave one out")
+        if self.match == "latency" and self.call_cache is not None:
+            raise ValueError("match is 'latency' with call_cache; cached calls take no time, so no budget; leave one out")
         return self
 
 
