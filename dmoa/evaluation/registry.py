@@ -140,7 +140,11 @@ def expand_names(names: Sequence[str], option: str = "--benchmarks") -> tuple[st
     Raises ConfigError for unknown ones, and for a file that cannot be loaded.
     """
     found: list[str] = []
-    for name in BENCHMARKS.resolve(names, option):
+    resolved = BENCHMARKS.resolve(names, option)
+    taken = [name for name in resolved if name in BENCHMARKS and name in (*SUITES, ALL, ALL_SUITES)]
+    if taken:
+        raise ConfigError(f"{option}: @benchmark({taken[0]!r}): dmoa's own generated rows have that name; choose another")
+    for name in resolved:
         found.extend(_everywhere() if name == ALL else SUITES if name == ALL_SUITES else (name,))
     unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
     if unknown or not found:

@@ -145,6 +145,22 @@ def test_rows_of_a_file_are_asked_and_judged_in_another_process(shown: Path) -> 
     assert not score(labels["Paris"], Reply(text="")).is_scored
 
 
+@pytest.mark.parametrize("name", ["words", "suites"])
+def test_a_benchmark_of_ones_own_takes_no_name_of_a_suite(name: str, tmp_path: Path) -> None:
+    text = f"""
+from dmoa import benchmark
+from dmoa.evaluation.benchmarks.base import BENCHMARKS
+from dmoa.evaluation.benchmarks.word_problems import Gsm8kRow
+
+@benchmark("{name}", title="Mine", scoring=BENCHMARKS["gsm8k"].scoring)
+class Mine(Gsm8kRow):
+    pass
+"""
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"--benchmarks: @benchmark\('{name}'\): dmoa's own generated rows have that name"):
+        expand_names([f"{tmp_path / 'mine.py'}:Mine"])
+
+
 def test_a_policy_of_a_file_may_have_parameters(tmp_path: Path) -> None:
     text = """
 from dmoa import policy
