@@ -165,7 +165,8 @@ def check_stages(policies: Sequence[str], benchmarks: Sequence[str]) -> None:
 
 
 def check_policies(policies: tuple[str, ...], config: Config | None, gates: tuple[str, ...] = ()) -> None:
-    """Raise RequestError for a policy, an agent or a gate that there is not."""
+    """Raise RequestError for a policy, an agent or a gate that there is not, and for a gate that no policy asks."""
+    idle = [gate for gate in gates if f"dmoa:{gate}" not in policies]
     for policy in policies:
         name, agent = split_policy(policy)
         if policy.split() != [policy]:
@@ -194,6 +195,8 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
             agents = ", ".join(config.agent_names) if config else "the server's agents"
             nearest = did_you_mean(agent, config.agent_names) if config and agent else ""
             raise RequestError(f"--policies: {policy!r} names no agent; write single:AGENT with one of {agents}{nearest}")
+    if idle:
+        raise RequestError(f"--gates: {', '.join(idle)} is in no policy; add dmoa:{idle[0]} to --policies, or leave it out")
 
 
 def build_evaluation(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmoa.dispatch import Dispatcher
-from dmoa.errors import ConfigError, DmoaError
+from dmoa.errors import ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.figures import curves, overall
 from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, Matching, Task
@@ -342,6 +342,12 @@ def test_what_a_server_has_is_not_known_here() -> None:
         check_policies(("review",), scripted_pool(("a", "b")))
 
 
+def test_a_gate_that_no_policy_asks_is_named() -> None:
+    check_policies(("dmoa:old", "dmoa"), scripted_pool(), ("old",))
+    with pytest.raises(RequestError, match=r"--gates: new is in no policy; add dmoa:new to --policies"):
+        check_policies(("dmoa:old", "dmoa"), scripted_pool(), ("old", "new"))
+
+
 def test_all_names_every_policy_that_the_pool_can_run_without_labels() -> None:
     generated = scripted_pool(("a", "b"))
     every = expand_policies(("single:a", "all", "dense"), generated)
@@ -380,6 +386,9 @@ def test_policies_share_calls_unless_time_or_samples_are_compared() -> None:
         ({"curve": "0..2", "repeats": 2}, "curve has its own adversaries"),
         ({"curve": "0..2", "adversaries": 1}, "curve has its own adversaries"),
         ({"curve": "0..x"}, "curve"),
+        ({"kind": "saboteur"}, "no agent is an adversary"),
+        ({"curve_defences": "agreement"}, "curve_defences has no effect without curve"),
+        ({"curve": "0..2", "curve_defences": ""}, "curve_defences is"),
         ({"curve": "0..2", "curve_defences": "agree"}, "curve_defences"),
     ],
 )
