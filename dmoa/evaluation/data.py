@@ -28,7 +28,7 @@ from dmoa.evaluation.benchmarks.base import (
     shown_field,
 )
 from dmoa.evaluation.records import SPLITS, BenchmarkInfo, EvaluateOptions, Label, Row, Split, Task
-from dmoa.evaluation.registry import SUITES, spec_of
+from dmoa.evaluation.registry import SUITES, run_own, spec_of
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.reading import hash_file, read_json
 from dmoa.storage import replacing
@@ -200,7 +200,8 @@ def _read_file(
     for number, line in lines:
         num_lines += 1
         try:
-            parsed = spec.parse(line if isinstance(line, dict) else parse_line(line), definitions)
+            fields = line if isinstance(line, dict) else parse_line(line)
+            parsed = run_own(spec.name, f"{name}, line {number}: reading the row", spec.parse, fields, definitions)
             row_hash = hash_content(parsed.content)
         except RowError as error:
             if not skip_bad_rows:

@@ -236,7 +236,9 @@ class EvaluateOptions(Options):
         if self.resume and self.out is None:
             raise ValueError("resume needs out, the folder of the run to go on with; add --out DIR")
         if self.kind != "liar" and not self.has_adversaries:
-            raise ValueError(f"kind is {self.kind!r}, and no agent is an adversary; say how many are (adversaries), or leave it out")
+            raise ValueError(
+                f"kind is {self.kind!r}, and no agent is an adversary; say how many are (adversaries), or leave it out"
+            )
         for given, what, why in (
             (self.call_cache, "call_cache has", "calls its own agents"),
             (self.adversaries, "adversaries have", "has its own agents"),
