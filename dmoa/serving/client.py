@@ -7,6 +7,7 @@ dmoa's own errors in place of HTTP statuses.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import time
@@ -17,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.loopback import asked_wait_s, uses_proxies
@@ -113,6 +114,8 @@ class ServerClient:
                     model=name, messages=_plain(messages), extra_body={"dmoa": dict(dmoa or {})}, **dict(sampling or {})
                 )
             )
+        if not isinstance(reply, ChatCompletion) or not reply.choices:
+            raise self._foreign("reply")
         choice = reply.choices[0]
         return RemoteReply(
             text=choice.message.content or "",
@@ -167,9 +170,12 @@ class ServerClient:
         )
 
     async def models(self) -> list[str]:
-        """Return every model name of the server, the pool first."""
+        """Return every model name of the server, the pool first. Raises DmoaError where what answers lists none."""
         with self._errors():
-            return [model.id async for model in self._openai.models.list()]
+            names = _names(await self._openai.get("/models", cast_to=object))
+        if not names:
+            raise self._foreign("list of models")
+        return names
 
     async def pool(self) -> str:
         """Return the server's pool name."""
@@ -218,6 +224,12 @@ class ServerClient:
         except openai.APIError as error:
             body = error.body if isinstance(error.body, Mapping) else {}
             raise _error(self._clean(f"{self.url}: {body.get('message') or error.message}"), error) from error
+        except json.JSONDecodeError as error:
+            raise self._foreign("JSON") from error
+
+    def _foreign(self, what: str) -> DmoaError:
+        """Return the error for an answer with a good status that no server of ours gave."""
+        return DmoaError(self._clean(f"{self.url}: what answers there gives no {what}; is it a page before a dmoa server?"))
 
     def _clean(self, text: str) -> str:
         """Return a text about the server without the key and without other secrets."""
@@ -240,6 +252,12 @@ def _events(chunk: ChatCompletionChunk) -> Iterator[StepLine | TextDelta]:
             yield TextDelta(text=said, is_reasoning=True) if extra.get("dmoa_step") is None else StepLine(text=said)
         if choice.delta.content:
             yield TextDelta(text=choice.delta.content)
+
+
+def _names(found: object) -> list[str]:
+    listed = found.get("data") if isinstance(found, dict) else None
+    names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return [name for name in names if isinstance(name, str)]
 
 
 def _agents(found: object) -> dict[str, str]:

@@ -49,6 +49,30 @@ async def test_stream_gives_steps_and_pieces_as_they_come_then_the_same_reply() 
     assert reply.dmoa == whole.dmoa
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("text/html", "<html>Log in</html>"),
+        ("application/json", "{}"),
+        ("application/json", '{"data": []}'),
+        ("application/json", '{"data": [{"x": 1}]}'),
+        ("application/json", "[]"),
+        ("application/json", "no JSON"),
+    ],
+)
+async def test_an_answer_of_no_server_of_ours_is_told_in_one_line(kind: str, body: str) -> None:
+    """A page that asks to log in answers with 200 too."""
+
+    def page(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, headers={"content-type": kind}, text=body)
+
+    http = DefaultAsyncHttpxClient(transport=httpx2.MockTransport(page))
+    async with ServerClient("http://test", http_client=http) as client:
+        for model in (None, "tiny"):
+            with pytest.raises(DmoaError, match=r"http://test: what answers there gives no .*is it a page before a dmoa server"):
+                await client.chat(HI, model=model)
+
+
 async def test_models_readiness_and_traces() -> None:
     service = FakeService()
     hashes = hash_keys({"DMOA_API_KEYS": "k"})
