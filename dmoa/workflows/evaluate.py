@@ -248,7 +248,7 @@ def build_evaluation(
 def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.adversaries import Adversaries
-    from dmoa.agents.call_cache import CallStore
+    from dmoa.agents.call_cache import cache_folder
     from dmoa.engines.gpus import pool_gpus
     from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.serving.agent_replica import ENGINE_ENV
@@ -260,13 +260,10 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     used = {agent.llm for agent in config.agents}
     widest = options.limits(limits_for(config)).max_agents
     widths = {policy: width_of(policy, config) for policy in options.policies}
-    call_cache: Path | None = options.call_cache.absolute() if options.call_cache else None
-    if call_cache is not None:
-        CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
     return AnswerWorkers(
         open_swarm=OpenPool(
             config_json=config.model_dump_json(),
-            call_cache=call_cache,
+            call_cache=cache_folder(options.call_cache),
             gates={name: folder.absolute() for name, folder in options.gates.items()},
             policy_files=POLICIES.references(name for name, _ in map(split_policy, options.policies)),
             adversaries=adversaries,
