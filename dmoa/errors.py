@@ -29,7 +29,7 @@ class ConfigError(DmoaError, ValueError):
 
 
 class PluginError(ConfigError):
-    """A policy or an engine that is not dmoa's own breaks its contract; names it, its file and what went wrong."""
+    """A policy, an engine or a benchmark that is not dmoa's own breaks its contract; names it, its file and what went wrong."""
 
 
 class RequestError(DmoaError, ValueError):

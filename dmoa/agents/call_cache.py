@@ -29,6 +29,7 @@ from dmoa.errors import ConfigError
 from dmoa.flat import flat_reply, reply_of
 from dmoa.protocols import AgentClient
 from dmoa.reading import hash_file
+from dmoa.storage import uri_of
 from dmoa.types import AgentCall, AgentReply, TextDelta
 from dmoa.validation import is_finite
 
@@ -92,6 +93,16 @@ class CallStore:
         """Close the file."""
         with self._lock:
             self._connection.close()
+
+
+def cache_folder(folder: Path | None) -> Path | None:
+    """Return a folder as workers name it, None for none. Raises ConfigError here, not in a worker, for one that cannot be used."""
+    if folder is None:
+        return None
+    if uri := uri_of(folder):
+        raise ConfigError(f"--call-cache is {uri!r}; expected a folder of this machine; name one")
+    CallStore(folder.absolute()).close()
+    return folder.absolute()
 
 
 def _reply_in(text: str) -> AgentReply:

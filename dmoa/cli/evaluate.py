@@ -200,10 +200,11 @@ def report(
     from dmoa.evaluation.report import write_report
     from dmoa.evaluation.results import read_evaluation
     from dmoa.evaluation.run_folder import RunFolder
+    from dmoa.workflows.adapt import kept_stream
 
     evaluation = read_evaluation(directory)
     print_evaluation(evaluation, stdout_console())
     path = html or RunFolder(directory).report
-    write_report(evaluation, path)
+    write_report(evaluation, path, kept_stream(directory))
     common.say(f"report: {path}")
     common.write_json(evaluation.model_dump(mode="json"))

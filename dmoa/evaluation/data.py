@@ -28,7 +28,7 @@ from dmoa.evaluation.benchmarks.base import (
     shown_field,
 )
 from dmoa.evaluation.records import SPLITS, BenchmarkInfo, EvaluateOptions, Label, Row, Split, Task
-from dmoa.evaluation.registry import SUITES, spec_of
+from dmoa.evaluation.registry import SUITES, run_own, spec_of
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.reading import hash_file, read_json
 from dmoa.storage import replacing
@@ -194,13 +194,14 @@ def _read_file(
     else:
         path = _require_file(spec, file, data_dir)
         name = f"{spec.name}/{path.name}"
-        sources, lines = {name: hash_file(path)}, read_lines(path)
+        sources, lines = {name: _digest(path)}, read_lines(path)
     bad: list[BadRow] = []
     num_lines = 0
     for number, line in lines:
         num_lines += 1
         try:
-            parsed = spec.parse(line if isinstance(line, dict) else parse_line(line), definitions)
+            fields = line if isinstance(line, dict) else parse_line(line)
+            parsed = run_own(spec.name, f"{name}, line {number}: reading the row", spec.parse, fields, definitions)
             row_hash = hash_content(parsed.content)
         except RowError as error:
             if not skip_bad_rows:
@@ -213,6 +214,14 @@ def _read_file(
     if num_lines == len(bad):
         raise ConfigError(f"{name} holds no usable row ({len(bad)} bad ones); expected one {spec.name} row a line as JSON")
     return sources, bad
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file. Raises ConfigError where it cannot be read."""
+    try:
+        return hash_file(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; make it readable, or name another folder with --data-dir") from error
 
 
 def _require_file(spec: Benchmark, file: str, data_dir: Path) -> Path:
@@ -244,7 +253,7 @@ def find_definitions(spec: Benchmark, data_dir: Path | None) -> tuple[Any, dict[
         paths[file] = data_dir / spec.name / file
         if not paths[file].is_file():
             raise ConfigError(f"{spec.name}: {paths[file]} is missing; its rows are codes that only this file explains: add it")
-        sources[f"{spec.name}/{file}"] = hash_file(paths[file])
+        sources[f"{spec.name}/{file}"] = _digest(paths[file])
     return spec.read_definitions(paths), sources
 
 
@@ -399,6 +408,16 @@ def write_rows(folder: RunFolder, name: str, rows: Iterable[Row]) -> int:
             labels.write(row.label.model_dump_json().encode() + b"\n")
             count += 1
     return count
+
+
+def hash_files(name: str, data_dir: Path | None) -> dict[str, str]:
+    """Return the SHA-256 of the files of a benchmark that are there, named as in `Loaded.sources`; none of a suite or the hub."""
+    if data_dir is None or name in SUITES:
+        return {}
+    spec = spec_of(name)
+    rows = (find_file(spec, file, data_dir) for file in {part.file for part in spec.slices.values()})
+    paths = [*rows, *(data_dir / spec.name / file for file in spec.definitions)]
+    return {f"{spec.name}/{path.name}": _digest(path) for path in paths if path is not None and path.is_file()}
 
 
 def _unique(rows: Iterable[Row]) -> Iterator[Row]:

@@ -136,7 +136,7 @@ def _from_run(row_id: str, out: Path) -> tuple[Task, Label]:
     folder, benchmark = RunFolder(out), row_id.partition("/")[0]
     task = _one(row_id, {task.row_id: task for task in folder.read_tasks(benchmark)}, str(out))
     labels = {label.row_id: label for label in folder.read_gold(benchmark)}
-    return task, labels[task.row_id]
+    return task, _one(task.row_id, labels, str(folder.gold(benchmark)))
 
 
 def _from_rows(row_id: str, benchmark: str, data_dir: Path | None) -> tuple[Task, Label]:
@@ -153,8 +153,8 @@ def _from_rows(row_id: str, benchmark: str, data_dir: Path | None) -> tuple[Task
 def _one(row_id: str, rows: dict[str, T], where: str) -> T:
     found = [name for name in rows if name.startswith(row_id)]
     if row_id not in rows and len(found) != 1:
-        some = ", ".join(list(rows)[:3])
-        raise ConfigError(f"--explain: {len(found)} rows of {where} begin with {row_id!r}; name one, such as {some}")
+        some = f"name one, such as {', '.join(list(rows)[:3])}" if rows else "it holds none of that benchmark"
+        raise ConfigError(f"--explain: {len(found)} rows of {where} begin with {row_id!r}; {some}")
     return rows[row_id if row_id in rows else found[0]]
 
 

@@ -33,7 +33,7 @@ from dmoa.dataflow import (
     shard_rows,
     stream,
 )
-from dmoa.errors import EmptyAnswerError
+from dmoa.errors import ConfigError, EmptyAnswerError
 from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, score_answer, unanswered
 from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Scorer, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend, write_lines
@@ -184,7 +184,7 @@ def pending_tasks(folder: RunFolder, benchmarks: Sequence[str], policies: Sequen
 
 
 def pending_scores(folder: RunFolder, benchmarks: Sequence[str], policies: Sequence[str]) -> list[Item]:
-    """Return (answer line, label line) for every answer that has not been judged."""
+    """Return (answer line, label line) for every answer that has not been judged. Raises ConfigError where a label is missing."""
     items: list[Item] = []
     for benchmark in benchmarks:
         gold = folder.gold(benchmark)
@@ -194,6 +194,10 @@ def pending_scores(folder: RunFolder, benchmarks: Sequence[str], policies: Seque
             path = folder.answers(benchmark, policy)
             for offset, line in offsets(path):
                 row_id = Answered.model_validate_json(line).row_id
+                if row_id not in labels:
+                    raise ConfigError(
+                        f"{gold}: has no label of {row_id!r}, which {policy} answered; copy the whole folder of the run"
+                    )
                 if row_id not in done:
                     items.append((Line(str(path), offset), Line(str(gold), labels[row_id])))
     return items

@@ -235,6 +235,10 @@ class EvaluateOptions(Options):
             raise ValueError("retry_failed has no effect without resume; add --resume or leave it out")
         if self.resume and self.out is None:
             raise ValueError("resume needs out, the folder of the run to go on with; add --out DIR")
+        if self.kind != "liar" and not self.has_adversaries:
+            raise ValueError(
+                f"kind is {self.kind!r}, and no agent is an adversary; say how many are (adversaries), or leave it out"
+            )
         for given, what, why in (
             (self.call_cache, "call_cache has", "calls its own agents"),
             (self.adversaries, "adversaries have", "has its own agents"),
@@ -244,6 +248,11 @@ class EvaluateOptions(Options):
             if self.url is not None and given:
                 raise ValueError(f"{what} no effect with url: the server {why}; leave one out")
         return self
+
+    @property
+    def has_adversaries(self) -> bool:
+        """Whether any agent works against the pool."""
+        return self.adversaries > 0
 
     @property
     def matching(self) -> Matching | None:
@@ -326,13 +335,20 @@ class CompareOptions(EvaluateOptions):
     """Answer a greedy call that several policies make once, from a cache in `out`; latency and repeats are taken without it."""
     curve: Annotated[Counts, Flag(metavar="N..M")] = ()
     """Numbers of adversaries to run the same with, such as 0..3: accuracy against their share, in the report and the JSON."""
-    curve_defences: Annotated[tuple[Defence, ...], BeforeValidator(names_of), Flag(metavar="A,B")] = ("none",)
+    curve_defences: Annotated[tuple[Defence, ...], BeforeValidator(names_of), Flag(metavar="A,B")] = Field(
+        default=("none",), min_length=1
+    )
     """Defences to run each point of `curve` with."""
 
     @property
     def has_own_cache(self) -> bool:
         """Whether the policies share their calls through a cache in `out`."""
         return self.share_calls and self.match != "latency" and self.repeats == 1 and not (self.call_cache or self.url)
+
+    @property
+    def has_adversaries(self) -> bool:
+        """Whether any agent works against the pool."""
+        return self.adversaries > 0 or bool(self.curve)
 
     @property
     def matching(self) -> Matching | None:
@@ -349,8 +365,12 @@ class CompareOptions(EvaluateOptions):
             raise ValueError(
                 "curve has its own adversaries and one repeat, of this process's agents; leave url, adversaries and repeats out"
             )
+        if self.curve_defences != ("none",) and not self.curve:
+            raise ValueError("curve_defences has no effect without curve; add it, such as 0..3, or take defence")
         if self.repeats > 1 and self.call_cache is not None:
             raise ValueError(f"repeats is {self.repeats} with call_cache; cached calls do not vary; leave one out")
+        if self.match == "latency" and self.call_cache is not None:
+            raise ValueError("match is 'latency' with call_cache; cached calls take no time, so no budget; leave one out")
         return self
 
 

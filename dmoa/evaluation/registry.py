@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, SupportsFloat, TypeVar
 
-from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.base import BENCHMARKS, Benchmark, ScorerEntry
+from dmoa.errors import ConfigError, DmoaError, PluginError
+from dmoa.evaluation.benchmarks.base import BENCHMARKS, Benchmark, RowError, ScorerEntry
 from dmoa.evaluation.records import Label, Reply, Score, Scorer
 from dmoa.evaluation.suites.arith import ARITH, SHARED
 from dmoa.evaluation.suites.calendar import CALENDAR
@@ -15,7 +18,11 @@ from dmoa.evaluation.suites.relay import RELAY
 from dmoa.evaluation.suites.suite import Suite
 from dmoa.evaluation.suites.tables import DYES, PARCELS, SIGNALS
 from dmoa.evaluation.suites.words import WORDS
-from dmoa.validation import did_you_mean
+from dmoa.plugins import home_of
+from dmoa.validation import did_you_mean, short
+
+T = TypeVar("T")
+_LOG = logging.getLogger("dmoa.evaluation")
 
 
 def spec_of(name: str) -> Benchmark:
@@ -38,20 +45,54 @@ def build_scorer(name: str, *, allow_weak_sandbox: bool = False) -> ScorerEntry:
 
     Raises:
         ConfigError: no such benchmark.
+        PluginError: one of somebody's own whose scoring cannot be had; so do the functions returned, where they fail.
     """
-    found = spec_of(name).scoring(allow_weak_sandbox)
-    return replace(found, score=_checked(name, found))
+    found = run_own(name, "scoring", spec_of(name).scoring, allow_weak_sandbox)
+    if not isinstance(found, ScorerEntry):
+        raise _mistake(name, f"its scoring is {short(found)}; expected a ScorerEntry")
+    return replace(
+        found,
+        score=_checked(name, found),
+        gold_replies=partial(run_own, name, "gold_replies", found.gold_replies),
+        chance=partial(run_own, name, "chance", found.chance),
+        answer_key=partial(run_own, name, "answer_key", found.answer_key),
+    )
+
+
+def run_own(name: str, what: str, work: Callable[..., T], *args: Any) -> T:
+    """Return what a benchmark's own code makes of the arguments. Raises PluginError where that of somebody's own fails."""
+    try:
+        return work(*args)
+    except (DmoaError, RowError):
+        raise
+    except Exception as error:  # code of others
+        if name in BENCHMARKS.builtin:
+            raise
+        _LOG.info("benchmark %s: %s failed", name, what, exc_info=error)
+        raise _mistake(name, f"{what} raised {error!r}; mend it, -v shows where") from error
+
+
+def _mistake(name: str, text: str) -> PluginError:
+    file = BENCHMARKS.references([name]) or (home_of(BENCHMARKS[name].scoring),)
+    return PluginError(f"benchmark {name!r} ({file[0]}): {text}")
 
 
 def _checked(name: str, entry: ScorerEntry) -> Callable[[Label, Reply], Score]:
-    """Refuse labels of other benchmarks: their keys may agree and their rules do not."""
+    """Refuse labels of other benchmarks, whose keys may agree and whose rules do not, and what is no score."""
 
     def score(label: Label, reply: Reply) -> Score:
         if label.benchmark != name:
             raise ConfigError(f"label {label.row_id} is of benchmark {label.benchmark!r}, the scorer of {name!r}; use its own")
-        return entry.score(label, reply)
+        found = run_own(name, f"the scorer, of {label.row_id},", entry.score, label, reply)
+        if not _is_score(found):
+            raise _mistake(name, f"the scorer gave {label.row_id} {short(found)}; expected a Score with a value from 0 to 1")
+        return found
 
     return score
+
+
+def _is_score(found: object) -> bool:
+    return isinstance(found, Score) and isinstance(found.value, SupportsFloat) and 0.0 <= float(found.value) <= 1.0
 
 
 SKILLS = (ARITH, WORDS, CALENDAR, PARCELS, SIGNALS, DYES)
@@ -140,7 +181,11 @@ def expand_names(names: Sequence[str], option: str = "--benchmarks") -> tuple[st
     Raises ConfigError for unknown ones, and for a file that cannot be loaded.
     """
     found: list[str] = []
-    for name in BENCHMARKS.resolve(names, option):
+    resolved = BENCHMARKS.resolve(names, option)
+    taken = [name for name in resolved if name in BENCHMARKS and name in (*SUITES, ALL, ALL_SUITES)]
+    if taken:
+        raise ConfigError(f"{option}: @benchmark({taken[0]!r}): dmoa's own generated rows have that name; choose another")
+    for name in resolved:
         found.extend(_everywhere() if name == ALL else SUITES if name == ALL_SUITES else (name,))
     unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
     if unknown or not found:

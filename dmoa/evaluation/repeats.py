@@ -77,14 +77,16 @@ def mean_answer(lines: Sequence[Answered]) -> Answered:
     counts: dict[str, Any] = {name: round(count / len(lines)) for name, count in flat(usage).items()}
     for name in ("summarizer_tokens", "memoised_tokens"):
         counts[name] = round(_mean([getattr(line, name) for line in lines]))
-    prices = [line.price for line in lines if line.price is not None]
-    calls = [line.calls for line in lines if line.calls is not None]
+    # A repeat that failed counts nothing, as everywhere.
+    prices = [0.0 if line.status == "failed" else line.price for line in lines]
+    calls = [0 if line.status == "failed" else line.calls for line in lines]
+    known_prices, known_calls = ([value for value in found if value is not None] for found in (prices, calls))
     return first.model_copy(
         update=counts
         | {
             "wall_ms": _mean([line.wall_ms for line in lines]),
-            "price": _mean(prices) if len(prices) == len(lines) else None,
-            "calls": round(_mean(calls)) if len(calls) == len(lines) else None,
+            "price": _mean(known_prices) if len(known_prices) == len(lines) else None,
+            "calls": round(_mean(known_calls)) if len(known_calls) == len(lines) else None,
             "bugs": sum(line.bugs for line in lines),
         }
     )

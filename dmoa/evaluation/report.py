@@ -21,7 +21,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation import figures
 from dmoa.evaluation.answer_matrix import ORACLE
 from dmoa.evaluation.results import Evaluation, EvaluationRow, GroupRow, not_run
-from dmoa.evaluation.run_folder import write_whole
+from dmoa.storage import write_whole
 from dmoa.types import is_untrained, supervision_of
 
 if TYPE_CHECKING:
@@ -301,10 +301,12 @@ def routing(evaluation: Evaluation, policy: str) -> str | None:
     by_benchmark, by_step = figures.steps_taken(evaluation, policy)
     shares = figures.routing_shares(evaluation, policy)
     width = 2.2 + 0.5 * (len(by_benchmark) + len(by_step)) + max(0, max(map(len, _labels(agents))) - 20) / _CHARS_PER_INCH
-    with _figure(max(5.0, width), 0.27 * len(agents) + 1.9) as figure:
+    benchmarks = _labels([str(name) for name in by_benchmark])
+    height = 0.27 * len(agents) + 1.9 + max(0, max(map(len, benchmarks)) - 20) / _CHARS_PER_INCH
+    with _figure(max(5.0, width), height) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[len(by_benchmark), len(by_step)], sharey=True)
-        _heat(left, agents, by_benchmark, shares, [str(name) for name in by_benchmark])
-        left.set_xticks(left.get_xticks(), [str(name) for name in by_benchmark], rotation=50, ha="right", rotation_mode="anchor")
+        _heat(left, agents, by_benchmark, shares, benchmarks)
+        left.set_xticks(left.get_xticks(), benchmarks, rotation=50, ha="right", rotation_mode="anchor")
         left.set_xlabel("benchmark")
         _heat(right, agents, by_step, shares, [str(int(step) + 1) for step in by_step])
         right.set_xlabel("step")
@@ -497,7 +499,12 @@ def write_report(evaluation: Evaluation, path: Path, stream: Stream | None = Non
     """Write the report whole; `stream` as in `along_the_stream`. Raises ConfigError if it cannot be written."""
     if path.is_dir():
         raise ConfigError(f"--html is {str(path)!r}, a folder; expected a file; name one, such as report.html")
-    write_whole(path, render_report(evaluation, stream))
+    try:
+        write_whole(path, render_report(evaluation, stream))
+    except OSError as error:
+        raise ConfigError(
+            f"the report: cannot write {str(path)!r}: {error}; name a file for it (dmoa report DIR --html FILE)"
+        ) from error
 
 
 def render_report(evaluation: Evaluation, stream: Stream | None = None) -> str:

@@ -21,7 +21,7 @@ from dmoa.evaluation import report, results
 from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.benchmarks.programs import require_sandbox
-from dmoa.evaluation.data import prepare_rows
+from dmoa.evaluation.data import hash_files, prepare_rows
 from dmoa.evaluation.pipeline import AnswerWorkers, answer_all, forget, score_all
 from dmoa.evaluation.records import BenchmarkInfo, EvaluateOptions, PoolInfo, RunInfo, pool_differences
 from dmoa.evaluation.registry import OpenScorers, judging
@@ -241,7 +241,15 @@ def check_level(begun: str, now: str) -> None:
 
 
 def _went_on(session: Session, before: RunInfo) -> RunInfo:
-    """Note the code that a run goes on with, where it is not what it ran with last."""
+    """Note the code that a run goes on with, where it is not what it ran with last, and tell of files that have changed."""
+    changed = [
+        file
+        for one in before.benchmarks
+        for file, digest in sorted(hash_files(one.name, session.options.data_dir).items())
+        if one.sources.get(file, digest) != digest
+    ]
+    if changed:
+        session.say(f"note: not the file that the run began with: {', '.join(changed)}; it goes on with the rows that it keeps")
     now, last = code_revision(), [before.code_revision, *before.later_revisions][-1]
     if now == last:
         return before

@@ -365,7 +365,7 @@ def _check_gold(subject: Subject, progress: Progress) -> tuple[tuple[GoldCheck, 
 
 
 def _measured(score: Score, measure: str) -> float:
-    return score.value if measure == VALUE else score.metrics[measure]
+    return score.value if measure == VALUE else score.metrics.get(measure, 0.0)
 
 
 def _check_silent(subject: Subject, progress: Progress) -> SilentCheck:

@@ -172,11 +172,9 @@ class ServerClient:
         )
 
     async def models(self) -> list[str]:
-        """Return every model name of the server, the pool first."""
+        """Return every model name of the server, the pool first. Raises DmoaError where what answers lists none."""
         with self._errors():
-            found = await self._openai.get("/models", cast_to=object)
-        rows = found.get("data") if isinstance(found, Mapping) else None
-        names = [str(row["id"]) for row in rows if isinstance(row, Mapping) and "id" in row] if isinstance(rows, list) else []
+            names = _names(await self._openai.get("/models", cast_to=object))
         if not names:
             raise self._foreign("its answer lists no models")
         return names
@@ -234,7 +232,8 @@ class ServerClient:
             raise self._foreign("its answer is not JSON") from error
 
     def _foreign(self, seen: str) -> DmoaError:
-        return DmoaError(f"{self.url}: {seen}; is it a dmoa server, and is the address right?")
+        """Return the error for an answer with a good status that no server of ours gave."""
+        return DmoaError(self._clean(f"{self.url}: {seen}; is it a dmoa server, or a page before one?"))
 
     def _clean(self, text: str) -> str:
         """Return a text about the server without the key and without other secrets."""
@@ -257,6 +256,12 @@ def _events(chunk: ChatCompletionChunk) -> Iterator[StepLine | TextDelta]:
             yield TextDelta(text=said, is_reasoning=True) if extra.get("dmoa_step") is None else StepLine(text=said)
         if choice.delta.content:
             yield TextDelta(text=choice.delta.content)
+
+
+def _names(found: object) -> list[str]:
+    listed = found.get("data") if isinstance(found, dict) else None
+    names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return [name for name in names if isinstance(name, str)]
 
 
 def _agents(found: object) -> dict[str, str]:

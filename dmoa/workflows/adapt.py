@@ -20,13 +20,14 @@ from pydantic import BaseModel
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
 from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, unanswered
 from dmoa.evaluation.records import Answered, EvaluateOptions, Task
-from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines
+from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines, read_record
 from dmoa.reading import offsets, read_bounded, read_json
 from dmoa.storage import write_whole
 from dmoa.training.rollouts import RolloutQuery, part_of, read_part
 
 if TYPE_CHECKING:
     from dmoa.config import Config
+    from dmoa.evaluation.report import Stream
     from dmoa.evaluation.run import Session
     from dmoa.training.options import AdaptOptions
     from dmoa.training.outcomes import Outcome
@@ -190,15 +191,21 @@ def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, co
 
 
 def check_same(options: AdaptOptions, config: Config, starts: Mapping[str, Path | None]) -> None:
-    """Note what a run is, or raise ConfigError where the folder holds another one, naming what differs."""
+    """Note what a run is, or raise ConfigError where the folder holds answers of another one, naming what differs."""
     from dmoa.agents.pool import fingerprint
+    from dmoa.evaluation.benchmarks.base import BENCHMARKS
+    from dmoa.evaluation.data import hash_files
+    from dmoa.evaluation.registry import expand_names
 
     now: dict[str, Any] = {"pool": fingerprint(config), "starts": {name: str(folder) for name, folder in starts.items()}}
     now |= options.model_dump(mode="json", exclude={"out", "workers", "address", "track"})
     now |= {"limits": config.limits.model_dump(mode="json")}
     now |= {f"sampling of {agent.name}": agent.sampling.model_dump(mode="json") for agent in config.agents}
+    for name in expand_names(options.benchmark, "--benchmark"):
+        now |= {f"file {file}": digest for file, digest in hash_files(name, options.data_dir).items()}
+        now |= {f"file of {name}": digest for digest in [BENCHMARKS.digest(name)] if digest is not None}
     path = options.out / "settings.json"
-    if not path.exists():
+    if not path.exists() or not RunFolder(options.out).is_answered:
         options.out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(now, indent=2) + "\n")
         return
@@ -234,10 +241,21 @@ def _adapted(
     common.say(f"the rest, by {len(gates)} frozen gates")
     evaluation = evaluate(session)
     report = _report(options, session, first)
-    write_report(evaluation, folder.report, {f"dmoa:{gate}": points for gate, points in report.stream.items()})
+    write_report(evaluation, folder.report, drawn(report))
     log_stream(report, folder.root, options)
     log_tables(evaluation, folder, asked)
     return report
+
+
+def drawn(report: AdaptReport) -> Stream:
+    """Return what the HTML report draws of the first queries."""
+    return {f"dmoa:{gate}": points for gate, points in report.stream.items()}
+
+
+def kept_stream(folder: Path) -> Stream | None:
+    """Return the same of the adaptation that a folder holds; None where it holds none. Raises ConfigError for a damaged one."""
+    path = folder / "adapt.json"
+    return drawn(read_record(path, AdaptReport)) if path.exists() else None
 
 
 def run_first(

@@ -326,15 +326,13 @@ def _taken_from_traffic(options: RolloutOptions, config: Config, common: Common,
 
 def _workers(options: RolloutOptions, config: Config) -> CollectWorkers:
     """Return how the asking is spread: every worker has all engines, and as many places as they decode at once."""
-    from dmoa.agents.call_cache import CallStore
+    from dmoa.agents.call_cache import cache_folder
     from dmoa.engines.gpus import pool_gpus
     from dmoa.serving.agent_replica import ENGINE_ENV
     from dmoa.training.collect import CollectWorkers, width
     from dmoa.workflows.backends import OpenCollectingPool, carried
 
-    call_cache = options.call_cache.absolute() if options.call_cache else None
-    if call_cache is not None:
-        CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
+    call_cache = cache_folder(options.call_cache)
     used = {agent.llm for agent in config.agents}
     text, gates = config.model_dump_json(), carried(config)
     return CollectWorkers(

@@ -165,7 +165,8 @@ def check_stages(policies: Sequence[str], benchmarks: Sequence[str]) -> None:
 
 
 def check_policies(policies: tuple[str, ...], config: Config | None, gates: tuple[str, ...] = ()) -> None:
-    """Raise RequestError for a policy, an agent or a gate that there is not."""
+    """Raise RequestError for a policy, an agent or a gate that there is not, and for a gate that no policy asks."""
+    idle = [gate for gate in gates if f"dmoa:{gate}" not in policies]
     for policy in policies:
         name, agent = split_policy(policy)
         if policy.split() != [policy]:
@@ -194,6 +195,8 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
             agents = ", ".join(config.agent_names) if config else "the server's agents"
             nearest = did_you_mean(agent, config.agent_names) if config and agent else ""
             raise RequestError(f"--policies: {policy!r} names no agent; write single:AGENT with one of {agents}{nearest}")
+    if idle:
+        raise RequestError(f"--gates: {', '.join(idle)} is in no policy; add dmoa:{idle[0]} to --policies, or leave it out")
 
 
 def build_evaluation(
@@ -245,7 +248,7 @@ def build_evaluation(
 def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.adversaries import Adversaries
-    from dmoa.agents.call_cache import CallStore
+    from dmoa.agents.call_cache import cache_folder
     from dmoa.engines.gpus import pool_gpus
     from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.serving.agent_replica import ENGINE_ENV
@@ -257,14 +260,11 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     used = {agent.llm for agent in config.agents}
     widest = options.limits(limits_for(config)).max_agents
     widths = {policy: width_of(policy, config) for policy in options.policies}
-    call_cache: Path | None = options.call_cache.absolute() if options.call_cache else None
-    if call_cache is not None:
-        CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
     gates = {name: folder.absolute() for name, folder in options.gates.items()}
     return AnswerWorkers(
         open_swarm=OpenPool(
             config_json=config.model_dump_json(),
-            call_cache=call_cache,
+            call_cache=cache_folder(options.call_cache),
             gates=gates,
             carried=carried(config, gates),
             policy_files=POLICIES.references(name for name, _ in map(split_policy, options.policies)),

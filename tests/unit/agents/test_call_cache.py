@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dmoa.agents.call_cache import FILE_NAME, CachedAgents, CallStore, call_identities, is_whole
+from dmoa.agents.call_cache import FILE_NAME, CachedAgents, CallStore, cache_folder, call_identities, is_whole
 from dmoa.agents.pool import load_pool
 from dmoa.errors import AgentUnavailableError, ConfigError
 from dmoa.flat import reply_of
@@ -141,6 +141,17 @@ async def test_json_that_holds_no_reply_is_not_believed(tmp_path: Path, text: st
     await cache.call(call_of())
     spoil(tmp_path, lambda _: text)
     assert [(await cache.call(call_of())).is_memoised for _ in range(2)] == [False, True], "it is kept in place of that"
+
+
+def test_a_place_of_another_machine_is_refused_and_no_folder_made_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--call-cache is 's3://bucket/calls'; expected a folder of this machine"):
+        cache_folder(Path("s3://bucket/calls"))
+    assert list(tmp_path.iterdir()) == []
+    assert cache_folder(None) is None
+    assert cache_folder(Path("calls")) == tmp_path / "calls"
 
 
 def test_a_file_that_is_damaged_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from dmoa.training.rollouts import RolloutQuery, table_of
 from dmoa.workflows.adapt import Stage, _prepared, _report, check_same, run_adapt, run_first
 from dmoa.workflows.adapt_online import LEASE_S, Lease, build_job
 from dmoa.workflows.console import Bars, Common
+from tests.unit.evaluation.samples import row, write_rows
 from tests.unit.training.adapt_lessons import lesson
 
 TASKS = {
@@ -118,6 +119,8 @@ def test_an_update_that_is_made_again_is_written_once(tmp_path: Path) -> None:
 
 def test_another_run_in_the_folder_is_refused_by_what_differs(tmp_path: Path) -> None:
     options = AdaptOptions.parse({"benchmark": "dyes", "out": tmp_path})
+    stage = Stage(tmp_path, TASKS)
+    stage.keep("zero-shot", counted(0))
     check_same(options, scripted_pool(), {"zero-shot": None})
     check_same(options.model_copy(update={"workers": 2, "track": "none"}), scripted_pool(), {"zero-shot": None})
     with pytest.raises(ConfigError, match="queries: begun with 30, now 31"):
@@ -128,6 +131,19 @@ def test_another_run_in_the_folder_is_refused_by_what_differs(tmp_path: Path) ->
     other = other.model_copy(update={"limits": other.limits.model_copy(update={"budget_tokens": 7})})
     with pytest.raises(ConfigError, match="limits: begun with"):
         check_same(options, other, {"zero-shot": None})
+
+
+def test_rows_that_have_changed_are_refused_once_there_are_answers(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data", "gsm8k", "test.jsonl", [row("gsm8k")])
+    options = AdaptOptions.parse({"benchmark": "gsm8k", "data_dir": tmp_path / "nowhere", "out": tmp_path / "out"})
+    check_same(options, scripted_pool(), {"zero-shot": None})
+    options = options.model_copy(update={"data_dir": tmp_path / "data"})
+    check_same(options, scripted_pool(), {"zero-shot": None})  # the corrected command: nobody was asked yet
+    Stage(tmp_path / "out", TASKS).keep("zero-shot", counted(0))
+    check_same(options, scripted_pool(), {"zero-shot": None})
+    path.write_text(json.dumps(row("gsm8k", question="Ada has 4 pots. How many?")) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--out: file gsm8k/test.jsonl: begun with [0-9a-f]{64}, now [0-9a-f]{64};"):
+        check_same(options, scripted_pool(), {"zero-shot": None})
 
 
 def test_places_at_uris_are_the_same_in_the_next_session(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ import pytest
 import dmoa as package
 from dmoa.config import Config, load
 from dmoa.engine_options import ENGINES
-from dmoa.errors import ConfigError, RequestError
+from dmoa.errors import ConfigError, PluginError, RequestError
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.data import load_rows, prepare_rows
 from dmoa.evaluation.records import EvaluateOptions, Reply
-from dmoa.evaluation.registry import OpenScorers, expand_names
+from dmoa.evaluation.registry import OpenScorers, expand_names, judging
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, build_policy
 from dmoa.testing import scripted_pool
@@ -129,6 +129,17 @@ def test_a_benchmark_of_a_file_passes_its_self_check(dmoa: Any, shown: Path, mon
     assert (check["name"], check["passed"], check["rows"]) == ("capitals", True, {"test": 3})
 
 
+def test_a_measure_that_no_score_has_fails_the_self_check(dmoa: Any, shown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shown)
+    text = (shown / "capitals.py").read_text(encoding="utf-8")
+    (shown / "capitals.py").write_text(
+        text.replace("{VALUE: key(label)}", '{VALUE: key(label), "f1": key(label)}'), encoding="utf-8"
+    )
+    found = dmoa("evaluate", "--selfcheck", "--benchmarks", "capitals.py:CapitalRow", "--data-dir", "rows")
+    assert found.exit_code == 1
+    assert re.search(r"right answers: f1\s+NO\s+0 of 3", found.stdout)
+
+
 def test_rows_of_a_file_are_asked_and_judged_in_another_process(shown: Path) -> None:
     names = expand_names([f"{shown / 'capitals.py'}:CapitalRow"])
     assert names == ("capitals",)
@@ -143,6 +154,66 @@ def test_rows_of_a_file_are_asked_and_judged_in_another_process(shown: Path) -> 
     assert score(labels["Lima"], Reply(text="It is Lima.")).value == 1.0
     assert score(labels["Paris"], Reply(text="Lyon")).value == 0.0
     assert not score(labels["Paris"], Reply(text="")).is_scored
+
+
+@pytest.mark.parametrize("name", ["words", "suites"])
+def test_a_benchmark_of_ones_own_takes_no_name_of_a_suite(name: str, tmp_path: Path) -> None:
+    text = f"""
+from dmoa import benchmark
+from dmoa.evaluation.benchmarks.base import BENCHMARKS
+from dmoa.evaluation.benchmarks.word_problems import Gsm8kRow
+
+@benchmark("{name}", title="Mine", scoring=BENCHMARKS["gsm8k"].scoring)
+class Mine(Gsm8kRow):
+    pass
+"""
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"--benchmarks: @benchmark\('{name}'\): dmoa's own generated rows have that name"):
+        expand_names([f"{tmp_path / 'mine.py'}:Mine"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("    words = ", '    {}["x"]\n    words = ', r"the scorer, of capitals/test/\w+, raised KeyError\('x'\); mend it"),
+        (
+            "value=float(",
+            "value=2 * float(",
+            r"the scorer gave capitals/test/\w+ Score\(value=2.0,.*expected a Score with a value from",
+        ),
+        (
+            'return Score(value=float(words[-1].strip(".") == key(label)), extracted=words[-1])',
+            "return 1.0",
+            r"the scorer gave .* 1.0;",
+        ),
+        (
+            "chance=lambda labels: chance_of([key(label) for label in labels])",
+            "chance=lambda labels: 1 / 0",
+            "chance raised ZeroDiv",
+        ),
+        (
+            "lambda allow_weak_sandbox: SCORING",
+            "lambda allow_weak_sandbox: score",
+            r"its scoring is <function score.*a ScorerEntry",
+        ),
+        ("self.country", "self.land", r"capitals/test.jsonl, line 1: reading the row raised AttributeError"),
+    ],
+)
+def test_a_mistake_of_a_benchmark_is_one_message(old: str, new: str, said: str, tmp_path: Path, shown: Path) -> None:
+    path = shown / "capitals.py"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    (name,) = expand_names([f"{path}:CapitalRow"])
+
+    def use() -> None:
+        label = load_rows(name, "test", data_dir=shown / "rows").rows[0].label
+        judge = judging(name)
+        judge.score(label, Reply(text="It is Paris."))
+        judge.chance([label])
+
+    with pytest.raises(PluginError, match=rf"benchmark 'capitals' \(.*capitals.py:CapitalRow\): .*{said}"):
+        use()
 
 
 def test_a_policy_of_a_file_may_have_parameters(tmp_path: Path) -> None:

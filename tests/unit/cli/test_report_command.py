@@ -21,6 +21,7 @@ from dmoa.testing import run_info as run_of
 from dmoa.testing import scored as score
 from dmoa.testing import write_run
 from dmoa.workflows.ablate import print_table
+from dmoa.workflows.adapt import AdaptReport
 from dmoa.workflows.console import print_evaluation
 from dmoa.workflows.evaluate import check_ran
 from tests.unit.evaluation.test_results import failing_run
@@ -71,6 +72,42 @@ def test_a_folder_without_a_run_is_bad_input(dmoa: Any, tmp_path: Path, name: st
     assert result.exit_code == 2
     assert "holds no run" in result.stderr
     assert not (tmp_path / name / "report.html").exists()
+
+
+def test_a_report_of_an_adaptation_keeps_its_drawings(dmoa: Any, folder: Path) -> None:
+    point = {
+        "row_id": "r",
+        "right": 1.0,
+        "entropy_nats": 0.5,
+        "right_probability": None,
+        "agents": 2,
+        "tokens": 9,
+        "gate_version": "v",
+    }
+    kept = AdaptReport(command="dmoa adapt", options={}, pool="p", starts={}, rows=[], updates={}, stream={"zero-shot": [point]})
+    run, answered, scored = small_run()
+    run = run.model_copy(update={"policies": ["dmoa:zero-shot", "single"]})
+    lines = [
+        [one.model_copy(update={"policy": one.policy.replace("dmoa", "dmoa:zero-shot")}) for one in those]
+        for those in (answered, scored)
+    ]
+    write_run(folder, run, *lines)
+    assert dmoa("report", folder, "-q").exit_code == 0
+    assert "Adaptation" not in (folder / "report.html").read_text(encoding="utf-8")
+    (folder / "adapt.json").write_text(kept.model_dump_json(), encoding="utf-8")
+    assert dmoa("report", folder, "-q").exit_code == 0
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Adaptation" in text
+    assert "dmoa:zero-shot: 1 versions, v to v" in text
+
+
+def test_a_report_that_cannot_be_written_names_the_report(dmoa: Any, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    result = dmoa("report", folder, "--html", tmp_path / "file" / "page.html")
+    assert result.exit_code == 2
+    assert "the report: cannot write" in result.stderr
+    assert "--html" in result.stderr
+    assert "--out" not in result.stderr
 
 
 def test_a_pool_has_no_effect(dmoa: Any, folder: Path) -> None:

@@ -113,6 +113,15 @@ def test_a_reply_may_be_judged_by_a_runs_row(run: tuple[RunFolder, str, str]) ->
     assert (found.source, found.verdict) == ("given", "unscored")
 
 
+def test_what_a_runs_folder_lacks_is_said(run: tuple[RunFolder, str, str]) -> None:
+    folder, arith, _ = run
+    with pytest.raises(ConfigError, match=r"0 rows of .*run begin with 'gsm8k/test/0'; it holds none of that benchmark"):
+        explain("gsm8k/test/0", reply="5", out=folder.root, data_dir=None)
+    folder.gold("arith").unlink()
+    with pytest.raises(ConfigError, match=r"0 rows of .*labels/gold/arith.jsonl begin with 'arith/test/.*none of that benchmark"):
+        explain(arith, reply="5", out=folder.root, data_dir=None)
+
+
 def test_the_command_shows_it_and_writes_it(run: tuple[RunFolder, str, str], tmp_path: Path) -> None:
     folder, arith, _ = run
     base = ["evaluate", "--out", str(folder.root), "--explain"]

@@ -10,7 +10,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
 import dmoa
+from dmoa.errors import ConfigError
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.data import prepare_rows
 from dmoa.evaluation.pipeline import pending_scores, pending_tasks, score_answer
@@ -102,6 +105,16 @@ def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
     }
     # Until the judging begins, labels have been written and never read.
     assert {module for _, module in before_scoring} == {"dmoa.evaluation.data"}
+
+
+def test_answers_that_came_without_their_labels_are_named(tmp_path: Path) -> None:
+    """A run's folder that somebody was given without `labels/`."""
+    folder = RunFolder(tmp_path)
+    append(
+        folder.answers("arith", "dmoa"), [Answered(row_id="arith/test/0", benchmark="arith", policy="dmoa", **flat(TokenUsage()))]
+    )
+    with pytest.raises(ConfigError, match=r"labels/gold/arith.jsonl: has no label of 'arith/test/0', which dmoa answered"):
+        pending_scores(folder, ["arith"], ["dmoa"])
 
 
 def test_a_whole_training_opens_no_labels(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dmoa.engines.recorded import read_lines
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import BENCHMARKS, RowError, hash_content
-from dmoa.evaluation.data import Loaded, load_rows, load_splits, parse_line
+from dmoa.evaluation.data import Loaded, hash_files, load_rows, load_splits, parse_line
 from dmoa.evaluation.records import SPLITS, Split
 from tests.unit.evaluation.real_rows import REAL_ROWS
 from tests.unit.evaluation.samples import row, write_lines, write_rows
@@ -186,6 +186,19 @@ def test_all_that_can_be_wrong_with_files(tmp_path: Path) -> None:
         load_rows("gsm8k", "test", data_dir=tmp_path)
     with pytest.raises(ConfigError, match="'gsm' is not known"):
         load_rows("gsm", "test", data_dir=tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").symlink_to("/proc/self/mem")  # a regular file whose first byte nobody can read
+    with pytest.raises(ConfigError, match=r"gsm8k/test.jsonl: cannot be read: .*--data-dir"):
+        load_rows("gsm8k", "test", data_dir=tmp_path)
+
+
+def test_the_files_of_a_benchmark_are_hashed_as_its_rows_say(tmp_path: Path) -> None:
+    write_rows(tmp_path, "ddxplus", "validation.jsonl", [row("ddxplus")])
+    assert hash_files("ddxplus", tmp_path) == load_rows("ddxplus", "test", data_dir=tmp_path).sources
+    assert hash_files("ddxplus", None) == hash_files("arith", tmp_path) == {}
 
 
 def test_aqua_has_no_train_rows_unless_a_file_is_there(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from dmoa.dispatch import Dispatcher
-from dmoa.errors import ConfigError, DmoaError
+from dmoa.errors import ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.figures import curves, overall
 from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, Matching, Task
-from dmoa.evaluation.repeats import merge_repeats
-from dmoa.evaluation.report import accuracy_against, pareto, render_report
+from dmoa.evaluation.repeats import mean_answer, merge_repeats
+from dmoa.evaluation.report import accuracy_against, pareto, render_report, routing
 from dmoa.evaluation.results import build_evaluation, read_evaluation
 from dmoa.evaluation.run import finish_run
 from dmoa.policies.registry import POLICIES
@@ -181,6 +181,19 @@ def test_repeats_are_one_run_of_means(tmp_path: Path) -> None:
     assert (found.config.repeats, found.config.budgets) == (2, {"gsm8k": {"budget_tokens": 31.0}})
 
 
+def test_a_repeat_that_failed_counts_nothing_and_hides_nothing_of_the_others() -> None:
+    """Of one row, by hand: calls (4 + 0 + 2) / 3, price (0.6 + 0 + 0.3) / 3, tokens (110 + 0 + 110) / 3."""
+    lines = [
+        answered("gsm8k", 0, "dmoa", calls=4, price=0.6),
+        lost("gsm8k", 0, "dmoa"),
+        answered("gsm8k", 0, "dmoa", calls=2, price=0.3),
+    ]
+    found = mean_answer(lines)
+    assert (found.status, found.calls, found.price, found.usage.total) == ("ok", 2, pytest.approx(0.3), 74)
+    assert mean_answer([*lines[:2], answered("gsm8k", 0, "dmoa")]).calls is None, "an older line does not say"
+    assert mean_answer([lost("gsm8k", 0, "dmoa")] * 2).status == "failed"
+
+
 def test_the_table_says_what_each_policy_took_and_how_it_differs_from_the_reference() -> None:
     info = run_info(
         [BenchmarkInfo(name="gsm8k", rows=2)],
@@ -329,6 +342,12 @@ def test_what_a_server_has_is_not_known_here() -> None:
         check_policies(("review",), scripted_pool(("a", "b")))
 
 
+def test_a_gate_that_no_policy_asks_is_named() -> None:
+    check_policies(("dmoa:old", "dmoa"), scripted_pool(), ("old",))
+    with pytest.raises(RequestError, match=r"--gates: new is in no policy; add dmoa:new to --policies"):
+        check_policies(("dmoa:old", "dmoa"), scripted_pool(), ("old", "new"))
+
+
 def test_all_names_every_policy_that_the_pool_can_run_without_labels() -> None:
     generated = scripted_pool(("a", "b"))
     every = expand_policies(("single:a", "all", "dense"), generated)
@@ -362,10 +381,14 @@ def test_policies_share_calls_unless_time_or_samples_are_compared() -> None:
         ({"match": "none", "match_budget": 3}, "match_budget has no effect"),
         ({"match": "calls", "url": "http://x"}, "a server has no budget of calls"),
         ({"repeats": 2, "call_cache": "c"}, "cached calls do not vary"),
+        ({"match": "latency", "call_cache": "c"}, "cached calls take no time"),
         ({"match_budget": 0}, "match_budget is 0"),
         ({"curve": "0..2", "repeats": 2}, "curve has its own adversaries"),
         ({"curve": "0..2", "adversaries": 1}, "curve has its own adversaries"),
         ({"curve": "0..x"}, "curve"),
+        ({"kind": "saboteur"}, "no agent is an adversary"),
+        ({"curve_defences": "agreement"}, "curve_defences has no effect without curve"),
+        ({"curve": "0..2", "curve_defences": ""}, "curve_defences is"),
         ({"curve": "0..2", "curve_defences": "agree"}, "curve_defences"),
     ],
 )
@@ -377,6 +400,15 @@ def test_comparisons_that_make_no_sense_are_refused(values: dict[str, object], m
 def test_the_front_holds_what_nobody_beats_in_both() -> None:
     points = [(3.0, 50.0), (1.0, 20.0), (2.0, 60.0), (1.0, 30.0), (5.0, 60.0), (6.0, 61.0)]
     assert pareto(points) == [(1.0, 30.0), (2.0, 60.0), (6.0, 61.0)]
+
+
+def test_the_map_of_whom_a_policy_asks_has_room_for_long_names() -> None:
+    """Else its panels are laid over their labels, of which matplotlib warns."""
+    name = "support-tickets-of-the-second-quarter-by-product-and-language-en"
+    info = run_info([BenchmarkInfo(name=name, rows=1)], policies=("dmoa",))
+    drawn = routing(build_evaluation(info, [answered(name, 0, "dmoa")], [scored(name, 0, "dmoa", 1.0)]), "dmoa")
+    assert drawn is not None
+    assert "support-tickets-of-the-s" in drawn
 
 
 def test_an_agent_that_is_sampled_several_times_in_a_step_is_in_one_step() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import EvaluateOptions
+from dmoa.evaluation.records import CompareOptions, EvaluateOptions
 from dmoa.types import Limits
 
 
@@ -50,6 +50,7 @@ def test_the_cpu_budget_only_lowers_the_pools_limits(pool: Limits, expected: Lim
         ({"benchmarks": "arith", "budget": "gpu"}, "budget is 'gpu'; .*'pool' or 'cpu'"),
         ({"benchmarks": "arith", "retry_failed": True}, "retry_failed has no effect without resume"),
         ({"benchmarks": "arith", "resume": True}, "resume needs out"),
+        ({"benchmarks": "arith", "kind": "saboteur"}, "kind is 'saboteur', and no agent is an adversary"),
         ({"benchmarks": "arith", "url": "http://x", "call_cache": "c"}, "call_cache has no effect with url"),
         ({"benchmarks": "arith", "limits": 3}, "limits: unknown key .*expected one of benchmarks, policies"),
     ],
@@ -57,6 +58,11 @@ def test_the_cpu_budget_only_lowers_the_pools_limits(pool: Limits, expected: Lim
 def test_bad_options_name_field_value_and_way_out(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"evaluate: .*{message}"):
         EvaluateOptions.parse(values)
+
+
+def test_a_kind_of_adversary_needs_one() -> None:
+    assert EvaluateOptions.parse({"benchmarks": "arith", "kind": "saboteur", "adversaries": 1}).has_adversaries
+    assert CompareOptions.parse({"benchmarks": "arith", "kind": "saboteur", "curve": "0..2"}).has_adversaries
 
 
 def test_paths_may_be_texts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from dmoa.policies.registry import POLICIES
 from dmoa.testing import scripted_pool
 from dmoa.workflows.console import Bars, Common
 from dmoa.workflows.evaluate import build_evaluation
+from tests.unit.evaluation.samples import row, write_rows
 
 
 def info(*overrides: str) -> PoolInfo:
@@ -94,6 +96,32 @@ def test_a_run_that_answered_nothing_may_begin_anew(tmp_path: Path) -> None:
     folder.answers("arith", "dmoa").touch()
     with pytest.raises(ConfigError, match="holds a run; go on with it by --resume"):
         evaluate(session)
+
+
+@pytest.mark.contract  # asks git for the revision
+def test_a_run_tells_that_its_rows_come_from_a_file_that_has_changed(tmp_path: Path) -> None:
+    folder, told = RunFolder(tmp_path / "out"), list[str]()
+    path = write_rows(tmp_path / "data", "gsm8k", "test.jsonl", [row("gsm8k")])
+
+    def nowhere() -> AbstractContextManager[None]:
+        raise ConfigError("--address: nobody answers")
+
+    def run(*, resume: bool) -> list[str]:
+        told.clear()
+        options = EvaluateOptions(benchmarks=("gsm8k",), data_dir=tmp_path / "data", out=folder.root, resume=resume)
+        with Bars(-1) as bars:
+            made = build_evaluation(options, scripted_pool(), ("gsm8k",), folder, Common(verbosity=-1), bars, "dmoa evaluate")
+        with pytest.raises(ConfigError, match="nobody answers"):
+            evaluate(replace(made, open_ray=nowhere, say=told.append))
+        return [line for line in told if line.startswith("note: not the file")]
+
+    assert run(resume=False) == run(resume=True) == []
+    kept = folder.tasks("gsm8k").read_text()
+    path.write_text(json.dumps(row("gsm8k", question="Ada has 4 pots. How many?")) + "\n", encoding="utf-8")
+    assert ["gsm8k/test.jsonl; it goes on with the rows that it keeps" in line for line in run(resume=True)] == [True]
+    assert folder.tasks("gsm8k").read_text() == kept
+    path.unlink()
+    assert run(resume=True) == [], "its rows lie in its folder"
 
 
 @pytest.mark.contract  # asks git for the revision

@@ -158,6 +158,8 @@ class Other(httpx2.AsyncBaseTransport):
         ("text/html", b"<html>Sign in</html>"),
         ("application/json", b'{"hello": 1}'),
         ("application/json", b'{"object": "list", "data": [], "choices": []}'),
+        ("application/json", b'{"data": [{"x": 1}]}'),
+        ("application/json", b"[]"),
         ("application/json", b"{"),
     ],
 )
@@ -165,7 +167,7 @@ async def test_an_answer_of_another_server_is_said_in_one_line(kind: str, conten
     http_client = DefaultAsyncHttpxClient(transport=Other(kind, content))
     async with ServerClient("http://test", http_client=http_client) as client:
         for ask in (client.pool(), client.chat(HI), client.chat(HI, model="tiny")):
-            with pytest.raises(DmoaError, match=r"^http://test: its answer .*; is it a dmoa server, and is the address right"):
+            with pytest.raises(DmoaError, match=r"^http://test: its answer .*; is it a dmoa server, or a page before one"):
                 await ask
 
 
