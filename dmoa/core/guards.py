@@ -271,8 +271,9 @@ class _Comparison:
 class ArmComparison(_Comparison):
     """Compares two arms of a stream in which chance sends every query to one of them: each arm's newest against the other's.
 
-    A difference is made as soon as both arms have something new: the mean of what the suspect gave since the last
-    difference, minus that of the control; a value that is not known (NaN) is left out.
+    A difference is made as soon as both arms have something new: what the suspect gave since the last one, minus what the
+    control gave, the mean over all pairs of the two, each cut to [-1, 1]. One arm has a single value then, and to cut after
+    means are taken would make equal arms differ where few values lie far off. What is not known (NaN) is left out.
     """
 
     test: SequentialTest
@@ -288,7 +289,8 @@ class ArmComparison(_Comparison):
         self._new[is_suspect].append(value)
         control, suspect = self._new
         if control and suspect:
-            difference = math.fsum(suspect) / len(suspect) - math.fsum(control) / len(control)
+            pairs = [min(max(theirs - ours, -1.0), 1.0) for theirs in suspect for ours in control]
+            difference = math.fsum(pairs) / len(pairs)
             self.test.update(difference)
             self._met(difference)
             self._new = ([], [])

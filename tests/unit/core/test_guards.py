@@ -163,6 +163,27 @@ def test_arms_are_compared_by_what_is_new_of_each() -> None:
     assert (arms.pairs, arms.mean) == (2, pytest.approx((0.6 + 0.0) / 2))
 
 
+def test_values_far_off_are_cut_before_they_are_averaged() -> None:
+    arms = ArmComparison(SequentialTest(0.0, 0.05))
+    for value, is_suspect in ((6.0, False), (6.0, False), (6.0, False), (0.0, False), (6.0, True)):
+        arms.add(value, is_suspect=is_suspect)
+    alike = SequentialTest(0.0, 0.05)
+    alike.update(0.25)  # 1 of the four that lies far off, and 0 of the others
+    assert (arms.mean, arms.test.evidence) == (0.25, pytest.approx(alike.evidence))
+
+
+@pytest.mark.parametrize(("share", "long"), [(0.1, 0.8), (0.9, 0.2)])
+def test_arms_alike_stay_so_where_queries_take_few_tokens_or_a_thousand_times_as_many(share: float, long: float) -> None:
+    rng, found = np.random.default_rng(8), 0
+    for _ in range(40):
+        arms, is_found = ArmComparison(SequentialTest(0.161, 0.01)), False
+        for is_suspect in rng.uniform(size=1500) < share:
+            arms.add(5.0 * float(rng.uniform() < long), is_suspect=bool(is_suspect))
+            is_found |= arms.test.is_found
+        found += is_found
+    assert found <= 1
+
+
 def test_a_rate_is_tested_by_likelihood_ratios() -> None:
     test = RateTest(0.05)
     for event in (1.0, 0.0):
