@@ -134,7 +134,10 @@ class Intake:
         route = record.answer.steps[0].route
         assert route is not None
         input_D = query_part(route.input_X, self.rules.preset)
-        copy_of = record.tenant, hashlib.blake2b(input_D.astype(np.float16).tobytes(), digest_size=8).digest()
+        # What one agent alone answered teaches nothing, and must not take the place of a copy that does: of the explored one.
+        teaches = any(sum(reply.status == "ok" for reply in step.replies) > 1 for step in record.answer.steps)
+        digest = hashlib.blake2b(input_D.astype(np.float16).tobytes(), digest_size=8).digest()
+        copy_of = record.tenant, digest + bytes([teaches])
         key = self._keys.setdefault(record.tenant, _Key())
         if self._copies[copy_of] >= MAX_COPIES:
             self.refused["a copy of queries that teach already"] += 1
