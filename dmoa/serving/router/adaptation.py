@@ -144,9 +144,18 @@ class Adaptation:
     """Judges offers and watches trials; `GateVersions` makes current what it decides."""
 
     def __init__(
-        self, state: RouterState, config: Config, versions: GateVersions, clock: Callable[[], float] = time.time
+        self,
+        state: RouterState,
+        config: Config,
+        versions: GateVersions,
+        clock: Callable[[], float] = time.time,
+        *,
+        frozen: str | None = None,
     ) -> None:
-        """Take up what was kept for the same pool. Raises CheckpointError where it cannot be read."""
+        """Take up what was kept for the same pool. `frozen`: why learning was frozen where the router kept its state before.
+
+        Raises CheckpointError where it cannot be read.
+        """
         self._state, self._config, self._versions, self._clock = state, config, versions, clock
         self._guards = config.router.guards
         self._held = HeldBack(config)
@@ -167,7 +176,9 @@ class Adaptation:
         if self._kept.trial is not None and not self._fits(self._kept.trial):
             self._end("withdrawn", self._kept.trial.candidate, "a version of the trial is gone")
         self._resume()
-        if self._kept.trial is not None and self.mode not in ("canary", "on"):
+        if frozen is not None or (self._kept.frozen is not None and self._kept.trial is not None):
+            self.freeze(frozen or "")  # the router before this one may have died before the trial was ended
+        elif self._kept.trial is not None and self.mode not in ("canary", "on"):
             self._withdraw(f"router.adaptation is {self.mode!r} now")
             self._save()
 
@@ -561,7 +572,8 @@ class Adaptation:
             old = self._begun.popleft()
         if old is None:
             return
-        for name, begun, is_candidate in (("candidate", old[1], True), ("control", old[2], False)):
+        # The control first: what it lost as well is known then when the candidate is tested, however many come at once.
+        for name, begun, is_candidate in (("control", old[2], False), ("candidate", old[1], True)):
             for _ in range(max(0, begun - trial.heard.get(name, 0))):
                 trial.lost[name], trial.heard[name] = trial.lost.get(name, 0) + 1, trial.heard.get(name, 0) + 1
                 self._add(Reading(math.nan, math.nan, math.nan, math.nan, lost=1.0), None, is_candidate=is_candidate)
