@@ -157,6 +157,29 @@ def test_what_was_answered_before_the_gate_came_is_replayed_and_teaches_nothing(
     assert logged[0]["replayed"] > 0
 
 
+def test_a_shift_that_was_noticed_while_no_offer_is_taken_is_told_with_the_next_one(start: Deployed) -> None:
+    class Closed(FakeSwarm):
+        def pull(self) -> Pulled:
+            found = super().pull()
+            return replace(found, closed="learning is frozen") if self.pulls <= 9 else found
+
+    swarm = Closed(start, [*batches(start, 1, (0, 1, 2, 3)), *batches(start, 12, (4,)), []])
+    run_online(job_of(swarm), SingleWorker(CPU), sleep=_no)
+    assert [one["shift"] for one in swarm.offers] == [True, *[False] * (len(swarm.offers) - 1)]
+
+
+def test_it_ends_where_another_version_of_the_pool_is_deployed(start: Deployed) -> None:
+    class Redeployed(FakeSwarm):
+        def pull(self) -> Pulled:
+            found = super().pull()
+            return replace(found, pool_version="old" if self.pulls < 4 else "new")
+
+    swarm, said = Redeployed(start, [*batches(start, 9, (0, 1, 2, 3)), []]), list[str]()
+    assert run_online(job_of(swarm, pool_version="old", say=said.append), SingleWorker(CPU), sleep=_no) == 2
+    assert swarm.pulls == 4
+    assert said[-1].startswith("pool version new is deployed now")
+
+
 def test_what_was_pulled_while_the_gate_could_not_be_had_is_not_lost(start: Deployed) -> None:
     class Shy(FakeSwarm):
         def pull(self) -> Pulled:
