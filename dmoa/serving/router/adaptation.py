@@ -100,6 +100,8 @@ class Trial(BaseModel):
     """The candidate and the versions that it took the place of."""
     pending: str | None = None
     """With `on`: the version that becomes the control at the end of the window."""
+    renews: bool = False
+    """Whether that one becomes the anchor too: a shift was declared before it."""
     begun_unix_s: float
     tests: dict[str, Tested] = Field(default_factory=dict)
     """By signal."""
@@ -620,10 +622,11 @@ class Adaptation:
     def _next_window(self, trial: Trial) -> None:
         """Let the control follow: the version that was current a window ago, and was not found worse since."""
         if trial.pending is not None:
-            if trial.shift:
+            if trial.renews:
                 self._kept.anchor = trial.pending
-            trial.control, trial.shift = trial.pending, False
+            trial.control = trial.pending
             self._count("passed")
+        trial.renews, trial.shift = trial.shift, False
         trial.pending, trial.tests, trial.queries, trial.heard, trial.lost = trial.candidate, {}, {}, {}, {}
         trial.line = [version for version in trial.line if version != trial.control]
         self._begun.clear()

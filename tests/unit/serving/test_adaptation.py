@@ -320,6 +320,20 @@ def test_the_anchor_stays_behind_until_a_shift_is_declared(root: Path) -> None:
     assert found.adaptation.status()["anchor"] == told["version"]
 
 
+def test_the_anchor_after_a_shift_is_the_gate_that_followed_it(root: Path) -> None:
+    found = swarm(root, "on", warm=40, canary_queries=5, margin=0.1)
+    deployed = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)
+    while not json.loads((root / FILE).read_text())["trial"]["pending"]:
+        found.ask()  # the first window ends
+    shifted = found.offer(found.files(HOME, seed=2), 2, shift=True)["version"]
+    anchors = [deployed]
+    for _ in range(400):
+        found.ask()
+        anchors += [anchor] if (anchor := found.adaptation.status()["anchor"]) != anchors[-1] else []
+    assert anchors == [deployed, shifted]
+
+
 def test_freezing_ends_the_trial_and_lasts(root: Path) -> None:
     found = swarm(root, "on")
     good = found.versions.version
