@@ -281,7 +281,7 @@ class Adaptation:
             "mode": self.mode,
             "ledger": kept.ledger,
             "frozen": kept.frozen,
-            "cooldown_s": round(max(0.0, kept.cooldown_until_unix_s - self._clock()), 1),
+            "cooldown_s": round(self._cooldown_left_s(), 1),
             "anchor": kept.anchor,
             "held_back": len(self._held),
             "trial": None
@@ -316,7 +316,7 @@ class Adaptation:
 
     def thaw(self, note: str = "") -> None:
         """Take offers again, also where a rollback is still cooling down."""
-        if self._kept.frozen is not None or self._kept.cooldown_until_unix_s > self._clock():
+        if self._kept.frozen is not None or self._cooldown_left_s() > 0:
             self._kept.frozen, self._kept.cooldown_until_unix_s = None, 0.0
             self._note("thaw", self._versions.version, note)
             self._save()
@@ -396,7 +396,7 @@ class Adaptation:
         if said.update <= kept.ledger:
             words = f"update {said.update} was judged before, the ledger is {kept.ledger}; number the next one higher"
             return "ledger", words
-        left = kept.cooldown_until_unix_s - self._clock()
+        left = self._cooldown_left_s()
         if left > 0:
             return "cooldown", f"a gate was taken back lately; offers are taken again in {left:.0f} s"
         if trial is not None and self.mode == "canary":
@@ -404,6 +404,13 @@ class Adaptation:
         if said.base_version not in {current, *(trial.line if trial else ()), *([trial.control] if trial else ())}:
             return "base", f"the update began with gate {said.base_version}, current is {current}; begin with that"
         return None
+
+    def _cooldown_left_s(self) -> float:
+        """Return how long no offer is taken after a rollback: no longer than is configured, also where the clock was set back."""
+        now = self._clock()
+        if self._kept.cooldown_until_unix_s > now + self._guards.cooldown_s:
+            self._kept.cooldown_until_unix_s = now + self._guards.cooldown_s
+        return max(0.0, self._kept.cooldown_until_unix_s - now)
 
     def _turn_away(self, said: Evidence, reason: str, words: str) -> dict[str, Any]:
         """Count an offer that is not looked at; of several in a row for one reason, the history has the first."""

@@ -320,6 +320,18 @@ def test_the_anchor_stays_behind_until_a_shift_is_declared(root: Path) -> None:
     assert found.adaptation.status()["anchor"] == told["version"]
 
 
+def test_a_cooldown_lasts_no_longer_where_the_clock_is_set_back(root: Path) -> None:
+    found = swarm(root, "on", warm=40)
+    found.offer(found.files(HOME, seed=1), 1)
+    found.broken = AGENTS
+    until(found, "rolled back", 200)
+    found.now -= 3600.0
+    assert found.adaptation.status()["cooldown_s"] == 60.0
+    found.now += 61.0
+    assert "cooldown" not in str(found.offer(found.files(HOME, seed=2), 2)["reasons"])
+    assert found.adaptation.status()["cooldown_s"] == 0.0
+
+
 def test_the_anchor_after_a_shift_is_the_gate_that_followed_it(root: Path) -> None:
     found = swarm(root, "on", warm=40, canary_queries=5, margin=0.1)
     deployed = found.versions.version
