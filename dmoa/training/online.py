@@ -180,7 +180,7 @@ class Driver:
             self._unread = []
             return work
         except DmoaError as error:
-            _LOG.warning("adaptation waits: %s", error)
+            self._say_closed(str(error))
             self._sleep(self._job.poll_s)
             return Work(kind="wait")
 
@@ -260,7 +260,7 @@ class Driver:
                 told = self._offer(adapter, update, shift=self._untold_shift)
                 self._untold_shift = told["state"] == "refused" and not told.get("verdicts")
             except DmoaError as error:  # the number was used: whether it was judged, the ledger will say
-                _LOG.warning("update %d was not offered: %s", self._number, error)
+                self._job.say(f"update {self._number} was not offered: {error}")
         self._job.log(self._numbers(adapter, update, lag_s, told), adapter.updates)
 
     def _offer(self, adapter: Adapter, update: AdaptUpdate, *, shift: bool) -> dict[str, Any]:
