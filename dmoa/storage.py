@@ -126,6 +126,18 @@ def only_one(folder: Path, doing: str, name: str = "") -> Iterator[None]:
         lock.release()
 
 
+def is_held(folder: Path, name: str = "") -> bool:
+    """Tell whether a process holds a folder now, as `only_one` does."""
+    path = folder / (f".{name}.lock" if name else ".lock")
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def uri_of(place: Path | str) -> str | None:
     """Return the URI that a place was given as, also where it has become a path; None for a folder of this machine."""
     found = _URI.fullmatch(str(place))

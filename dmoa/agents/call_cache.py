@@ -96,7 +96,7 @@ class CallStore:
 
 
 def cache_folder(folder: Path | None) -> Path | None:
-    """Return a folder as workers name it, None for none. Raises ConfigError here, not in a worker, for one that cannot be used."""
+    """Return a folder as workers name it, None for none. Raises ConfigError here, not in a worker, where it cannot be used."""
     if folder is None:
         return None
     if uri := uri_of(folder):

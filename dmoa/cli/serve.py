@@ -283,14 +283,16 @@ class Learner:
 def learner_folder(config: Config, app: str) -> Path:
     """Return where the learner of an app keeps curves and log: beside the router's state, or where that lies by default.
 
-    The latter also where the state is on another machine.
+    The latter also where the state is on another machine. Not one that the learner of another cluster's app writes to.
     """
     from dmoa.serving.actors import default_state_uri
-    from dmoa.storage import place_of
+    from dmoa.storage import is_held, place_of
 
     uris = [uri for uri in (config.router.state_uri,) if uri is not None and uri.startswith("file:")]
     folders = [Path(place_of(uri, "router.state_uri")[1]) for uri in (*uris, default_state_uri(app))]
-    return next((folder for folder in folders if folder.is_dir()), folders[-1]) / "learner"
+    beside = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    found = [beside / "learner", *(beside / f"learner-{number}" for number in range(2, 100))]
+    return next((folder for folder in found if not is_held(folder, "adapt")), found[0])
 
 
 def _policy_files(asked: Sequence[str]) -> tuple[str, ...]:

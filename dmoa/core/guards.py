@@ -33,6 +33,8 @@ HIGHER = (0.15, 0.4, 0.8)
 """How far the rates of a rate test's alternatives lie between its own and 1."""
 BASELINE = 50
 """Newest queries of the control whose rate of failures is the usual one."""
+RECENT = 5
+"""Newest of them whose rate counts where it is higher: what fails with either arm has begun only just."""
 PRIOR = 4.0
 """Queries of one context for which the rate of all counts."""
 MIN_PROBABILITY = 1e-6
@@ -271,8 +273,9 @@ class _Comparison:
 class ArmComparison(_Comparison):
     """Compares two arms of a stream in which chance sends every query to one of them: each arm's newest against the other's.
 
-    A difference is made as soon as both arms have something new: the mean of what the suspect gave since the last
-    difference, minus that of the control; a value that is not known (NaN) is left out.
+    A difference is made as soon as both arms have something new: what the suspect gave since the last one, minus what the
+    control gave, the mean over all pairs of the two, each cut to [-1, 1]. One arm has a single value then, and to cut after
+    means are taken would make equal arms differ where few values lie far off. What is not known (NaN) is left out.
     """
 
     test: SequentialTest
@@ -288,7 +291,8 @@ class ArmComparison(_Comparison):
         self._new[is_suspect].append(value)
         control, suspect = self._new
         if control and suspect:
-            difference = math.fsum(suspect) / len(suspect) - math.fsum(control) / len(control)
+            pairs = [min(max(theirs - ours, -1.0), 1.0) for theirs in suspect for ours in control]
+            difference = math.fsum(pairs) / len(pairs)
             self.test.update(difference)
             self._met(difference)
             self._new = ([], [])
@@ -298,7 +302,7 @@ class RateComparison(_Comparison):
     """Compares how often one arm fails with the other: the suspect's failures against the rate of the control's newest queries.
 
     That rate is estimated, with one standard error on top, so the stated error rate holds as far as the control's own rate is
-    steady over `BASELINE` queries.
+    steady over `BASELINE` queries, or rises for both at once.
     """
 
     test: RateTest
@@ -315,7 +319,12 @@ class RateComparison(_Comparison):
         prior, weight = (0.5, 1.0) if self._whole is None else (self._whole.usual, PRIOR)
         count = len(self._control) + weight
         rate = (math.fsum(self._control) + prior * weight) / count
-        return min(rate + math.sqrt(rate * (1.0 - rate) / count), 1.0)
+        return max(min(rate + math.sqrt(rate * (1.0 - rate) / count), 1.0), self._recent)
+
+    @property
+    def _recent(self) -> float:
+        newest = list(self._control)[-RECENT:]
+        return max(math.fsum(newest) / RECENT, 0.0 if self._whole is None else self._whole._recent)
 
     def add(self, value: float, *, is_suspect: bool) -> None:
         """Take whether one query failed, 0 or 1; NaN says nothing."""
@@ -353,9 +362,22 @@ class ByContext:
         self.whole = whole
         self._part, self._share = part, 0.5 / max_contexts
         self._parts: dict[int, Comparison] = {}
+        self._waiting: list[tuple[float, int | None]] = []
 
     def add(self, value: float, context: int | None, *, is_suspect: bool) -> None:
-        """Take what one query came to; higher is worse. Its context is None where it is not known."""
+        """Take what one query came to; higher is worse. Its context is None where it is not known.
+
+        A failure of the suspect is tested once the control is heard of again: it may be that everything fails now.
+        """
+        if is_suspect and isinstance(self.whole, RateComparison):
+            self._waiting.append((value, context))
+            return
+        self._add(value, context, is_suspect=is_suspect)
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            self._add(*one, is_suspect=True)
+
+    def _add(self, value: float, context: int | None, *, is_suspect: bool) -> None:
         self.whole.add(value, is_suspect=is_suspect)
         if context is not None:
             self._of(context).add(value, is_suspect=is_suspect)

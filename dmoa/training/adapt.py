@@ -117,6 +117,10 @@ class Adapter:
         self._deployed, self._checkpoint, self._options, self._world = gate, checkpoint, options, world
         self._spec: GateSpec = gate.spec
         self._old, self._recent = replay, None if replay is None else replay.take(np.zeros(0, np.int64))
+        self._joined = 0 if replay is None else len(replay.key_Q)
+        """Queries that have joined the replay so far, those that it began with included."""
+        self._draw_Q = np.random.default_rng([options.seed, 0]).random(self._joined)
+        """Of the replayed queries; those with the lowest draws stay."""
         self._scale = self._deployed_scale()
         self._table = self._new_table()
         self._is_own_scale = False
@@ -268,16 +272,19 @@ class Adapter:
         return record if _is_comparable(record) else _ALONE
 
     def _retire(self, recent: Episodes) -> Episodes:
-        """Let the oldest of the recent queries join the replay, of which a fair sample stays."""
+        """Let the oldest of the recent queries join the replay; a fair sample stays of all that ever did (bottom-k)."""
         spare = len(recent.key_Q) - self._options.recent
         if spare <= 0:
             return recent
         ends = np.arange(len(recent.key_Q))
         retired = recent.take(ends[:spare])
         old = retired if self._old is None else Episodes.joined([self._old, retired])
+        rng = np.random.default_rng([self._options.seed, self._joined])
+        self._joined += spare
+        self._draw_Q = np.concatenate([self._draw_Q, rng.random(spare)])
         if len(old.key_Q) > self._options.replay_queries:
-            rng = np.random.default_rng([self._options.seed, self.used, len(old.key_Q)])
-            old = old.take(np.sort(rng.choice(len(old.key_Q), self._options.replay_queries, replace=False)))
+            stays = np.sort(np.argsort(self._draw_Q)[: self._options.replay_queries])
+            old, self._draw_Q = old.take(stays), self._draw_Q[stays]
         self._old = old
         return recent.take(ends[spare:])
 

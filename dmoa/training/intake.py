@@ -68,6 +68,8 @@ class _Waiting:
     record: Feedback
     context: int
     copy_of: tuple[str, bytes]
+    teaches: bool
+    """Whether two agents or more answered it: one alone says nothing of who is better."""
     uses: int = 0
 
 
@@ -134,7 +136,10 @@ class Intake:
         route = record.answer.steps[0].route
         assert route is not None
         input_D = query_part(route.input_X, self.rules.preset)
-        copy_of = record.tenant, hashlib.blake2b(input_D.astype(np.float16).tobytes(), digest_size=8).digest()
+        # What teaches nothing must not take the place of a copy that does: of the explored one.
+        teaches = any(sum(reply.status == "ok" for reply in step.replies) > 1 for step in record.answer.steps)
+        digest = hashlib.blake2b(input_D.astype(np.float16).tobytes(), digest_size=8).digest()
+        copy_of = record.tenant, digest + bytes([teaches])
         key = self._keys.setdefault(record.tenant, _Key())
         if self._copies[copy_of] >= MAX_COPIES:
             self.refused["a copy of queries that teach already"] += 1
@@ -146,7 +151,7 @@ class Intake:
         if shift is not None:
             self.shifts.append(shift)
         self._copies[copy_of] += 1
-        key.waiting[record.answer.trace_id] = _Waiting(self._usual(cleaned), key.contexts.of(input_D), copy_of)
+        key.waiting[record.answer.trace_id] = _Waiting(self._usual(cleaned), key.contexts.of(input_D), copy_of, teaches)
         self.taken += 1
         self._shrink()
         return shift
@@ -271,14 +276,14 @@ class Intake:
         return tuple(sorted(false_witnesses(judged)))
 
     def _of_key(self, ones: Sequence[_Waiting], count: int) -> list[Lesson]:
-        """Draw queries of one key, the least used first, evenly over its contexts."""
+        """Draw queries of one key, the least used first, of those what teaches, evenly over its contexts."""
         sizes = Counter(one.context for one in ones)
         groups: defaultdict[int, list[_Waiting]] = defaultdict(list)
         for place in self._rng.permutation(len(ones)):
             one = ones[place]
             groups[one.context if sizes[one.context] >= SMALL_CONTEXT * len(ones) else -1].append(one)
         for group in groups.values():
-            group.sort(key=lambda one: one.uses)
+            group.sort(key=lambda one: (one.uses, not one.teaches))
         order = [groups[name] for name in self._rng.permutation(sorted(groups))]
         drawn: list[_Waiting] = []
         while len(drawn) < count and any(order):

@@ -57,21 +57,24 @@ def with_outcomes(
 ) -> tuple[Episodes, int]:
     """Return the episodes with what outcomes say of the replies to first steps, and how many outcomes that were.
 
-    An outcome that is of replies in several folders counts once.
+    One that could be of several folders is of the newest, of equally new ones of the last: the same query was asked anew there,
+    and may have been answered otherwise.
 
     Raises ConfigError where none of them is about these rollouts.
     """
     outcome_NA = np.full(episodes.ran_NA.shape, np.nan)
-    used: set[int] = set()
-    for place, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
-        found = credit_replies(outcomes, read_table(folder), seed=manifest.seed, round_=manifest.round)
-        used |= found.places
+    left = list(outcomes)
+    age = [(manifest.ended_unix_s or manifest.started_unix_s, place) for place, manifest in enumerate(manifests)]
+    for _, place in sorted(age, reverse=True):
+        manifest = manifests[place]
+        found = credit_replies(left, read_table(folders[place]), seed=manifest.seed, round_=manifest.round)
+        left = [one for at, one in enumerate(left) if at not in found.places]
         mine_Q = np.array([key.folder == place for key in episodes.key_Q], dtype=np.bool_)
         queries = [key.query_id for key in episodes.key_Q if key.folder == place]
         outcome_NA[episodes.start_Q[:-1][mine_Q]] = found.array(queries, episodes.agents)
-    if not used:
+    if len(left) == len(outcomes):
         raise no_outcome_fits(len(outcomes))
-    return replace(episodes, outcome_NA=outcome_NA), len(used)
+    return replace(episodes, outcome_NA=outcome_NA), len(outcomes) - len(left)
 
 
 def are_readable(episodes: Episodes, steps: IntArray) -> bool:

@@ -55,6 +55,8 @@ class Pulled:
     """Why no offer is taken for now; None: offers are taken."""
     distrusted: tuple[str, ...] = ()
     """Agents that the router found surer and less confirmed."""
+    pool_version: str = ""
+    """Of all that is deployed."""
 
 
 class Exchange(Protocol):
@@ -99,6 +101,8 @@ class OnlineJob:
     explore_for_s: float = 600.0
     replay: Episodes | None = None
     """Of old domains, beside the traffic from before the current gate."""
+    pool_version: str = ""
+    """Of the deployment that rules and replay are of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +117,10 @@ class Work:
 
 
 def run_online(job: OnlineJob, world: WorkerGroup, *, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Follow the traffic until the job is asked to stop; returns the number of updates. Every worker calls it."""
+    """Follow the traffic until the job is asked to stop, or another pool version is deployed; returns the number of updates.
+
+    Every worker calls it.
+    """
     driver = Driver(job, sleep) if world.rank == 0 else None
     adapter: Adapter | None = None
     updates = 0
@@ -147,7 +154,7 @@ class Driver:
         self._offered = ""
         """The last version that the router accepted and did not take back."""
         self._number = self._since_offer = self._fresh = 0
-        self._shift = False
+        self._shift = self._untold_shift = False
         self._said_closed: str | None = None
         self._oldest_unix_s: float | None = None
         self._newest_unix_s = 0.0
@@ -163,6 +170,9 @@ class Driver:
             found = self._exchange.pull()
             self._unread = [*self._unread, *found.records]
             found = dataclasses.replace(found, records=self._unread)
+            if found.pool_version != self._job.pool_version:
+                self._job.say(f"pool version {found.pool_version} is deployed now; what was not offered yet is given up")
+                return Work(kind="end")
             self._number = max(self._number, found.ledger)
             self._say_closed(found.closed)
             intake = None if self._intake is None or self._is_astray(found) else self._intake
@@ -170,7 +180,7 @@ class Driver:
             self._unread = []
             return work
         except DmoaError as error:
-            _LOG.warning("adaptation waits: %s", error)
+            self._say_closed(str(error))
             self._sleep(self._job.poll_s)
             return Work(kind="wait")
 
@@ -201,7 +211,8 @@ class Driver:
         if self._replay is not None:
             detector.prime(*_signals(self._replay, rules))
         self._intake = Intake(rules, seed=self._number, detector=detector)
-        self._base, self._offered, self._since_offer, self._shift = found.version, "", 0, False
+        self._base, self._offered, self._since_offer = found.version, "", 0
+        self._shift = self._untold_shift = False
         replayed = 0 if self._replay is None else len(self._replay.key_Q)
         self._job.say(f"adaptation ({found.mode}) begins with gate {found.version}; {replayed} queries are replayed")
         self._hear(self._intake, new, found)
@@ -241,12 +252,15 @@ class Driver:
         lag_s = 0.0 if self._oldest_unix_s is None else max(0.0, time.time() - self._oldest_unix_s)
         self._oldest_unix_s = None
         self._since_offer += update.loss is not None
+        self._untold_shift |= work.shift  # until an offer that says so was looked at
+        is_due = self._since_offer >= self._job.offer_every or self._untold_shift
         told: dict[str, Any] = {}
-        if update.loss is not None and (self._since_offer >= self._job.offer_every or work.shift) and self._said_closed is None:
+        if update.loss is not None and is_due and self._said_closed is None:
             try:
-                told = self._offer(adapter, update, shift=work.shift)
+                told = self._offer(adapter, update, shift=self._untold_shift)
+                self._untold_shift = told["state"] == "refused" and not told.get("verdicts")
             except DmoaError as error:  # the number was used: whether it was judged, the ledger will say
-                _LOG.warning("update %d was not offered: %s", self._number, error)
+                self._job.say(f"update {self._number} was not offered: {error}")
         self._job.log(self._numbers(adapter, update, lag_s, told), adapter.updates)
 
     def _offer(self, adapter: Adapter, update: AdaptUpdate, *, shift: bool) -> dict[str, Any]:

@@ -34,6 +34,8 @@ STOP_S = 20.0
 """Seconds that a job which is told to end may take; an update and an offer are shorter."""
 LEASE_S = 60.0
 """How long after its last sign of life a learner counts as following its app; it gives one six times as often."""
+_DEPLOYED = "deployed"
+"""What a job returns that ends because another version of the pool is served."""
 NICENESS = 19
 """How far the learner stands back behind what serves, on systems without a class for idle work."""
 
@@ -52,7 +54,6 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
     address = ray_address(options.address) or AUTO  # before Ray is imported: it reads then whether to send its token
     from dmoa.serving.actors import ClusterMemory
     from dmoa.storage import only_one
-    from dmoa.training.ray_train import fit_on_ray
     from dmoa.workflows.evaluate import opened_ray
     from dmoa.workflows.terminal import goes_on
 
@@ -65,8 +66,8 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
         tail = _Tail(out / LOG, common, lease)
         _stop_key(options.app, clear=True)
         try:
-            place = str(out / "state" / f"{time.time():.0f}")
-            fit_on_ray(_worker, {"job": job}, place, options.workers, max_failures=-1, tick=tail.tick, shares_place=False)
+            while _followed(job, out, options.workers, tail.tick):  # deployed since: perhaps it allows less
+                job = build_job(options, served_config(options.app), command)
         except KeyboardInterrupt:
             common.say("ending after the update that is under way")
             _stop_key(options.app)
@@ -77,6 +78,15 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
             raise
         finally:
             lease.give_up()
+
+
+def _followed(job: OnlineJob, out: Path, workers: int, tick: Callable[[], None]) -> bool:
+    """Follow the traffic of one deployment on Ray Train; tell whether another one has come. Raises DmoaError where it stops."""
+    from dmoa.training.ray_train import fit_on_ray
+
+    place = str(out / "state" / f"{time.time():.0f}")
+    ended = fit_on_ray(_worker, {"job": job}, place, workers, max_failures=-1, tick=tick, shares_place=False)
+    return ended == _DEPLOYED
 
 
 @dataclass(slots=True)
@@ -147,6 +157,7 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
     from dmoa.agents.pool import fingerprint
     from dmoa.core.gate import GateSpec
     from dmoa.feedback import MARK, is_held_back, tenants_of
+    from dmoa.serving.rollover import pool_version
     from dmoa.training.dataset import read_episodes, read_manifests
     from dmoa.training.intake import IntakeRules
     from dmoa.training.online import OnlineJob
@@ -184,6 +195,7 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
         poll_s=options.poll_s,
         explore_after_shift=router.explore_after_shift,
         replay=replay,
+        pool_version=pool_version(config),
     )
 
 
@@ -224,6 +236,7 @@ class SwarmExchange:
             on_trial=told["trial"]["candidate"] if told.get("trial") else None,
             closed=closed,
             distrusted=tuple(told.get("distrusted", ())),
+            pool_version=status.pool_version,
         )
 
     def gate(self, version: str) -> dict[str, bytes]:
@@ -270,11 +283,14 @@ def _worker(config: dict[str, OnlineJob]) -> str | None:
     stand_back()
     job, world = config["job"], world_of_worker()
     updates = run_online(job, world)
-    if world.rank == 0:
-        job.say(f"ended after {updates} updates of this session")
-        exchange: Exchange = job.open_exchange()
-        if isinstance(exchange, SwarmExchange):
-            exchange.stopped()
+    if world.rank != 0:
+        return None
+    job.say(f"ended after {updates} updates of this session")
+    exchange: Exchange = job.open_exchange()
+    if not exchange.is_asked_to_stop():
+        return _DEPLOYED
+    if isinstance(exchange, SwarmExchange):
+        exchange.stopped()
     return None
 
 

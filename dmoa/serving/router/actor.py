@@ -126,14 +126,20 @@ class RouterActor:
         config = Config.model_validate_json(config_json)
         async with self._changing:
             if (config, configured) != (self._config, self._configured):
-                self._configure(config, configured, before=self._state)
+                self._configure(config, configured, before=self._state, frozen=self._adaptation.status()["frozen"])
         self._begin()
         return self._local.current
 
     def _configure(
-        self, config: Config, configured: str | None, *, is_patient: bool = False, before: RouterState | None = None
+        self,
+        config: Config,
+        configured: str | None,
+        *,
+        is_patient: bool = False,
+        before: RouterState | None = None,
+        frozen: str | None = None,
     ) -> None:
-        """Serve a configuration; `before`: the state that was served from, which moves along with the pool."""
+        """Serve a configuration; `before`: the state served from, which moves along with the pool; `frozen` in any case."""
         from dmoa.routing import LocalRouter
         from dmoa.serving.router.adaptation import FILE, Adaptation
         from dmoa.serving.router.state import RouterState
@@ -146,7 +152,7 @@ class RouterActor:
             if before is not None and before.place != state.place and self._fingerprint == fingerprint(config):
                 state.take_over(before, FILE)
             versions = GateVersions(state, config, configured)
-            adaptation = Adaptation(state, config, versions)
+            adaptation = Adaptation(state, config, versions, frozen=frozen)
         except OSError as error:
             raise ConfigError(f"router.state_uri is {uri!r}; it must be a place that can be read and written: {error}") from error
         state.is_patient = False

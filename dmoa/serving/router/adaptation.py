@@ -100,6 +100,8 @@ class Trial(BaseModel):
     """The candidate and the versions that it took the place of."""
     pending: str | None = None
     """With `on`: the version that becomes the control at the end of the window."""
+    renews: bool = False
+    """Whether that one becomes the anchor too: a shift was declared before it."""
     begun_unix_s: float
     tests: dict[str, Tested] = Field(default_factory=dict)
     """By signal."""
@@ -144,9 +146,18 @@ class Adaptation:
     """Judges offers and watches trials; `GateVersions` makes current what it decides."""
 
     def __init__(
-        self, state: RouterState, config: Config, versions: GateVersions, clock: Callable[[], float] = time.time
+        self,
+        state: RouterState,
+        config: Config,
+        versions: GateVersions,
+        clock: Callable[[], float] = time.time,
+        *,
+        frozen: str | None = None,
     ) -> None:
-        """Take up what was kept for the same pool. Raises CheckpointError where it cannot be read."""
+        """Take up what was kept for the same pool. `frozen`: why learning was frozen where the router kept its state before.
+
+        Raises CheckpointError where it cannot be read.
+        """
         self._state, self._config, self._versions, self._clock = state, config, versions, clock
         self._guards = config.router.guards
         self._held = HeldBack(config)
@@ -167,7 +178,9 @@ class Adaptation:
         if self._kept.trial is not None and not self._fits(self._kept.trial):
             self._end("withdrawn", self._kept.trial.candidate, "a version of the trial is gone")
         self._resume()
-        if self._kept.trial is not None and self.mode not in ("canary", "on"):
+        if frozen is not None or (self._kept.frozen is not None and self._kept.trial is not None):
+            self.freeze(frozen or "")  # the router before this one may have died before the trial was ended
+        elif self._kept.trial is not None and self.mode not in ("canary", "on"):
             self._withdraw(f"router.adaptation is {self.mode!r} now")
             self._save()
 
@@ -268,7 +281,7 @@ class Adaptation:
             "mode": self.mode,
             "ledger": kept.ledger,
             "frozen": kept.frozen,
-            "cooldown_s": round(max(0.0, kept.cooldown_until_unix_s - self._clock()), 1),
+            "cooldown_s": round(self._cooldown_left_s(), 1),
             "anchor": kept.anchor,
             "held_back": len(self._held),
             "trial": None
@@ -303,7 +316,7 @@ class Adaptation:
 
     def thaw(self, note: str = "") -> None:
         """Take offers again, also where a rollback is still cooling down."""
-        if self._kept.frozen is not None or self._kept.cooldown_until_unix_s > self._clock():
+        if self._kept.frozen is not None or self._cooldown_left_s() > 0:
             self._kept.frozen, self._kept.cooldown_until_unix_s = None, 0.0
             self._note("thaw", self._versions.version, note)
             self._save()
@@ -383,7 +396,7 @@ class Adaptation:
         if said.update <= kept.ledger:
             words = f"update {said.update} was judged before, the ledger is {kept.ledger}; number the next one higher"
             return "ledger", words
-        left = kept.cooldown_until_unix_s - self._clock()
+        left = self._cooldown_left_s()
         if left > 0:
             return "cooldown", f"a gate was taken back lately; offers are taken again in {left:.0f} s"
         if trial is not None and self.mode == "canary":
@@ -391,6 +404,13 @@ class Adaptation:
         if said.base_version not in {current, *(trial.line if trial else ()), *([trial.control] if trial else ())}:
             return "base", f"the update began with gate {said.base_version}, current is {current}; begin with that"
         return None
+
+    def _cooldown_left_s(self) -> float:
+        """Return how long no offer is taken after a rollback: no longer than is configured, also where the clock was set back."""
+        now = self._clock()
+        if self._kept.cooldown_until_unix_s > now + self._guards.cooldown_s:
+            self._kept.cooldown_until_unix_s = now + self._guards.cooldown_s
+        return max(0.0, self._kept.cooldown_until_unix_s - now)
 
     def _turn_away(self, said: Evidence, reason: str, words: str) -> dict[str, Any]:
         """Count an offer that is not looked at; of several in a row for one reason, the history has the first."""
@@ -561,7 +581,8 @@ class Adaptation:
             old = self._begun.popleft()
         if old is None:
             return
-        for name, begun, is_candidate in (("candidate", old[1], True), ("control", old[2], False)):
+        # The control first: what it lost as well is known then when the candidate is tested, however many come at once.
+        for name, begun, is_candidate in (("control", old[2], False), ("candidate", old[1], True)):
             for _ in range(max(0, begun - trial.heard.get(name, 0))):
                 trial.lost[name], trial.heard[name] = trial.lost.get(name, 0) + 1, trial.heard.get(name, 0) + 1
                 self._add(Reading(math.nan, math.nan, math.nan, math.nan, lost=1.0), None, is_candidate=is_candidate)
@@ -608,10 +629,11 @@ class Adaptation:
     def _next_window(self, trial: Trial) -> None:
         """Let the control follow: the version that was current a window ago, and was not found worse since."""
         if trial.pending is not None:
-            if trial.shift:
+            if trial.renews:
                 self._kept.anchor = trial.pending
-            trial.control, trial.shift = trial.pending, False
+            trial.control = trial.pending
             self._count("passed")
+        trial.renews, trial.shift = trial.shift, False
         trial.pending, trial.tests, trial.queries, trial.heard, trial.lost = trial.candidate, {}, {}, {}, {}
         trial.line = [version for version in trial.line if version != trial.control]
         self._begun.clear()

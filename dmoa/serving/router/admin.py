@@ -28,13 +28,11 @@ class RouterAdmin:
         start_ray(ray_address(address) or AUTO)  # before Ray is imported: it reads the environment then
         import ray
 
-        from dmoa.serving.actors import NAMESPACE, router_name
-
         self._app = app
         self.address: str = ray.get_runtime_context().gcs_address
         """The Ray that is asked."""
         try:
-            self._actor = ray.get_actor(router_name(app), namespace=NAMESPACE)
+            self._router()
         except ValueError as error:
             running = ", ".join(running_apps()) or "none"
             raise ConfigError(
@@ -99,6 +97,14 @@ class RouterAdmin:
         found: tuple[str, int, bytes, bytes] = self._call("since", life, number, actor=self._feedback())
         return found
 
+    def _router(self) -> Any:
+        """Return the app's router, by its name: it is another actor where the app was ended and served anew."""
+        import ray
+
+        from dmoa.serving.actors import NAMESPACE, router_name
+
+        return ray.get_actor(router_name(self._app), namespace=NAMESPACE)
+
     def _feedback(self) -> Any:
         import ray
 
@@ -114,14 +120,14 @@ class RouterAdmin:
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            return ray.get(getattr(actor or self._actor, method).remote(*arguments), timeout=CALL_TIMEOUT_S)
+            return ray.get(getattr(actor or self._router(), method).remote(*arguments), timeout=CALL_TIMEOUT_S)
         except RayTaskError as error:
             if isinstance(error.cause, DmoaError):
                 raise error.cause from error
             raise DmoaError(
                 f"router: {method} failed: {type(error.cause).__name__}: {error.cause}; nothing was changed"
             ) from error
-        except RayError as error:
+        except (RayError, ValueError) as error:  # the latter where no actor has its name now
             raise DmoaError(f"router: it is away ({type(error).__name__}); see `dmoa router status` and try again") from error
 
 

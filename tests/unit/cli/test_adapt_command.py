@@ -21,6 +21,7 @@ from dmoa.evaluation.registry import SKILLS
 from dmoa.evaluation.run import Session
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.feedback import MARK, is_held_back
+from dmoa.serving.rollover import pool_version
 from dmoa.testing import AGENTS, CONTEXT_DIM, rollout_row, scripted_pool, scripted_pool_yaml, write_rollouts
 from dmoa.training.options import AdaptOptions, OnlineOptions
 from dmoa.training.prequential import Counted, StreamUpdate
@@ -189,6 +190,14 @@ def test_traffic_that_gates_are_judged_by_is_not_replayed(tmp_path: Path) -> Non
     free = [name for name in names if not is_held_back(name.removeprefix(MARK), share) or name == "mine/1"]
     assert sorted(key.query_id for key in replay.key_Q) == sorted(free)
     assert 30 < len(free) < 61
+
+
+def test_a_job_knows_the_version_of_the_pool_as_the_router_tells_it(tmp_path: Path) -> None:
+    config = scripted_pool()
+    kept = json.loads(json.dumps({"config": config.model_dump(mode="json")}))  # as the router leaves it, by another process
+    options = OnlineOptions.parse({"out": tmp_path / "out"})
+    told = build_job(options, Config.model_validate(kept["config"]), "dmoa adapt --online").pool_version
+    assert told == pool_version(Config.model_validate_json(config.model_dump_json()))
 
 
 QUERIES_OF_A_STREAM = MIN_ROWS + 1

@@ -12,6 +12,7 @@ import pytest
 
 from dmoa.cli import serve
 from dmoa.config import Config
+from dmoa.storage import only_one
 from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import libraries_apart
 
@@ -88,3 +89,12 @@ def test_it_writes_beside_the_state_of_its_router(state: str | None, folder: str
     found = serve.learner_folder(config, "mine")
     assert found.is_absolute()
     assert str(found).endswith(folder)
+
+
+def test_two_clusters_learners_write_to_two_folders(pool: Path, tmp_path: Path) -> None:
+    config: Config = Common(config=pool).load()
+    config = config.model_copy(update={"router": config.router.model_copy(update={"state_uri": tmp_path.as_uri()})})
+    first = serve.learner_folder(config, "mine")
+    with only_one(first, "learner", "adapt"):
+        assert serve.learner_folder(config, "mine") == tmp_path / "learner-2"
+    assert serve.learner_folder(config, "mine") == first == tmp_path / "learner"

@@ -163,6 +163,27 @@ def test_arms_are_compared_by_what_is_new_of_each() -> None:
     assert (arms.pairs, arms.mean) == (2, pytest.approx((0.6 + 0.0) / 2))
 
 
+def test_values_far_off_are_cut_before_they_are_averaged() -> None:
+    arms = ArmComparison(SequentialTest(0.0, 0.05))
+    for value, is_suspect in ((6.0, False), (6.0, False), (6.0, False), (0.0, False), (6.0, True)):
+        arms.add(value, is_suspect=is_suspect)
+    alike = SequentialTest(0.0, 0.05)
+    alike.update(0.25)  # 1 of the four that lies far off, and 0 of the others
+    assert (arms.mean, arms.test.evidence) == (0.25, pytest.approx(alike.evidence))
+
+
+@pytest.mark.parametrize(("share", "long"), [(0.1, 0.8), (0.9, 0.2)])
+def test_arms_alike_stay_so_where_queries_take_few_tokens_or_a_thousand_times_as_many(share: float, long: float) -> None:
+    rng, found = np.random.default_rng(8), 0
+    for _ in range(40):
+        arms, is_found = ArmComparison(SequentialTest(0.161, 0.01)), False
+        for is_suspect in rng.uniform(size=1500) < share:
+            arms.add(5.0 * float(rng.uniform() < long), is_suspect=bool(is_suspect))
+            is_found |= arms.test.is_found
+        found += is_found
+    assert found <= 1
+
+
 def test_a_rate_is_tested_by_likelihood_ratios() -> None:
     test = RateTest(0.05)
     for event in (1.0, 0.0):
@@ -187,6 +208,8 @@ def test_a_kind_of_queries_is_compared_where_the_control_has_failed_alone() -> N
     found.add(1.0, 0, is_suspect=False)
     found.add(0.0, 1, is_suspect=True)
     assert whole.usual == 1.0  # 0.75 and a standard error of 0.31
+    assert found.evidence == 1.0  # not before the control is heard of again
+    found.add(1.0, 0, is_suspect=False)
     assert 0.0 < found.evidence < 1.0
 
 
@@ -197,6 +220,18 @@ def test_failures_are_found_in_a_few_queries_and_equal_rates_are_not() -> None:
     assert np.mean([one.pairs for one in late]) < 6
     for rate in (0.0, 0.02, 0.1, 0.3):
         assert np.mean([failing(rng, rate, rate).test.is_found for _ in range(100)]) <= 0.05
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_what_fails_with_both_gates_at_once_is_no_evidence(share: float) -> None:
+    rng, found = np.random.default_rng(3), 0
+    for number in range(100):
+        arms = by_context()
+        for place in range(200):
+            rate = 0.0 if place < 60 else (1.0, 0.5)[number % 2]
+            arms.add(float(rng.uniform() < rate), 0, is_suspect=bool(rng.uniform() < share))
+        found += arms.is_found
+    assert found <= 2
 
 
 def by_context() -> ByContext:
@@ -212,6 +247,7 @@ def test_evidence_by_context_is_a_mean_of_wealth() -> None:
         found.add(0.0, 0, is_suspect=False)
     found.add(1.0, 1, is_suspect=True)
     found.add(1.0, None, is_suspect=True)
+    found.add(0.0, 0, is_suspect=False)
     usual = 0.5 / 51 + math.sqrt(0.5 / 51 * (1 - 0.5 / 51) / 51)
     prior = usual + math.sqrt(usual * (1 - usual) / 4)  # of a context without a query of the control
 

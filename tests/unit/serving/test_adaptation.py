@@ -164,6 +164,16 @@ def test_queries_that_are_never_heard_of_pass_no_canary(root: Path) -> None:
     assert found.adaptation.status()["trial"]["queries"] == {"candidate": 0, "control": 0}
 
 
+def test_what_is_lost_with_either_gate_alike_ends_no_trial(root: Path) -> None:
+    """One query in four is never heard of, and the router hears of a hundred at a time: of what is lost last."""
+    found = swarm(root, canary_queries=1000, limits={"deadline_s": 5.0}, heard_every=100, silent=("sums",))
+    assert found.offer(found.files(HOME, seed=1), 1)["accepted"]
+    for _ in range(2000):
+        found.ask()
+    assert actions(found)[-1] == "canary"
+    assert found.adaptation.status()["trial"]["signals"]["lost"]["pairs"] > 300
+
+
 def test_a_feedback_that_was_started_anew_is_not_counted_twice(root: Path) -> None:
     found = swarm(root, warm=40, canary_queries=1000)
     assert found.offer(found.files(HOME, seed=1), 1)["accepted"]
@@ -308,6 +318,32 @@ def test_the_anchor_stays_behind_until_a_shift_is_declared(root: Path) -> None:
     told = found.offer(found.files(HOME, sharpness=1.6), 3, shift=True)
     assert told["accepted"]
     assert found.adaptation.status()["anchor"] == told["version"]
+
+
+def test_a_cooldown_lasts_no_longer_where_the_clock_is_set_back(root: Path) -> None:
+    found = swarm(root, "on", warm=40)
+    found.offer(found.files(HOME, seed=1), 1)
+    found.broken = AGENTS
+    until(found, "rolled back", 200)
+    found.now -= 3600.0
+    assert found.adaptation.status()["cooldown_s"] == 60.0
+    found.now += 61.0
+    assert "cooldown" not in str(found.offer(found.files(HOME, seed=2), 2)["reasons"])
+    assert found.adaptation.status()["cooldown_s"] == 0.0
+
+
+def test_the_anchor_after_a_shift_is_the_gate_that_followed_it(root: Path) -> None:
+    found = swarm(root, "on", warm=40, canary_queries=5, margin=0.1)
+    deployed = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)
+    while not json.loads((root / FILE).read_text())["trial"]["pending"]:
+        found.ask()  # the first window ends
+    shifted = found.offer(found.files(HOME, seed=2), 2, shift=True)["version"]
+    anchors = [deployed]
+    for _ in range(400):
+        found.ask()
+        anchors += [anchor] if (anchor := found.adaptation.status()["anchor"]) != anchors[-1] else []
+    assert anchors == [deployed, shifted]
 
 
 def test_freezing_ends_the_trial_and_lasts(root: Path) -> None:
@@ -529,6 +565,7 @@ def test_a_trial_of_many_updates_ends_with_the_gate_before_it(root: Path, how: s
 
 def test_learning_is_frozen_though_the_trial_cannot_be_ended(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = swarm(root, "on")
+    good = found.versions.version
     found.offer(found.files(HOME, seed=1), 1)
 
     def rollback(version: str | None, note: str) -> None:
@@ -539,6 +576,7 @@ def test_learning_is_frozen_though_the_trial_cannot_be_ended(root: Path, monkeyp
         found.adaptation.freeze("release day")
     found.start()
     assert found.adaptation.status()["frozen"] == "release day"
+    assert (found.versions.version, found.adaptation.split) == (good, None)  # now it has ended
 
 
 def test_the_version_that_is_to_become_the_control_is_kept_over_a_restart(root: Path) -> None:
@@ -599,6 +637,17 @@ def test_a_freeze_and_the_ledger_move_along_to_another_place(root: Path, tmp_pat
     there.take_over(RouterState(root.as_uri()), FILE)
     again = Adaptation(there, found.config, GateVersions(there, found.config, None)).status()
     assert (again["frozen"], again["ledger"]) == ("release day", 3)
+
+
+def test_a_freeze_holds_at_a_place_that_has_a_state_of_its_own(root: Path, tmp_path: Path) -> None:
+    found = swarm(tmp_path / "there", "on")
+    good = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)  # on trial there
+    state = RouterState((tmp_path / "there").as_uri())
+    Adaptation(state, found.config, GateVersions(state, found.config, None), frozen="release day")
+    found.start()
+    assert found.adaptation.status()["frozen"] == "release day"
+    assert (found.versions.version, found.adaptation.split) == (good, None)
 
 
 def test_a_freeze_outlasts_the_deploy_of_another_gate(root: Path) -> None:

@@ -201,6 +201,18 @@ def test_feedback_is_taken_as_it_is(start: tuple[Gate, Checkpoint]) -> None:
     assert adapter_of(start).learn([record]).used == 1
 
 
+def test_the_replay_stays_a_fair_sample_of_all_that_ever_joined_it(start: tuple[Gate, Checkpoint]) -> None:
+    adapter = adapter_of(start, recent=1, replay_queries=12, steps=1)  # it begins with 24 queries of two domains
+    shares = []
+    for number in range(1, 97):
+        adapter.learn([lesson(2, number)])
+        if number > 48:
+            assert adapter._old is not None
+            shares.append(np.mean([not key.query_id.startswith("d2/") for key in adapter._old.key_Q]))
+    # 24 of 72 to 24 of 120, by chance; were it drawn anew with each that joins, all would be gone.
+    assert 0.1 < np.mean(shares) < 0.5
+
+
 def test_what_leaves_the_recent_queries_is_replayed(start: tuple[Gate, Checkpoint]) -> None:
     adapter = adapter_of(start, recent=4, replay_queries=26, replay_ratio=100, steps=1)
     counts = [adapter.learn([lesson(2, number)]).replayed for number in range(9)]

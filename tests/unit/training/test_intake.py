@@ -135,6 +135,36 @@ def test_copies_of_one_query_teach_twice_at_most_and_a_query_thrice() -> None:
     assert intake.waiting == 0
 
 
+def test_copies_that_one_agent_answered_take_no_place_of_one_that_was_explored() -> None:
+    pool = ScriptedPool()
+    records = [pool.record(pool.ask(0))] * 5
+    step = records[0].answer.steps[0]
+    alone = replace(step, replies=step.replies[:1])
+    records = [
+        replace(one, answer=replace(one.answer, trace_id=f"t{number}", steps=(step if number >= 3 else alone,)))
+        for number, one in enumerate(records)
+    ]
+    intake = Intake(rules(pool))
+    intake.take(records)
+    assert intake.refused == {"a copy of queries that teach already": 1}
+    assert sorted(one.query_id for one in intake.draw()) == [f"{MARK}t{number}" for number in (0, 1, 3, 4)]
+
+
+def test_what_was_explored_is_drawn_before_what_one_agent_alone_answered() -> None:
+    pool = ScriptedPool()
+    records = pool.records([pool.ask(0) for _ in range(60)])
+    for number in set(range(60)) - {7, 41}:
+        step = records[number].answer.steps[0]
+        alone = replace(step, replies=step.replies[:1])
+        records[number] = replace(records[number], answer=replace(records[number].answer, steps=(alone,)))
+    intake = Intake(rules(pool, batch_queries=4))
+    intake.take(records)
+    batch = intake.draw()
+    assert len(batch) == 4
+    explored = {f"{MARK}{records[number].answer.trace_id}" for number in (7, 41)}
+    assert explored < {lesson.query_id for lesson in batch}
+
+
 def test_copies_are_counted_by_key_so_that_nobody_silences_another_by_asking_first() -> None:
     pool = ScriptedPool()
     asked = [pool.ask(0) for _ in range(5)]

@@ -16,7 +16,7 @@ from dmoa import checkpoint
 from dmoa.agents.embedder import HashEncoder
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
-from dmoa.core.gate import Gate, init_gate
+from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.core.in_step import judge
 from dmoa.core.label_model import fit_label_model
 from dmoa.core.scores import posterior_scores
@@ -38,10 +38,11 @@ from dmoa.testing import (
     write_rollouts,
 )
 from dmoa.trace import Trace, read_traces, trace_of, write_traces
-from dmoa.training.dataset import EpisodeBuilder, Episodes, read_episodes
-from dmoa.training.judging import competence_bias, fit_judge, judged, learnt, witnesses_of_steps
+from dmoa.training.dataset import EpisodeBuilder, Episodes, read_episodes, read_manifests
+from dmoa.training.judging import competence_bias, fit_judge, judged, learnt, with_outcomes, witnesses_of_steps
 from dmoa.training.objective import Scale, Split, build_data
 from dmoa.training.options import TrainOptions
+from dmoa.training.outcomes import Outcome
 from dmoa.training.rollouts import RolloutFolder, RolloutQuery
 from dmoa.training.state import StateStore
 from dmoa.training.trainer import FittedTargets, TrainContext, _credit_competence, fit_spec, run_training
@@ -407,6 +408,23 @@ def test_an_outcome_that_is_of_two_folders_counts_once_and_what_matched_is_told(
     told = run_training(TrainOptions.parse({**values, "workers": 0, "track": "none"}), pool(), context)
     assert told.record.supervision == "outcomes(5)"
     assert any(line.startswith("5 of 10 outcomes are of these rollouts; the others are of other queries") for line in lines)
+
+
+def test_an_outcome_is_of_the_newest_folder_that_has_its_query(tmp_path: Path) -> None:
+    ends, given = (9.0, 5.0), [Outcome(query_id=name, agent="good", reward=1.0) for name in ("q000", "q003")]
+    folders = [
+        write_rollouts(tmp_path / f"r{number}", rows(count), pool(), round=number, ended_unix_s=end)
+        for number, (count, end) in enumerate(zip((2, 4), ends, strict=True))
+    ]
+    spec = GateSpec.from_config(pool().gate, AGENTS)
+    manifests = read_manifests(folders, spec, fingerprint(pool()))
+    episodes = read_episodes(folders, spec, fingerprint(pool()), on_ray=False)
+    told, count = with_outcomes(episodes, given, folders, manifests)
+    assert told.outcome_NA is not None
+    judged_ = {
+        (key.folder, key.query_id) for key, row in zip(told.key_Q, told.start_Q, strict=False) if told.outcome_NA[row, 0] == 1
+    }
+    assert (judged_, count) == ({(0, "q000"), (1, "q003")}, 2)
 
 
 def test_two_folders_may_ask_different_things_by_one_name(tmp_path: Path) -> None:

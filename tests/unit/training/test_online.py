@@ -120,12 +120,14 @@ def test_a_new_domain_is_noticed_explored_learned_and_offered(start: Deployed) -
 def test_a_refused_gate_is_given_up_and_a_swarm_that_is_away_waited_for(start: Deployed) -> None:
     swarm = FakeSwarm(start, [*batches(start, 9, (0, 1, 2, 3, 4)), []], says=["refused"], away={3, 4})
     slept: list[float] = []
-    run_online(job_of(swarm), SingleWorker(CPU), sleep=slept.append)
+    said: list[str] = []
+    run_online(job_of(swarm, say=said.append), SingleWorker(CPU), sleep=slept.append)
     first, second, *_ = swarm.offers
     assert (first["state"], second["state"]) == ("refused", "installed")
     assert first["base_version"] == second["base_version"] == start.record.version
     assert (second["used"], second["update"]) == (first["used"], first["update"] + 1)  # it began anew
     assert slept.count(2.0) >= 2
+    assert said.count("no offers for now: router: it is away") == 1
 
 
 def test_observed_offers_and_an_operators_gate(start: Deployed) -> None:
@@ -157,6 +159,29 @@ def test_what_was_answered_before_the_gate_came_is_replayed_and_teaches_nothing(
     assert logged[0]["replayed"] > 0
 
 
+def test_a_shift_that_was_noticed_while_no_offer_is_taken_is_told_with_the_next_one(start: Deployed) -> None:
+    class Closed(FakeSwarm):
+        def pull(self) -> Pulled:
+            found = super().pull()
+            return replace(found, closed="learning is frozen") if self.pulls <= 9 else found
+
+    swarm = Closed(start, [*batches(start, 1, (0, 1, 2, 3)), *batches(start, 12, (4,)), []])
+    run_online(job_of(swarm), SingleWorker(CPU), sleep=_no)
+    assert [one["shift"] for one in swarm.offers] == [True, *[False] * (len(swarm.offers) - 1)]
+
+
+def test_it_ends_where_another_version_of_the_pool_is_deployed(start: Deployed) -> None:
+    class Redeployed(FakeSwarm):
+        def pull(self) -> Pulled:
+            found = super().pull()
+            return replace(found, pool_version="old" if self.pulls < 4 else "new")
+
+    swarm, said = Redeployed(start, [*batches(start, 9, (0, 1, 2, 3)), []]), list[str]()
+    assert run_online(job_of(swarm, pool_version="old", say=said.append), SingleWorker(CPU), sleep=_no) == 2
+    assert swarm.pulls == 4
+    assert said[-1].startswith("pool version new is deployed now")
+
+
 def test_what_was_pulled_while_the_gate_could_not_be_had_is_not_lost(start: Deployed) -> None:
     class Shy(FakeSwarm):
         def pull(self) -> Pulled:
@@ -169,7 +194,8 @@ def test_what_was_pulled_while_the_gate_could_not_be_had_is_not_lost(start: Depl
 
     swarm, said = Shy(start, [*batches(start, 3, (0, 1, 2, 3)), []]), list[str]()
     run_online(job_of(swarm, replay=None, say=said.append), SingleWorker(CPU), sleep=_no)
-    assert said[0].endswith("; 16 queries are replayed")
+    assert said[0] == "no offers for now: router: it is away"
+    assert said[1].endswith("; 16 queries are replayed")
 
 
 def test_a_shift_is_declared_however_the_keys_take_turns(start: Deployed) -> None:
