@@ -12,7 +12,9 @@ from dmoa.config import Address, Config, Flag, Names, Options, parse_gate
 from dmoa.engine_options import Node
 from dmoa.types import Limits
 
-_SAMPLE = ("benchmarks", "queries", "data_dir", "split", "limit", "difficulty", "max_steps", "max_tokens", "skip_bad_rows")
+_SAMPLE = (
+    "benchmarks", "queries", "field", "data_dir", "split", "limit", "difficulty", "max_steps", "max_tokens", "skip_bad_rows",
+)  # fmt: skip
 """Options that say what is asked, and how: a collection that goes on must have the same."""
 QUERIES = "queries.jsonl"
 """The queries of a collection, in its folder."""
@@ -301,6 +303,8 @@ class ExportOptions(Options):
             raise ValueError("run and traces: give one of the two, --run DIR of an evaluation or --traces FILE")
         if self.traces is not None and _is_same(self.traces, self.out):
             raise ValueError(f"out is {str(self.out)!r}, which is read; name another file")
+        if self.run is not None and self.out.exists() and _is_inside(self.out, self.run):
+            raise ValueError(f"out is {str(self.out)!r}, a file that lies in run, which is read; name another file")
         return self
 
 
@@ -480,6 +484,15 @@ class TrainOptions(Options):
             return values
         given = {name: value for name, value in values.items() if value is not None}
         return {**PRESETS.get(str(given.get("preset", "few-shot")), {}), **given}
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        seen: set[Path] = set()
+        for folder in self.rollouts:
+            if folder.resolve() in seen:
+                raise ValueError(f"rollouts names {str(folder)!r} twice, and its replies would count twice; leave one out")
+            seen.add(folder.resolve())
+        return self
 
     @property
     def alphas(self) -> tuple[float, ...]:

@@ -550,6 +550,7 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops; an earlier checkpoint in the folder
     stays as it is then, and the state that was kept last too.
     """
+    _check_device(options)
     store = StateStore(options.storage_path or str(options.out.absolute() / "state"))
     store.check()
     checkpoint.check_replaced(options.out / "checkpoint")
@@ -577,6 +578,12 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
             curves.close()
 
 
+def _check_device(options: TrainOptions) -> None:
+    """Raise ConfigError where this process is to train on a GPU and has none; Ray counts those of workers."""
+    if options.gpu and options.workers == 0 and not torch.cuda.is_available():
+        raise ConfigError("train: gpu is set, workers is 0, and torch finds no GPU on this machine; leave --gpu out")
+
+
 def _progress_before(store: StateStore, job: TrainJob) -> TrainProgress | None:
     """Return how far the run in the folder is. Raises ConfigError where it is another one's, naming what differs."""
     before = store.read_progress()
@@ -586,9 +593,15 @@ def _progress_before(store: StateStore, job: TrainJob) -> TrainProgress | None:
     names = [name for name in then | now if then.get(name) != now.get(name)]
     different = "; ".join(f"{name}: begun with {then.get(name)}, now {now.get(name)}" for name in names)
     raise ConfigError(
-        f"--out: {str(job.options.out)!r} holds another training; {different}; repeat its options and rollouts to go on with "
-        "it, or name another folder"
+        f"--out: {display_path(job.options.out)!r} holds another training; {different}; repeat its options and rollouts to go on "
+        "with it, or name another folder"
     )
+
+
+def _places(options: TrainOptions) -> dict[str, Any]:
+    """Return the options that are places as a user knows them: what lies at a URI is read from a local copy."""
+    found: dict[str, Any] = {name: display_path(value) for name, value in options if isinstance(value, Path)}
+    return found | {"rollouts": [display_path(folder) for folder in options.rollouts]}
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
@@ -641,7 +654,7 @@ def _finish(
     report = TrainReport(
         command=context.command,
         code_revision=context.code_revision,
-        options=redact(options.model_dump(mode="json")),
+        options=redact(options.model_dump(mode="json") | _places(options)),
         pool=config.name,
         pool_fingerprint=start.fingerprint,
         workers=workers[0],

@@ -106,6 +106,8 @@ def test_rollouts_and_run_may_lie_at_a_uri(dmoa: Invoke, material: Path, tmp_pat
     assert {path.name for path in there.iterdir()} >= {"checkpoint", "state", "train.json", "metrics.jsonl"}
     trained_on = json.loads((there / "checkpoint" / "gate.json").read_text())["trained_on"]
     assert [folder["folder"] for folder in trained_on["folders"]] == [(material / "rollouts").as_uri()]
+    kept = json.loads((there / "train.json").read_text())["options"]
+    assert (kept["rollouts"], kept["out"]) == ([(material / "rollouts").as_uri()], place)
     again = dmoa("train", *arguments)
     assert again.exit_code == 0, again.stderr
     assert "already trained" in again.stderr
@@ -124,6 +126,7 @@ def test_rollouts_and_run_may_lie_at_a_uri(dmoa: Invoke, material: Path, tmp_pat
         (("--preset", "huge"), "preset is 'huge'"),
         (("--workers", "0", "--start-from", "nowhere"), "checkpoint '"),
         (("--workers", "0", "--rollouts", "nowhere"), "name a folder that `dmoa rollouts` wrote"),
+        (("--workers", "0", "--gpu"), "train: gpu is set, workers is 0, and torch finds no GPU"),
     ],
 )
 def test_bad_input_is_one_message(arguments: tuple[str, ...], message: str, dmoa: Invoke, material: Path, tmp_path: Path) -> None:
