@@ -50,8 +50,8 @@ class RoundsOptions(Options):
         elsewhere = [name for name in _NO_POOL if options.rollouts.get(name) is not None]
         if elsewhere:
             raise ConfigError(
-                f"job.rollouts: {', '.join(elsewhere)}: a round asks its own pool, by the gate that was trained last, and a server "
-                "has another gate; leave it out"
+                f"job.rollouts: {', '.join(elsewhere)}: a round asks its own pool, by the gate that was trained last, and "
+                "a server has another gate; leave it out"
             )
         return options
 

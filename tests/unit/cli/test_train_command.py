@@ -11,9 +11,14 @@ import pytest
 import yaml
 
 from dmoa.cli.jobs import train_gate_job
+from dmoa.config import load
+from dmoa.storage import localized
 from dmoa.testing import domain_rows, write_rollouts
 from dmoa.testing import scripted_pool as made_up_pool
 from dmoa.testing import scripted_pool_yaml as pool_yaml
+from dmoa.workflows.console import Common
+from dmoa.workflows.rounds import RoundsOptions, training_of
+from dmoa.workflows.train import run_train
 from tests.unit.cli.conftest import Invoke
 
 pytestmark = pytest.mark.contract  # asks git for the revision, and trains
@@ -114,6 +119,19 @@ def test_rollouts_and_run_may_lie_at_a_uri(dmoa: Invoke, material: Path, tmp_pat
     gone = dmoa("train", *arguments[:2], "--rollouts", f"{place}-nowhere", *arguments[4:])
     assert gone.exit_code == 2
     assert f"rollouts is '{place}-nowhere'; nothing lies there" in gone.stderr
+
+
+def test_a_round_in_a_local_copy_keeps_its_state_at_the_uri(material: Path, tmp_path: Path) -> None:
+    """Workers on other machines reach the URI, and no copy."""
+    there = tmp_path / "far"
+    options = RoundsOptions.parse({"out": there.as_uri(), "rollouts": {}, "train": {"workers": 0, "track": "none", "epochs": 2}})
+    with localized(options, lambda text: None, writes=("out",)) as here:
+        out = here.out / "round-0" / "gate"
+        wanted = training_of(here, load(material / "pool.yaml"), [material / "rollouts"], out)
+        run_train(wanted, load(material / "pool.yaml"), Common(verbosity=-1), "")
+        assert not (out / "state").exists()
+        assert (there / "round-0" / "gate" / "state" / "state.safetensors").is_file()
+    assert (there / "round-0" / "gate" / "checkpoint" / "gate.json").is_file()
 
 
 @pytest.mark.parametrize(
