@@ -175,7 +175,7 @@ class ProbeOptions(Options):
     """Benchmark files, one folder a benchmark; None: the Hugging Face hub."""
     difficulty: int = Field(default=1, ge=1)
     """Difficulty of the suites; each suite defines its own levels."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of samples, suites and replies."""
     out: Path | None = None
     """Folder of the rollouts."""
@@ -331,7 +331,7 @@ class AdaptSettings(Options):
     """Ranking loss."""
     clip: float = Field(default=1.0, gt=0)
     """Greatest norm of the gradient."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of what is replayed; of a run its samples, suites and replies too."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the gate in training."""
@@ -462,7 +462,7 @@ class TrainOptions(Options):
     """Share of the queries held back, those with the lowest hashes of their ids."""
     patience: int = Field(default=5, ge=1)
     """Epochs without a lower loss on the held-back queries, after which training ends."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the untrained weights and of the order of the queries."""
     max_bad_steps: int = Field(default=10, ge=0)
     """Updates that may be skipped because loss or gradient was not finite; one more fails the run."""

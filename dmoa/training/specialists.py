@@ -56,7 +56,7 @@ class Schedule(Node):
     """Part of the learning rate that is left at the end."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of a gradient."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the fresh adapter; the rows have theirs."""
     check_every: int = Field(default=20, ge=1)
     """Updates between two looks at the held-out rows; each keeps the state."""

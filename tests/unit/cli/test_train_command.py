@@ -145,6 +145,8 @@ def test_a_round_in_a_local_copy_keeps_its_state_at_the_uri(material: Path, tmp_
         (("--workers", "0", "--start-from", "nowhere"), "checkpoint '"),
         (("--workers", "0", "--rollouts", "nowhere"), "name a folder that `dmoa rollouts` wrote"),
         (("--workers", "0", "--gpu"), "train: gpu is set, workers is 0, and torch finds no GPU"),
+        (("--seed", "9" * 23), "seed is " + "9" * 23 + "; expected a number less than"),
+        (("--set", "gate.seed=" + "9" * 23), "gate.seed is " + "9" * 23 + "; expected a number less than"),
     ],
 )
 def test_bad_input_is_one_message(arguments: tuple[str, ...], message: str, dmoa: Invoke, material: Path, tmp_path: Path) -> None:
