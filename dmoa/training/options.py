@@ -24,7 +24,7 @@ class Weighted(Node):
     """A source of queries and its weight."""
 
     name: str = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e9)
     """Its share of `limit`, beside the other sources' weights."""
 
 

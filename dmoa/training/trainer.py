@@ -28,7 +28,7 @@ from dmoa.config import Config
 from dmoa.core.calibration import ENTROPY_PRICE, OperatingPoint, fit_operating_point
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.scores import scores
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, DmoaError
 from dmoa.reading import offsets
 from dmoa.storage import display_path, write_whole
 from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, open_tracker
@@ -444,7 +444,7 @@ def build_trained(
     trained_on: dict[str, Any],
     code_revision: str,
 ) -> TrainedGate:
-    """Return the gate with the given weights, fitted and measured, and its record."""
+    """Return the gate with the given weights, fitted and measured, and its record. Raises DmoaError where it gives no numbers."""
     gate = Gate(spec, profile_AD=weights.get("profile_AD"))
     gate.load_state_dict(weights)  # float64 weights become float32 here
     _credit_competence(gate, evidence)
@@ -452,6 +452,8 @@ def build_trained(
     final = Gate(fitted, profile_AD=weights.get("profile_AD"), label_model=evidence.scale.label_model)
     final.load_state_dict(gate.state_dict())
     metrics = measure_gate(final, _float32_batches(evidence.data), evidence.episodes, evidence.data)
+    if not metrics:
+        raise DmoaError(f"train: the gate's logits of held-back queries are not finite; lower lr, which is {options.lr:g}")
     metrics |= {"eta": evidence.scale.eta, "epochs": float(len(progress.epochs)), "best_epoch": float(progress.best_epoch)}
     metrics |= {"updates": float(progress.num_updates), "bad_steps": float(progress.bad_steps)}
     metrics |= {} if progress.best_loss is None else {"held_loss": progress.best_loss}
