@@ -220,7 +220,7 @@ def _interval(log_RA: Floats, seed: int) -> tuple[float, float]:
 def _untrained(
     log_RA: Floats, embedding_RD: npt.NDArray[np.floating], agents: tuple[str, ...], seed: int
 ) -> tuple[dict[str, float], float | None]:
-    """Return what clusters would choose, each row left out (of many a twentieth at once), and their share of the possible gain."""
+    """Return what clusters would choose, each row left out (of many a twentieth at once), and how much they gain."""
     num_rows = len(log_RA)
     fold_R = np.arange(num_rows)
     if num_rows > _EACH_ALONE:

@@ -447,13 +447,13 @@ def build_trained(
     """Return the gate with the given weights, fitted and measured, and its record. Raises DmoaError where it gives no numbers."""
     gate = Gate(spec, profile_AD=weights.get("profile_AD"))
     gate.load_state_dict(weights)  # float64 weights become float32 here
+    if not np.isfinite(logits_of(gate, _float32_batches(evidence.data), evidence.data.held_Q)).all():
+        raise DmoaError(f"train: the gate's logits of held-back queries are not finite; lower lr, which is {options.lr:g}")
     _credit_competence(gate, evidence)
     fitted, point = fit_spec(gate, evidence, options)
     final = Gate(fitted, profile_AD=weights.get("profile_AD"), label_model=evidence.scale.label_model)
     final.load_state_dict(gate.state_dict())
     metrics = measure_gate(final, _float32_batches(evidence.data), evidence.episodes, evidence.data)
-    if not metrics:
-        raise DmoaError(f"train: the gate's logits of held-back queries are not finite; lower lr, which is {options.lr:g}")
     metrics |= {"eta": evidence.scale.eta, "epochs": float(len(progress.epochs)), "best_epoch": float(progress.best_epoch)}
     metrics |= {"updates": float(progress.num_updates), "bad_steps": float(progress.bad_steps)}
     metrics |= {} if progress.best_loss is None else {"held_loss": progress.best_loss}
