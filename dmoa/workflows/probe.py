@@ -53,10 +53,13 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
 
 
 def _probed(options: ProbeOptions, config: Config, common: Common, command: str) -> ProbeReport:
+    from dmoa.training.outcomes import read_outcomes
     from dmoa.workflows.evaluate import opened_ray
 
     if len(config.agents) < 2:
         raise one_agent(config.agents[0].name)
+    if options.outcomes is not None:
+        read_outcomes(options.outcomes)  # a file that is none is refused before anybody is asked
     known = options.known_answers or ()
     allowed = [name for name in SUITES if name not in STAGED]
     unknown = [name for name in known if name not in allowed]

@@ -63,7 +63,11 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
     from the rollouts of all rounds so far. Raises ConfigError, CheckpointError, DmoaError; what was written is kept.
     """
     from dmoa.storage import localized
+    from dmoa.training.options import RolloutOptions
 
+    # Now, and not after hours of collecting.
+    RolloutOptions.parse({**options.rollouts, "out": options.out})
+    training_of(options, config, [options.out], options.out / "round-0" / "gate")
     with goes_on("the same command goes on from here"), localized(options, common.say, writes=("out",)) as here:
         return _rounds(here, config, common, command)
 

@@ -8,7 +8,8 @@ import pytest
 
 from dmoa.errors import ConfigError
 from dmoa.testing import scripted_pool
-from dmoa.workflows.rounds import RoundsOptions, training_of
+from dmoa.workflows.console import Common
+from dmoa.workflows.rounds import RoundsOptions, run_rounds, training_of
 
 
 def test_every_training_begins_with_the_gate_that_its_round_was_collected_with(tmp_path: Path) -> None:
@@ -24,6 +25,22 @@ def test_every_round_keeps_the_state_of_its_training_in_a_place_of_its_own(tmp_p
     for given, used in (("s3://bucket/x?scheme=http", "s3://bucket/x/round-1?scheme=http"), ("/shared/x", "/shared/x/round-1")):
         options = RoundsOptions.parse({"out": tmp_path, "rollouts": {}, "train": {"storage_path": given}})
         assert training_of(options, scripted_pool(), [tmp_path / "r"], tmp_path / "round-1" / "gate").storage_path == used
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "train", "message"),
+    [
+        ({"benchmarks": "arith", "epsilon": 2}, {}, "rollouts: epsilon is 2"),
+        ({"benchmarks": "arith"}, {"epochz": 5}, "train: epochz: unknown key"),
+    ],
+)
+def test_bad_options_are_refused_before_anybody_is_asked(
+    rollouts: dict[str, object], train: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    options = RoundsOptions.parse({"out": tmp_path / "out", "rollouts": rollouts, "train": train})
+    with pytest.raises(ConfigError, match=message):
+        run_rounds(options, scripted_pool(), Common(verbosity=-1), "")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["url", "from_traffic"])
