@@ -301,7 +301,7 @@ class GateConfig(Node):
     """With score posterior, the probability of a right answer that one more agent must be expected to bring to be asked."""
     entropy_scope: EntropyScope = "answer"
     """Which tokens of a reply its entropy is taken over, where a model thinks first: the answer's, or all (paper)."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the untrained weights."""
     checkpoint: str | None = None
     """Folder of a dmoa checkpoint, made with this preset; its own settings win over these. None: untrained weights of `seed`."""

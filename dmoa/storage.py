@@ -1,7 +1,7 @@
 """Writes files whole, and keeps local copies of folders at a URI (`s3://`, `gs://`, `hdfs://`) in step with it.
 
 What lies at a URI is fetched first, changes are written back every few seconds and at the end, so a process that is killed loses
-the last seconds at most. Drafts, whose names begin with a dot, stay local.
+the last seconds at most. Drafts, and folders of them, whose names begin with a dot, stay local.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Mirror:
 
     def _is_copied(self, name: str) -> bool:
         parts = name.split("/")
-        return parts[0] not in self._apart and not parts[-1].startswith(".")
+        return parts[0] not in self._apart and not any(part.startswith(".") for part in parts)
 
 
 def _mark(path: Path) -> tuple[int, int]:

@@ -37,6 +37,8 @@ INIT_TIMEOUT_S = 15.0
 """How long W&B's server may take to begin a run, before the run goes on offline."""
 _POLL_S = 0.5
 """How often the process of W&B looks for new lines."""
+STEP = "step"
+"""The figure of W&B that holds the steps of others."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -289,9 +291,10 @@ class _Wandb:
 def main(begin: dict[str, Any]) -> NoReturn:
     """Be the process that holds wandb: take over every line of the run's file, and finish when the run ends or dies."""
     run = _begin(begin)
+    plotted: set[str] = set()
     for message in _follow(Path(begin["lines"]), begin["start"]):
         try:
-            _apply(run, message)
+            _apply(run, message, plotted)
         except Exception as error:  # W&B is called here: what it cannot take must not lose what comes after
             print(f"{message['op']}: {error}", file=sys.stderr, flush=True)
     # A run that was killed waits for nobody: this process ends itself, with all that wandb started.
@@ -361,12 +364,20 @@ def _begin(begin: dict[str, Any]) -> Any:
         return wandb.init(mode="offline", **session)
 
 
-def _apply(run: Any, message: dict[str, Any]) -> None:
+def _apply(run: Any, message: dict[str, Any], plotted: set[str]) -> None:
+    """Log a message; `plotted`: figures of which W&B knows that their steps are ours."""
     import wandb
 
     match message["op"]:
         case "log":
-            run.log({name: value for name, value in message["metrics"].items() if value is not None}, step=message["step"])
+            found = {name: value for name, value in message["metrics"].items() if value is not None}
+            if message["step"] is not None:
+                # Not W&B's own step, below which it drops figures: a run that goes on may log steps again.
+                for name in found.keys() - plotted:
+                    run.define_metric(name, step_metric=STEP)
+                plotted |= found.keys()
+                found[STEP] = message["step"]
+            run.log(found)
         case "table":
             run.log({message["name"]: wandb.Table(columns=message["columns"], data=message["rows"])})
         case "histogram":

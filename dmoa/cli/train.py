@@ -181,6 +181,7 @@ def print_probe(report: ProbeReport, config: Config) -> None:
     """Print a report: the verdict, then what it rests on."""
     from dmoa.evaluation.figures import money
     from dmoa.training.probe import gains_nothing
+    from dmoa.training.probe_answers import is_guess
     from dmoa.workflows.console import new_table, stdout_console
 
     console = stdout_console()
@@ -200,9 +201,10 @@ def print_probe(report: ProbeReport, config: Config) -> None:
             f"interaction {report.interaction_share:.0%} (95 %: {report.interaction_low:.0%} to {report.interaction_high:.0%})",
             soft_wrap=True,
         )
-    if report.answers:
+    answers = report.answers if report.answers and not is_guess(report.answers) else None
+    if answers:
         ways = new_table("way", "right", "calls", "tokens", "price", words=("way",))
-        for one in report.answers.expected:
+        for one in answers.expected:
             way, tokens = f"{one.agent} alone" if one.agent else one.way, "" if one.tokens is None else f"{one.tokens:.0f}"
             ways.add_row(way, f"{one.accuracy:.0%}", f"{one.calls:.1f}", tokens, money(one.price))
         console.print(ways)
@@ -213,7 +215,7 @@ def print_probe(report: ProbeReport, config: Config) -> None:
         notes += [f"sure and wrong on {', '.join(found.sure_and_wrong)}"] if found.sure_and_wrong else []
         table.add_row(
             found.agent,
-            _share(report.answers.competence[found.agent] if report.answers else None),
+            _share(answers.competence[found.agent] if answers else None),
             "" if found.entropy_nats is None else f"{found.entropy_nats:.3f}",
             _share(found.surest),
             _share(report.cluster_choices.get(found.agent)),

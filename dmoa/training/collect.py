@@ -335,8 +335,8 @@ def _check_same(session: CollectSession, before: Manifest) -> None:
     """Raise ConfigError naming what differs between a collection and the call that goes on with it."""
     now = session.manifest
     pairs: dict[str, tuple[Any, Any]] = {name: (getattr(before, name), getattr(now, name)) for name in _FIXED}
-    names = dict.fromkeys((*before.options, *now.options))
-    pairs |= {name: (before.options.get(name), now.options.get(name)) for name in names if name not in pairs}
+    # What the beginning does not name, an earlier dmoa did not write down.
+    pairs |= {name: (then, now.options.get(name)) for name, then in before.options.items() if name not in pairs}
     different = [f"{name}: begun with {then}, now {here}" for name, (then, here) in pairs.items() if then != here]
     if different:
         where = str(session.folder.manifest)

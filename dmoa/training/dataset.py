@@ -264,7 +264,7 @@ class EpisodeBuilder:
         if not self._episodes:
             raise ConfigError("rollouts: no rows; collect some with dmoa rollouts")
         for key, steps in self._episodes.items():
-            if sorted(steps) != list(range(self._num_steps[key])):
+            if len(steps) != self._num_steps[key] or sorted(steps) != list(range(len(steps))):
                 raise ConfigError(
                     f"rollouts: query {key.query_id!r} has steps {sorted(steps)} of {self._num_steps[key]}; all of them are "
                     "needed; collect the query again"

@@ -230,6 +230,8 @@ def run_epoch(learner: Learner, job: TrainJob, world: WorkerGroup) -> None:
             )
         if result.weight:
             results.append(result)
+    if bad := next((name for name, one in learner.gate.named_parameters() if not one.isfinite().all()), None):
+        raise BadStepsError(f"train: {bad} is not finite after epoch {epoch}; lower lr, which is {job.options.lr:g}")
     weight = sum(result.weight for result in results)
     loss, pairwise = _held(learner, job, world)
     record = EpochRecord(
@@ -246,7 +248,7 @@ def run_epoch(learner: Learner, job: TrainJob, world: WorkerGroup) -> None:
 
 
 class BadStepsError(DmoaError, RuntimeError):
-    """Too many updates were not finite: trying again would meet the same."""
+    """Too many updates were not finite, or weights are not: trying again would meet the same."""
 
 
 def _held(learner: Learner, job: TrainJob, world: WorkerGroup) -> tuple[float | None, float | None]:

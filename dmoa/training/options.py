@@ -12,7 +12,9 @@ from dmoa.config import Address, Config, Flag, Names, Options, parse_gate
 from dmoa.engine_options import Node
 from dmoa.types import Limits
 
-_SAMPLE = ("benchmarks", "queries", "data_dir", "split", "limit", "difficulty", "max_steps", "max_tokens", "skip_bad_rows")
+_SAMPLE = (
+    "benchmarks", "queries", "field", "data_dir", "split", "limit", "difficulty", "max_steps", "max_tokens", "skip_bad_rows",
+)  # fmt: skip
 """Options that say what is asked, and how: a collection that goes on must have the same."""
 QUERIES = "queries.jsonl"
 """The queries of a collection, in its folder."""
@@ -22,7 +24,7 @@ class Weighted(Node):
     """A source of queries and its weight."""
 
     name: str = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e9)
     """Its share of `limit`, beside the other sources' weights."""
 
 
@@ -173,7 +175,7 @@ class ProbeOptions(Options):
     """Benchmark files, one folder a benchmark; None: the Hugging Face hub."""
     difficulty: int = Field(default=1, ge=1)
     """Difficulty of the suites; each suite defines its own levels."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of samples, suites and replies."""
     out: Path | None = None
     """Folder of the rollouts."""
@@ -301,6 +303,8 @@ class ExportOptions(Options):
             raise ValueError("run and traces: give one of the two, --run DIR of an evaluation or --traces FILE")
         if self.traces is not None and _is_same(self.traces, self.out):
             raise ValueError(f"out is {str(self.out)!r}, which is read; name another file")
+        if self.run is not None and self.out.exists() and _is_inside(self.out, self.run):
+            raise ValueError(f"out is {str(self.out)!r}, a file that lies in run, which is read; name another file")
         return self
 
 
@@ -327,7 +331,7 @@ class AdaptSettings(Options):
     """Ranking loss."""
     clip: float = Field(default=1.0, gt=0)
     """Greatest norm of the gradient."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of what is replayed; of a run its samples, suites and replies too."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the gate in training."""
@@ -458,7 +462,7 @@ class TrainOptions(Options):
     """Share of the queries held back, those with the lowest hashes of their ids."""
     patience: int = Field(default=5, ge=1)
     """Epochs without a lower loss on the held-back queries, after which training ends."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the untrained weights and of the order of the queries."""
     max_bad_steps: int = Field(default=10, ge=0)
     """Updates that may be skipped because loss or gradient was not finite; one more fails the run."""
@@ -480,6 +484,15 @@ class TrainOptions(Options):
             return values
         given = {name: value for name, value in values.items() if value is not None}
         return {**PRESETS.get(str(given.get("preset", "few-shot")), {}), **given}
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        seen: set[Path] = set()
+        for folder in self.rollouts:
+            if folder.resolve() in seen:
+                raise ValueError(f"rollouts names {str(folder)!r} twice, and its replies would count twice; leave one out")
+            seen.add(folder.resolve())
+        return self
 
     @property
     def alphas(self) -> tuple[float, ...]:

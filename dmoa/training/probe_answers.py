@@ -494,10 +494,15 @@ def _why_not(found: AnswerFinding) -> str:
     return "those that agree may collude" if found.colluding else "weak agents may err alike"
 
 
-def _expected_words(found: AnswerFinding) -> list[str]:
-    """Return what to expect; nothing where no answer bears out another, or all are the same, so that it is a guess."""
+def is_guess(found: AnswerFinding) -> bool:
+    """Tell whether accuracies are a guess: no answer bears out another, or all are the same, and no entropy tells."""
     by_entropy = found.signal == "entropy" and found.is_trusted
-    if not by_entropy and (found.is_one_voice or found.agreed < _HARDLY * found.rows):
+    return not by_entropy and (found.is_one_voice or found.agreed < _HARDLY * found.rows)
+
+
+def _expected_words(found: AnswerFinding) -> list[str]:
+    """Return what to expect; nothing where it is a guess."""
+    if is_guess(found):
         return []
     one, turn, everybody = found.expected
     gain, saved = round(turn.accuracy - one.accuracy, 2) + 0.0, everybody.calls / turn.calls

@@ -184,7 +184,7 @@ class Manifest(RolloutModel):
     """The whole pool."""
     counts: Counts = Field(default_factory=Counts)
     failures: list[str] = []
-    """The first failed queries of the last session, each with its error."""
+    """The newest failed queries of the last session, each with its error."""
     dmoa_version: str
     code_revision: str = ""
     command: str = ""

@@ -56,7 +56,7 @@ class Schedule(Node):
     """Part of the learning rate that is left at the end."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of a gradient."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the fresh adapter; the rows have theirs."""
     check_every: int = Field(default=20, ge=1)
     """Updates between two looks at the held-out rows; each keeps the state."""
@@ -312,13 +312,15 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
             f"workers is {workers}; batch_rows is {schedule.batch_rows}, which they cannot share evenly; give a "
             "number that divides it"
         )
-    run_dir = job.run_dir
+    run_dir, states = job.run_dir, job.run_dir / "state"
+    state = None if workers else latest_state(states)
+    if state is not None:
+        _is_done(job, state)  # another job is refused before its curves take the place of this one's
     run_dir.mkdir(parents=True, exist_ok=True)
     if job.track != "none":
         job = replace(job, run_id=keep_run_id(run_dir, of=job.identity))
     if workers == 0:
-        states = run_dir / "state"
-        _train(job, states, latest_state(states))
+        _train(job, states, state)
         return _hand_over(job, states, out)
     checkpoint = _train_on_ray(job, workers, storage_path or str(run_dir / "ray"), use_gpu=use_gpu)
     with checkpoint.as_directory() as directory:

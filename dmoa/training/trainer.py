@@ -28,7 +28,7 @@ from dmoa.config import Config
 from dmoa.core.calibration import ENTROPY_PRICE, OperatingPoint, fit_operating_point
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.scores import scores
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, DmoaError
 from dmoa.reading import offsets
 from dmoa.storage import display_path, write_whole
 from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, open_tracker
@@ -444,9 +444,11 @@ def build_trained(
     trained_on: dict[str, Any],
     code_revision: str,
 ) -> TrainedGate:
-    """Return the gate with the given weights, fitted and measured, and its record."""
+    """Return the gate with the given weights, fitted and measured, and its record. Raises DmoaError where it gives no numbers."""
     gate = Gate(spec, profile_AD=weights.get("profile_AD"))
     gate.load_state_dict(weights)  # float64 weights become float32 here
+    if not np.isfinite(logits_of(gate, _float32_batches(evidence.data), evidence.data.held_Q)).all():
+        raise DmoaError(f"train: the gate's logits of held-back queries are not finite; lower lr, which is {options.lr:g}")
     _credit_competence(gate, evidence)
     fitted, point = fit_spec(gate, evidence, options)
     final = Gate(fitted, profile_AD=weights.get("profile_AD"), label_model=evidence.scale.label_model)
@@ -550,6 +552,7 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops; an earlier checkpoint in the folder
     stays as it is then, and the state that was kept last too.
     """
+    _check_device(options)
     store = StateStore(options.storage_path or str(options.out.absolute() / "state"))
     store.check()
     checkpoint.check_replaced(options.out / "checkpoint")
@@ -577,6 +580,12 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
             curves.close()
 
 
+def _check_device(options: TrainOptions) -> None:
+    """Raise ConfigError where this process is to train on a GPU and has none; Ray counts those of workers."""
+    if options.gpu and options.workers == 0 and not torch.cuda.is_available():
+        raise ConfigError("train: gpu is set, workers is 0, and torch finds no GPU on this machine; leave --gpu out")
+
+
 def _progress_before(store: StateStore, job: TrainJob) -> TrainProgress | None:
     """Return how far the run in the folder is. Raises ConfigError where it is another one's, naming what differs."""
     before = store.read_progress()
@@ -586,9 +595,15 @@ def _progress_before(store: StateStore, job: TrainJob) -> TrainProgress | None:
     names = [name for name in then | now if then.get(name) != now.get(name)]
     different = "; ".join(f"{name}: begun with {then.get(name)}, now {now.get(name)}" for name in names)
     raise ConfigError(
-        f"--out: {str(job.options.out)!r} holds another training; {different}; repeat its options and rollouts to go on with "
-        "it, or name another folder"
+        f"--out: {display_path(job.options.out)!r} holds another training; {different}; repeat its options and rollouts to go on "
+        "with it, or name another folder"
     )
+
+
+def _places(options: TrainOptions) -> dict[str, Any]:
+    """Return the options that are places as a user knows them: what lies at a URI is read from a local copy."""
+    found: dict[str, Any] = {name: display_path(value) for name, value in options if isinstance(value, Path)}
+    return found | {"rollouts": [display_path(folder) for folder in options.rollouts]}
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
@@ -641,7 +656,7 @@ def _finish(
     report = TrainReport(
         command=context.command,
         code_revision=context.code_revision,
-        options=redact(options.model_dump(mode="json")),
+        options=redact(options.model_dump(mode="json") | _places(options)),
         pool=config.name,
         pool_fingerprint=start.fingerprint,
         workers=workers[0],

@@ -27,7 +27,7 @@ from dmoa.evaluation.registry import SUITES, expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.provenance import code_revision
 from dmoa.reading import hash_file, read_json, regular
-from dmoa.storage import write_whole
+from dmoa.storage import display_path, localized, uri_of, write_whole
 from dmoa.swarm import limits_for
 from dmoa.training.collect import CollectedQueries
 from dmoa.training.options import RolloutOptions, Weighted, share_out
@@ -77,6 +77,8 @@ def check_names(options: RolloutOptions) -> None:
         fine_split(options.split)
     if options.labels is not None and not names:
         raise ConfigError("--labels: no effect without --benchmarks: queries of your own have none; leave it out")
+    if options.labels is not None and (uri := uri_of(options.labels)):
+        raise ConfigError(f"--labels is {uri!r}; expected a folder of this machine: name one")
 
 
 def prepare_queries(options: RolloutOptions, say: Callable[[str], None]) -> CollectedQueries:
@@ -148,15 +150,21 @@ def _origin(path: Path) -> dict[str, str]:
 def check_unchanged(options: RolloutOptions, before: Manifest) -> None:
     """Raise ConfigError for a file of queries that is no longer what a collection was begun with; one that is gone is not missed.
 
-    The collection has its queries in a file of its own, so that those of a changed file would never be asked.
+    The collection has its queries in a file of its own, so that those of a changed file would never be asked. Labels are written
+    with it: those that are asked for later are refused too.
     """
+    if options.labels is not None and not (options.labels / LABELS).exists():
+        raise ConfigError(
+            f"--labels: {str(options.labels)!r} holds none, and those of the collection in {display_path(options.out)!r} were to "
+            "be kept when it was begun; leave it out, or collect into another folder"
+        )
     for source, begun in zip(options.queries, before.sources, strict=False):
         path = Path(source.name)
         changed = sorted(set(_origin(path).items()) ^ set(begun.origin.items())) if path.exists() else []
         if changed:
             raise ConfigError(
-                f"--queries: {changed[0][0]!r} has changed since the collection in {str(options.out)!r} was begun; restore it, "
-                "or collect into another folder"
+                f"--queries: {changed[0][0]!r} has changed since the collection in {display_path(options.out)!r} was begun; "
+                "restore it, or collect into another folder"
             )
 
 
@@ -225,8 +233,6 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was written is kept.
     """
-    from dmoa.storage import display_path, localized
-
     if options.from_traffic is not None:
         with localized(options, common.say, writes=("out",)) as here:
             return _taken_from_traffic(here, config, common, command)
@@ -238,7 +244,6 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
 
 def _collected(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
-    from dmoa.storage import display_path
     from dmoa.training.collect import collect, silent_agents
 
     with Bars(common.verbosity) as bars:
@@ -309,7 +314,6 @@ def new_manifest(options: RolloutOptions, config: Config, gate_version: str, com
 
 
 def _taken_from_traffic(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
-    from dmoa.storage import display_path
     from dmoa.workflows.traffic import read_traffic, rollouts_of_traffic
 
     state = None if options.from_traffic == "running" else options.from_traffic

@@ -14,14 +14,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, TraceError
 from dmoa.evaluation.records import Answered
 from dmoa.evaluation.results import read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.storage import replacing
 from dmoa.trace import ReplyAgent, ReplyStep, Trace, read_traces
 from dmoa.training.options import ExportOptions
-from dmoa.validation import without_known_shapes
+from dmoa.validation import short, without_known_shapes
 
 Record = dict[str, Any]
 NEEDED = {
@@ -50,13 +50,23 @@ def export(options: ExportOptions) -> int:
 
 
 def of_trace(trace: Trace, *, is_dpo: bool, margin: float) -> Iterator[Record]:
-    """Yield the answer of a query, or a pair of each step whose likeliest and least likely replies lie `margin` apart."""
+    """Yield the answer of a query, or a pair of each step whose likeliest and least likely replies lie `margin` apart.
+
+    Queries are passed over whose agents read more than the conversation, and answers in a form that it does not ask for.
+    """
     query, about = trace.query, {"trace_id": trace.trace_id, "policy": trace.dmoa.policy, "gate_version": trace.dmoa.gate_version}
-    asked = [_message("system", query["system"])] if query.get("system") else []
-    asked += [_message(**turn) for turn in query.get("turns", ())] + [_message("user", query["text"])]
+    if query.get("exchange") or query.get("stages"):  # results of tools, parts of a task
+        return
+    try:
+        asked = [_message("system", query["system"])] if query.get("system") else []
+        asked += [_message(**turn) for turn in query.get("turns", ())] + [_message("user", query["text"])]
+        has_form = bool((query.get("final") or {}).get("schema"))
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"query is {short(query)}; expected text, system and turns"
+        raise TraceError(f"trace {trace.trace_id!r}: {what}; give a file that dmoa wrote") from error
     if not is_dpo:
         steps = [_decision(step) for step in trace.dmoa.steps]
-        if trace.answer.strip() and trace.finish_reason == "stop":
+        if trace.answer.strip() and trace.finish_reason == "stop" and not has_form:
             yield {
                 "messages": [*asked, _message("assistant", trace.answer)],
                 "dmoa": about | {"stop_reason": trace.dmoa.stop_reason, "steps": steps},

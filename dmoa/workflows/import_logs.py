@@ -47,6 +47,10 @@ _GUESSES: dict[str, tuple[str, ...]] = {
 """Columns of a table that each field is looked for in, whatever their capitals."""
 
 
+class _TableRow(dict[str, Any]):
+    """The row of a W&B table, by its columns."""
+
+
 class SkippedError(ValueError):
     """A record that is no reply to one question; its text is the reason that is counted."""
 
@@ -74,7 +78,7 @@ def import_logs(options: ImportOptions, say: Callable[[str], None]) -> ImportRep
     """Read the logs, write `options.out` whole, and the pool file where one is asked for. Raises ConfigError."""
     _check_columns(options.columns)
     requests = _batch_requests(options.logs)
-    read, skipped, seen, spelt = 0, Counter[str](), defaultdict[str, set[str]](set), dict[str, str]()
+    read, tabled, skipped, seen, spelt = 0, 0, Counter[str](), defaultdict[str, set[str]](set), dict[str, str]()
     try:
         with ExitStack() as stack:
             file = stack.enter_context(replacing(options.out))
@@ -82,6 +86,7 @@ def import_logs(options: ImportOptions, say: Callable[[str], None]) -> ImportRep
             out = stack.enter_context(gzip.GzipFile(fileobj=file, mode="wb", mtime=0)) if is_packed else file
             for record in _all_records(options.logs):
                 read += 1
+                tabled += isinstance(record, _TableRow)
                 if read % _TOLD_EVERY == 0:
                     say(f"{read} records read, {sum(map(len, seen.values()))} replies so far")
                 try:
@@ -93,6 +98,10 @@ def import_logs(options: ImportOptions, say: Callable[[str], None]) -> ImportRep
                     skipped[str(reason) if isinstance(reason, SkippedError) else _NO_UNICODE] += 1
                     continue
                 out.write(line + b"\n")
+            if options.columns and not tabled:
+                raise ConfigError(
+                    "--columns: no effect: none of the logs is a W&B table (a JSON file with columns and data); leave it out"
+                )
             if not seen:
                 reasons = "; ".join(f"{count}: {reason}" for reason, count in skipped.most_common(3)) or "there is no record"
                 raise ConfigError(f"import-logs: no reply was found in {read} records ({reasons}); name other files")
@@ -156,7 +165,7 @@ def _whole(path: Path) -> Iterator[dict[str, Any]]:
         for number, row in enumerate(tree["data"], start=1):
             if not isinstance(row, list) or len(row) != len(columns):
                 raise ConfigError(f"{path}, row {number}: {short(row)}; expected a list of {len(columns)} values, as columns has")
-            yield {"columns": dict(zip(columns, row, strict=True))}
+            yield _TableRow(zip(columns, row, strict=True))
         return
     for number, item in enumerate(tree if isinstance(tree, list) else [tree], start=1):
         yield _object(item, f"{path}, item {number}")
@@ -188,13 +197,14 @@ def _batch_requests(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _is_batch_input(record: Mapping[str, Any]) -> bool:
-    return "custom_id" in record and "response" not in record and isinstance(record.get("body"), dict)
+    is_asked = "custom_id" in record and "response" not in record and isinstance(record.get("body"), dict)
+    return is_asked and not isinstance(record, _TableRow)
 
 
 def reply_of(record: Mapping[str, Any], requests: Mapping[str, Mapping[str, Any]], options: ImportOptions) -> RecordedReply:
     """Return the reply that a record holds; `requests` are those of batch input files. Raises SkippedError."""
-    if "columns" in record:
-        values = _of_table(record["columns"], options)
+    if isinstance(record, _TableRow):
+        values = _of_table(record, options)
     elif _is_batch_input(record):
         raise SkippedError("a request of a batch, for the reply in its output file")
     elif "spend" in record and "response" in record:

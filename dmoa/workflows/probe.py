@@ -17,7 +17,7 @@ from dmoa.engines.recorded import RecordedReply, agent_name, read_replies, repli
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.reading import offsets
-from dmoa.storage import write_whole
+from dmoa.storage import localized, uri_of, write_whole
 from dmoa.training.cluster_router import ProbeSample, sample_of
 from dmoa.training.probe import ProbeReport, one_agent, probe_pool
 from dmoa.training.queries import sample_queries
@@ -46,10 +46,20 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
 
     Raises ConfigError, DmoaError as `dmoa rollouts` does.
     """
+    if options.out is not None and (uri := uri_of(options.out)):
+        raise ConfigError(f"--out is {uri!r}; of a probe it is a folder of this machine: name one")
+    with localized(options, common.say, reads=("rollouts",)) as here:
+        return _probed(here, config, common, command)
+
+
+def _probed(options: ProbeOptions, config: Config, common: Common, command: str) -> ProbeReport:
+    from dmoa.training.outcomes import read_outcomes
     from dmoa.workflows.evaluate import opened_ray
 
     if len(config.agents) < 2:
         raise one_agent(config.agents[0].name)
+    if options.outcomes is not None:
+        read_outcomes(options.outcomes)  # a file that is none is refused before anybody is asked
     known = options.known_answers or ()
     allowed = [name for name in SUITES if name not in STAGED]
     unknown = [name for name in known if name not in allowed]

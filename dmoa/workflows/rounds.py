@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dmoa.training.trainer import TrainResult
 
 _SET_HERE = ("out", "round", "rollouts", "start_from", "address")
+_NO_POOL = ("url", "from_traffic")
 
 
 class RoundsOptions(Options):
@@ -46,6 +47,12 @@ class RoundsOptions(Options):
             taken = [name for name in _SET_HERE if name in getattr(options, section)]
             if taken:
                 raise ConfigError(f"job.{section}: {', '.join(taken)}: every round sets it itself; leave it out")
+        elsewhere = [name for name in _NO_POOL if options.rollouts.get(name) is not None]
+        if elsewhere:
+            raise ConfigError(
+                f"job.rollouts: {', '.join(elsewhere)}: a round asks its own pool, by the gate that was trained last, and "
+                "a server has another gate; leave it out"
+            )
         return options
 
 
@@ -56,7 +63,11 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
     from the rollouts of all rounds so far. Raises ConfigError, CheckpointError, DmoaError; what was written is kept.
     """
     from dmoa.storage import localized
+    from dmoa.training.options import RolloutOptions
 
+    # Now, and not after hours of collecting.
+    RolloutOptions.parse({**options.rollouts, "out": options.out})
+    training_of(options, config, [options.out], options.out / "round-0" / "gate")
     with goes_on("the same command goes on from here"), localized(options, common.say, writes=("out",)) as here:
         return _rounds(here, config, common, command)
 
@@ -86,9 +97,12 @@ def _rounds(options: RoundsOptions, config: Config, common: Common, command: str
 
 def training_of(options: RoundsOptions, config: Config, collected: Sequence[Path], out: Path) -> TrainOptions:
     """Return the options of a round's training, which begins with the gate of `config`, untrained weights where it has none."""
+    from dmoa.storage import under
     from dmoa.training.options import TrainOptions
 
     values = {**options.train, "rollouts": tuple(collected), "out": out}
+    if values.get("storage_path") is not None:
+        values["storage_path"] = under(str(values["storage_path"]), out.parent.name)  # each round has a state of its own
     if config.gate.checkpoint is not None:
         values["start_from"] = config.gate.checkpoint
     return TrainOptions.parse(values)

@@ -16,9 +16,9 @@ from datetime import date, timedelta
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.config import Address, Name, Options
@@ -29,6 +29,7 @@ from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
 from dmoa.protocols import Engine
+from dmoa.storage import uri_of
 from dmoa.training.lora import LoraSettings, TrainingRow
 from dmoa.training.specialists import Schedule, TrainedAdapter
 from dmoa.types import GenerationRequest, Message, Query, Sampling
@@ -83,6 +84,17 @@ class Recipe(Node):
     adapter: LoraSettings = LoraSettings()
 
 
+def _of_this_machine(folder: Path) -> Path:
+    if uri_of(folder):
+        raise ValueError("expected a folder of this machine, of a cluster one on storage that its machines share")
+    return folder
+
+
+def _absolute(place: str) -> str:
+    """Return a place as Ray Train takes it: a URI, or an absolute path."""
+    return place if "://" in place else str(Path(place).absolute())
+
+
 class SpecialistOptions(Options):
     """The `job:` section of `jobs/train_specialist.yaml`."""
 
@@ -91,13 +103,13 @@ class SpecialistOptions(Options):
     recipes: dict[Name, Recipe]
     model: str = "embedded:smollm2-135m"
     """Base of the adapter."""
-    out: Path
-    """Folder of the runs; the adapter comes to OUT/NAME/adapter."""
+    out: Annotated[Path, AfterValidator(_of_this_machine)]
+    """Folder of the runs, no URI; the adapter comes to OUT/NAME/adapter."""
     workers: NonNegativeInt = 0
     """Ray Train workers; 0: train in this process, the quickest where all cores are on one machine."""
     use_gpu: bool = False
     """One GPU for every worker."""
-    storage_path: str | None = None
+    storage_path: Annotated[str, AfterValidator(_absolute)] | None = None
     """Where Ray Train keeps checkpoints, in any of Ray's file systems; None: in `out`."""
     address: Address = None
     """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
@@ -272,8 +284,6 @@ def _trained(options: SpecialistOptions, run_dir: Path, common: Common, command:
 
     recipe = options.recipe
     rows, held_out = training_rows(recipe), held_out_rows(recipe)
-    write_training_rows(run_dir / "rows.jsonl", rows)
-    write_training_rows(run_dir / "held_out.jsonl", held_out)
     common.say(f"{options.name}: {len(rows)} rows to train on, {len(held_out)} held out; the run lies in {run_dir}")
     job = LoraJob(
         name=options.name,
@@ -297,6 +307,9 @@ def _trained(options: SpecialistOptions, run_dir: Path, common: Common, command:
             storage_path=options.storage_path,
             use_gpu=options.use_gpu,
         )
+    # Now: a run with other rows is refused there, and those of the run in the folder stay.
+    write_training_rows(run_dir / "rows.jsonl", rows)
+    write_training_rows(run_dir / "held_out.jsonl", held_out)
     common.say(f"{options.name}: {trained.steps} steps; {trained.folder}")
     if options.card_rows == 0:
         return {"name": options.name, "steps_made": trained.steps, "curve": trained.curve}

@@ -32,7 +32,7 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     from dmoa.training.trainer import TrainContext, run_training
     from dmoa.workflows.evaluate import opened_ray
 
-    place = uri_of(display_path(options.out))  # of a folder in the copy of a URI too
+    place = uri_of(display_path(options.out))  # of a round it lies in a local copy
     if place is not None and options.storage_path is None:
         options = options.model_copy(update={"storage_path": under(place, "state")})  # workers reach it, and no copy
     num_gpus = float(options.gpu) * (1 if options.workers == "auto" else options.workers)

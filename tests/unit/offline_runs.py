@@ -24,6 +24,8 @@ class Synced:
     group: str
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    step_of: dict[str, str] = field(default_factory=dict)
+    """Figure -> the figure that it is plotted by."""
 
 
 def synced(folder: Path) -> dict[str, Synced]:
@@ -34,9 +36,12 @@ def synced(folder: Path) -> dict[str, Synced]:
         for record in records(path):
             if record.HasField("run") and not run.id:
                 run.id, run.group = record.run.run_id, record.run.run_group
+            if record.HasField("metric"):
+                run.step_of[record.metric.name] = record.metric.step_metric
             if record.HasField("history"):
                 row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                run.steps.append(row.pop("_step", record.history.step.num))
+                own = row.pop("_step", record.history.step.num)
+                run.steps.append(row.pop("step", own))
                 run.rows.append({name: value for name, value in row.items() if not name.startswith("_")})
         found[run.id] = run
     return found

@@ -220,10 +220,10 @@ def test_an_input_is_the_very_artifact_that_was_an_output(tmp_path: Path) -> Non
     (tmp_path / "rows" / "part-0.parquet").write_bytes(b"rows")
     message = {"op": "artifact", "path": str(tmp_path / "rows"), "name": "rollouts-x", "kind": "rollouts"}
     maker, taker, later = OnlineRun(), OnlineRun(), OnlineRun()
-    tracking._apply(maker, message | {"role": "output"})
-    tracking._apply(taker, message | {"role": "input"})
+    tracking._apply(maker, message | {"role": "output"}, set())
+    tracking._apply(taker, message | {"role": "input"}, set())
     (tmp_path / "rows" / "part-1.parquet").write_bytes(b"more")
-    tracking._apply(later, message | {"role": "input"})
+    tracking._apply(later, message | {"role": "input"}, set())
     ((made,), (used,), (other,)) = maker.logged, taker.used, later.used
     assert (maker.used, taker.logged) == ([], [])
     assert (used.name, used.type, used.digest) == (made.name, made.type, made.digest)
@@ -243,6 +243,18 @@ def test_no_session_of_a_run_replaces_another_when_they_are_synced(tmp_path: Pat
     assert sorted((run.rows for run in runs), key=str) == [[{"loss": 1}, {"loss": 2}], [{"loss": 3}, {"loss": 4}]]
     assert sorted(step for run in runs for step in run.steps) == [1, 2, 3, 4]
     assert {run.group for run in runs} == {tracker.run_id}
+
+
+@pytest.mark.contract
+def test_a_step_that_is_logged_again_is_not_dropped(tmp_path: Path) -> None:
+    """A training that goes on from its last state meets steps that are logged already, online in the same W&B run."""
+    tracker = open_tracker("auto", run_dir=tmp_path, name="x", finish_timeout_s=120.0, init_timeout_s=120.0)
+    for step, loss in ((1, 4.0), (2, 3.0), (3, 2.0), (2, 2.5)):
+        tracker.log({"loss": loss}, step=step)
+    tracker.finish()
+    (run,) = synced(tmp_path).values()
+    assert (run.steps, run.rows) == ([1, 2, 3, 2], [{"loss": loss} for loss in (4, 3, 2, 2.5)])
+    assert run.step_of == {"loss": "step"}, "W&B plots it by this step"
 
 
 def test_what_is_logged_is_known_by_the_last_of_its_kind(tmp_path: Path) -> None:

@@ -205,6 +205,17 @@ def test_more_agents_than_a_pool_may_have_are_no_pool(tmp_path: Path) -> None:
     assert not (tmp_path / "pool.yaml").exists()
 
 
+def test_columns_without_a_table_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--columns: no effect: none of the logs is a W&B table"):
+        run(tmp_path, [pair()], columns=("query=prompt",))
+    assert not (tmp_path / "replies.jsonl").exists()
+
+
+def test_a_record_that_has_columns_is_no_table(tmp_path: Path) -> None:
+    report, _ = run(tmp_path, [pair(columns=["query", "text"]), {"columns": ["query", "text"], "data": [["x", "y"]]}])
+    assert (report.written, report.skipped) == (1, {"neither a request with its response, nor a spend log": 1})
+
+
 def test_a_wandb_table_is_read_by_its_columns(tmp_path: Path) -> None:
     table = {
         "columns": ["Prompt", "model", "output", "latency_ms", "Cost", "api_key"],
@@ -308,8 +319,6 @@ JSON = st.recursive(
 )
 def test_any_record_is_a_reply_or_left_out(record: dict[str, Any]) -> None:
     options = ImportOptions.parse({"logs": (Path("logs.jsonl"),), "out": Path("replies.jsonl")})
-    if not isinstance(record.get("columns", {}), dict):
-        return
     with suppress(SkippedError):
         read = reply_of(record, {}, options)
         assert RecordedReply.model_validate_json(read.model_dump_json()) == read

@@ -85,8 +85,11 @@ def test_a_training_that_is_over_asks_the_model_nothing(unbroken: Path, tmp_path
 
 def test_state_of_another_job_is_refused(model: str, unbroken: Path, tmp_path: Path) -> None:
     job = make_job(model, unbroken, learning_rate=0.01)
+    kept = {path.name: path.read_bytes() for path in unbroken.iterdir() if path.is_file()}
+    assert "metrics.jsonl" in kept
     with pytest.raises(CheckpointError, match="other settings"):
         train_adapter(job, out=tmp_path, workers=0, storage_path=None)
+    assert {name: (unbroken / name).read_bytes() for name in kept} == kept
 
 
 def test_it_stops_at_the_accuracy_asked_for(model: str, tmp_path: Path) -> None:

@@ -48,9 +48,20 @@ def test_a_demo_needs_a_folder(tmp_path: Path) -> None:
         (ExportOptions, {"format": "sft", "traces": "in", "out": "in"}, "out is 'in', which is read"),
         (ExportOptions, {"format": "dpo", "traces": "in", "out": "link"}, "out is 'link', which is read"),
         (ExportOptions, {"format": "dpo", "traces": "d/../in", "out": "in"}, "out is 'in', which is read"),
+        (
+            ExportOptions,
+            {"format": "sft", "run": "d", "out": "d/run.json"},
+            "out is 'd/run.json', a file that lies in run, which is read",
+        ),
+        (
+            ExportOptions,
+            {"format": "sft", "run": "d", "out": "e/run.json"},
+            "out is 'e/run.json', a file that lies in run, which is read",
+        ),
         (ImportOptions, {"logs": "in.jsonl", "out": "link.jsonl"}, "out is 'link.jsonl', which is read"),
         (ImportOptions, {"logs": "in", "out": "o.jsonl", "pool": "link"}, "pool is 'link', which is read"),
         (ImportOptions, {"logs": "in", "out": "o.jsonl", "pool": "d/../o.jsonl"}, "pool is 'd/../o.jsonl', as out is"),
+        (TrainOptions, {"rollouts": "d,e", "out": "o"}, "rollouts names 'e' twice"),
         (RolloutOptions, {"queries": "d/queries.jsonl", "out": "d"}, "queries names queries.jsonl of out, which is written"),
         (RolloutOptions, {"benchmarks": "arith", "labels": "e/labels", "out": "d"}, "labels is 'e/labels', inside out"),
     ],
@@ -62,6 +73,7 @@ def test_a_file_that_is_read_is_not_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d").mkdir()
     (tmp_path / "e").symlink_to("d")
+    (tmp_path / "d" / "run.json").write_text("{}")
     for end in ("", ".jsonl"):
         (tmp_path / f"in{end}").write_text("{}")
         (tmp_path / f"link{end}").symlink_to(f"in{end}")

@@ -114,6 +114,23 @@ def test_a_pool_of_one_agent_is_refused_before_anybody_is_asked(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_read_or_written_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+    pool = scripted_pool()
+    for changes, message in (
+        ({"out": "s3://bucket/x"}, "--out is 's3://bucket/x'; of a probe it is a folder of this machine"),
+        ({"out": tmp_path / "out", "benchmarks": "arith", "outcomes": tmp_path / "gone"}, "--outcomes: .*gone"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_probe(ProbeOptions.parse(changes), pool, COMMON, "dmoa probe")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rollouts_at_a_uri_are_probed(tmp_path: Path) -> None:
+    folder = write_rollouts(tmp_path / "r", domain_rows(16), scripted_pool())
+    options = ProbeOptions.parse({"rollouts": folder.as_uri(), "out": tmp_path / "out"})
+    assert run_probe(options, scripted_pool(), COMMON, "dmoa probe").rows == 16
+
+
 def test_answers_are_compared_by_what_the_collection_asked_and_cut_ones_are_none(tmp_path: Path) -> None:
     """One and two differ in letters and quotes alone, which count where a Python literal is asked for; three was cut off."""
     texts = {"one": "{'a': 1}", "two": "{'b': 1}", "three": "{'a': 1}"}

@@ -16,7 +16,7 @@ from dmoa.config import load
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SUITES
 from dmoa.testing import scripted_pool
-from dmoa.training.collect import width
+from dmoa.training.collect import CollectSession, collect, width
 from dmoa.training.options import RolloutOptions
 from dmoa.training.rollouts import part_paths
 from dmoa.workflows.collect import build_collection, check_unchanged, prepare_queries, read_labels, track
@@ -120,6 +120,10 @@ def test_a_query_is_as_wide_as_its_exploration(pool: Path) -> None:
         (["--benchmarks", "arith", "--dense", "--epsilon", "0.2"], "epsilon is 0.2"),
         (["--queries", "nowhere.txt"], "--queries: cannot read 'nowhere.txt'"),
         (["--queries", "nowhere.txt", "--labels", "l"], "--labels: no effect without --benchmarks"),
+        (
+            ["--benchmarks", "arith", "--labels", "s3://bucket/l"],
+            "--labels is 's3://bucket/l'; expected a folder of this machine",
+        ),
         (["--benchmarks", "arith", "--checkpoint", "nowhere"], "nowhere"),
         (["--benchmarks", "arith", "--limit", "9999999"], "limit is 9999999"),
     ],
@@ -184,6 +188,37 @@ def test_a_collection_goes_on_only_with_the_files_that_it_was_begun_with(tmp_pat
         check_unchanged(options, before)
     (tmp_path / "one.jsonl").unlink()  # what was asked lies in the collection
     check_unchanged(options, before)
+
+
+def test_labels_that_a_collection_was_begun_without_are_refused(tmp_path: Path) -> None:
+    options = RolloutOptions.parse({"out": tmp_path / "o", "benchmarks": "arith", "limit": 5, "labels": tmp_path / "l"})
+    with pytest.raises(
+        ConfigError, match=r"--labels: '.*l' holds none, and those of the collection in '.*o' were to be kept when"
+    ):
+        check_unchanged(options, manifest())
+    prepare_queries(options, quiet)
+    check_unchanged(options, manifest())
+
+
+@pytest.mark.contract  # asks git for the revision of the code
+def test_a_collection_goes_on_only_with_the_column_that_it_was_begun_with(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("first,second\nOne?,Two?\n")
+
+    def session(field: str | None) -> CollectSession:
+        options = RolloutOptions.parse({"out": tmp_path / "o", "queries": [str(tmp_path / "rows.csv")], "field": field})
+        with Bars(-1) as bars:
+            return build_collection(options, scripted_pool(), Common(verbosity=-1), bars, "dmoa rollouts")
+
+    begun = session("first")
+    begun.folder.root.mkdir()
+    begun.folder.manifest.write_text(begun.manifest.model_dump_json())
+    with pytest.raises(ConfigError, match=r"--out: field: begun with first, now second; repeat the settings"):
+        collect(session("second"))
+    options = {name: value for name, value in begun.manifest.options.items() if name != "field"}
+    earlier = begun.manifest.model_copy(update={"options": options, "seed": 7})
+    begun.folder.manifest.write_text(earlier.model_dump_json())
+    with pytest.raises(ConfigError, match=r"--out: seed: begun with 7, now 0; repeat"):  # an earlier dmoa wrote no field down
+        collect(session("second"))
 
 
 def test_nothing_of_a_collection_is_read_where_nothing_is_logged(tmp_path: Path) -> None:

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import yaml
 
-from dmoa.agents.pool import load_pool
 from dmoa.cli.jobs import train_gate_job
+from dmoa.config import load
 from dmoa.storage import localized
 from dmoa.testing import domain_rows, write_rollouts
 from dmoa.testing import scripted_pool as made_up_pool
 from dmoa.testing import scripted_pool_yaml as pool_yaml
-from dmoa.training.options import TrainOptions
 from dmoa.workflows.console import Common
-from dmoa.workflows.rounds import RoundsOptions
+from dmoa.workflows.rounds import RoundsOptions, training_of
 from dmoa.workflows.train import run_train
 from tests.unit.cli.conftest import Invoke
 
@@ -50,19 +49,6 @@ def test_a_training_prints_its_checkpoint_and_tells_how_it_went(dmoa: Invoke, ma
     assert report == json.loads((out / "train.json").read_text())
     assert report["version"] in result.stderr
     assert len(report["epochs"]) == 3
-
-
-def test_a_training_in_the_copy_of_a_uri_keeps_its_state_at_the_uri(material: Path, tmp_path: Path) -> None:
-    """As a round of `jobs/train_rounds.py` is: Ray's workers may be on a machine that does not have the copy."""
-    place = (tmp_path / "there").as_uri()
-    rounds = RoundsOptions.parse({"out": place, "rollouts": {}})
-    with localized(rounds, lambda line: None, writes=("out",)) as here:
-        out = here.out / "round-0" / "gate"
-        values = {"rollouts": [material / "rollouts"], "out": out, "workers": 0, "epochs": 2, "track": "none"}
-        run_train(TrainOptions.parse(values), load_pool(material / "pool.yaml"), Common(), "")
-        assert not (out / "state").exists()
-        assert (tmp_path / "there" / "round-0" / "gate" / "state" / "state.safetensors").is_file()
-    assert (tmp_path / "there" / "round-0" / "gate" / "checkpoint" / "gate.json").is_file()
 
 
 def test_a_gate_that_learned_is_not_called_arbitrary(dmoa: Invoke, material: Path, tmp_path: Path) -> None:
@@ -125,12 +111,27 @@ def test_rollouts_and_run_may_lie_at_a_uri(dmoa: Invoke, material: Path, tmp_pat
     assert {path.name for path in there.iterdir()} >= {"checkpoint", "state", "train.json", "metrics.jsonl"}
     trained_on = json.loads((there / "checkpoint" / "gate.json").read_text())["trained_on"]
     assert [folder["folder"] for folder in trained_on["folders"]] == [(material / "rollouts").as_uri()]
+    kept = json.loads((there / "train.json").read_text())["options"]
+    assert (kept["rollouts"], kept["out"]) == ([(material / "rollouts").as_uri()], place)
     again = dmoa("train", *arguments)
     assert again.exit_code == 0, again.stderr
     assert "already trained" in again.stderr
     gone = dmoa("train", *arguments[:2], "--rollouts", f"{place}-nowhere", *arguments[4:])
     assert gone.exit_code == 2
     assert f"rollouts is '{place}-nowhere'; nothing lies there" in gone.stderr
+
+
+def test_a_round_in_a_local_copy_keeps_its_state_at_the_uri(material: Path, tmp_path: Path) -> None:
+    """Workers on other machines reach the URI, and no copy."""
+    there = tmp_path / "far"
+    options = RoundsOptions.parse({"out": there.as_uri(), "rollouts": {}, "train": {"workers": 0, "track": "none", "epochs": 2}})
+    with localized(options, lambda text: None, writes=("out",)) as here:
+        out = here.out / "round-0" / "gate"
+        wanted = training_of(here, load(material / "pool.yaml"), [material / "rollouts"], out)
+        run_train(wanted, load(material / "pool.yaml"), Common(verbosity=-1), "")
+        assert not (out / "state").exists()
+        assert (there / "round-0" / "gate" / "state" / "state.safetensors").is_file()
+    assert (there / "round-0" / "gate" / "checkpoint" / "gate.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,9 @@ def test_rollouts_and_run_may_lie_at_a_uri(dmoa: Invoke, material: Path, tmp_pat
         (("--preset", "huge"), "preset is 'huge'"),
         (("--workers", "0", "--start-from", "nowhere"), "checkpoint '"),
         (("--workers", "0", "--rollouts", "nowhere"), "name a folder that `dmoa rollouts` wrote"),
+        (("--workers", "0", "--gpu"), "train: gpu is set, workers is 0, and torch finds no GPU"),
+        (("--seed", "9" * 23), "seed is " + "9" * 23 + "; expected a number less than"),
+        (("--set", "gate.seed=" + "9" * 23), "gate.seed is " + "9" * 23 + "; expected a number less than"),
     ],
 )
 def test_bad_input_is_one_message(arguments: tuple[str, ...], message: str, dmoa: Invoke, material: Path, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def test_what_changed_goes_there_and_what_went_goes_there_too(tmp_path: Path) ->
     assert found.push() == 0, "nothing has changed"
     (here / "new").write_text("new")
     (here / "deep" / ".draft").write_text("not whole yet")
+    (here / ".gate.1a2b3c4d").mkdir()
+    (here / ".gate.1a2b3c4d" / "gate.json").write_text("nor is this folder")
     (here / "old").unlink()
     with (here / "deep" / "kept").open("a") as file:
         file.write(" and more")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dmoa.errors import ConfigError
+from dmoa.answer_form import FinalCall
+from dmoa.errors import ConfigError, TraceError
 from dmoa.evaluation.records import BenchmarkInfo, Task
 from dmoa.evaluation.run_folder import RunFolder, write_lines
 from dmoa.orchestrator import advance, begin, finish
@@ -43,8 +44,9 @@ def lines(path: Path, **options: Any) -> list[dict[str, Any]]:
     return found
 
 
-def traces(path: Path, *steps: StepRecord) -> Path:
-    asked = replace(query("Why?"), system="Be kind.", turns=(Message(role="user", content="Hi"),))
+def traces(path: Path, *steps: StepRecord, **changes: Any) -> Path:
+    """Traces of a query; `changes`: of it."""
+    asked = replace(query("Why?"), system="Be kind.", turns=(Message(role="user", content="Hi"),), **changes)
     made = (
         trace_of(asked, finish(advance(begin(asked), one), "dmoa", "sure", wall_ms=1.0), pool="p", fingerprint="f")
         for one in steps
@@ -58,6 +60,29 @@ def test_a_trace_is_a_conversation_with_the_chosen_answer(tmp_path: Path) -> Non
     assert [message["content"] for message in line["messages"]] == ["Be kind.", "Hi", "Why?", "a says"]
     assert line["dmoa"]["steps"] == [{"step": 0, "k": 2, "agents": {"a": 0.5, "b": 0.25}}]
     assert (line["dmoa"]["policy"], line["dmoa"]["stop_reason"], line["dmoa"]["gate_version"]) == ("dmoa", "sure", "v1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "exported"),
+    [
+        ({}, 1),
+        ({"exchange": "The weather tool said: rain."}, 0),
+        ({"stages": (Stage(part="First."),)}, 0),
+        ({"final": FinalCall(n=2)}, 1),
+        ({"final": FinalCall(schema={"type": "object"})}, 0),
+    ],
+)
+def test_what_the_conversation_does_not_show_is_not_learnt(changes: dict[str, Any], exported: int, tmp_path: Path) -> None:
+    found = lines(tmp_path, format="sft", traces=str(traces(tmp_path, step(0.9, 0.1), **changes)))
+    assert len(found) == exported
+
+
+@pytest.mark.parametrize("asked", [{}, {"text": 5}, {"text": "x", "turns": [{"role": "user"}]}, {"text": "x", "turns": ["x"]}])
+def test_a_query_of_another_shape_is_one_message(asked: dict[str, Any], tmp_path: Path) -> None:
+    path = traces(tmp_path, step(0.9, 0.1))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"query": asked}))
+    with pytest.raises(TraceError, match=r"trace 't1': query is .*; expected text, system and turns"):
+        lines(tmp_path, format="sft", traces=str(path))
 
 
 def test_replies_that_are_judged_apart_are_a_pair(tmp_path: Path) -> None:
@@ -98,7 +123,7 @@ def run_of(path: Path, answers: dict[str, Any], values: dict[str, float], **chan
     """A run of one row: policy -> the changes of its answer, and its score."""
     info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=tuple(answers), **changes)
     made = [answered("gsm8k", 0, policy, **{"text": f"{policy} says"} | changed) for policy, changed in answers.items()]
-    folder = write_run(path, info, made, [scored("gsm8k", 0, policy, value) for policy, value in values.items()])
+    folder = write_run(path / "run", info, made, [scored("gsm8k", 0, policy, value) for policy, value in values.items()])
     write_lines(folder.tasks("gsm8k"), [Task(row_id=made[0].row_id, benchmark="gsm8k", text="ask")])
     return folder.root
 

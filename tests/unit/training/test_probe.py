@@ -223,3 +223,19 @@ def test_clusters_rank_agents_by_sureness_and_leave_no_cluster_empty() -> None:
     router = fit_clusters(points_RD, score_RA, num_clusters=2, seed=0)
     assert router.rank(np.array([[0.2, 0.1], [4.9, 5.2]])).tolist() == [[0, 1, 2], [1, 2, 0]]
     assert len(fit_clusters(points_RD[[0, 0, 0]], score_RA[:3], num_clusters=3, seed=0).centres_CD) == 1
+
+
+def test_each_of_many_rows_is_judged_by_clusters_of_the_others() -> None:
+    """One row lies far away and has the base as its surest: only clusters that were fitted with it could choose the base."""
+    rng, kind_R = np.random.default_rng(2), np.arange(121) % 2
+    log_RA = np.zeros((121, 3))
+    log_RA[:, 1], log_RA[:, 2] = np.where(kind_R == 0, -3.0, 1.0), np.where(kind_R == 1, -3.0, 1.0)
+    log_RA[120] = (-5.0, 1.0, 1.0)
+    embedding_RD = np.eye(2)[kind_R] + rng.normal(0, 0.05, (121, 2))
+    embedding_RD[120] = (-9.0, -9.0)
+    texts = tuple(tuple(f"{agent} says {row}" for agent in AGENTS) for row in range(121))
+    report = probe_pool(sample(log_RA, embedding_RD=embedding_RD, texts=texts, sources=("mixed",) * 121))
+    assert report.cluster_choices["base"] == 0.0
+    assert min(report.cluster_choices["sums"], report.cluster_choices["words"]) >= 60 / 121
+    assert report.cluster_gain is not None
+    assert report.cluster_gain > 0.9

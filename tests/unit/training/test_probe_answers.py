@@ -336,6 +336,18 @@ def test_agents_that_always_agree_are_no_proof_of_being_right() -> None:
     assert not any("right at" in line for line in finding.summary)
 
 
+@pytest.mark.parametrize("row", ["{row}", "{row}{agent}"])
+def test_what_is_a_guess_is_in_no_table(row: str, capsys: pytest.CaptureFixture[str]) -> None:
+    says = {name: [row.format(row=number, agent=agent) for number in range(100, 148)] for agent, name in enumerate("abc")}
+    report = probe_pool(sample(says))
+    assert report.answers is not None
+    assert max(report.answers.competence.values()) > 0, "in JSON it stands"
+    print_probe(report, loads(scripted_pool_yaml(tuple(says))))
+    shown = capsys.readouterr().out
+    assert "in turn" not in shown
+    assert [line.split()[:2] for line in shown.splitlines() if line.split()[:1] == ["a"]] == [["a", "2%"]], "the same reply alone"
+
+
 @pytest.mark.parametrize(
     ("texts", "why"),
     [

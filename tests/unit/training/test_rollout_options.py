@@ -40,6 +40,7 @@ def test_sources_have_weights(value: Any, expected: list[tuple[str, float]]) -> 
         ({}, "benchmarks, queries: both are empty; name benchmarks, or a file of queries"),
         ({"benchmarks": "arith:0", "limit": 3}, "benchmarks.0.weight is 0.0"),
         ({"benchmarks": "arith:nan", "limit": 3}, "benchmarks.0.weight is nan"),
+        ({"benchmarks": "arith:1e308,words:1e308", "limit": 3}, "benchmarks.0.weight is 1e+308"),
         ({"benchmarks": "arith:2,words"}, "weights share out limit, which is not given; add --limit N"),
         ({"benchmarks": "arith", "epsilon": 0}, "epsilon is 0"),
         ({"benchmarks": "arith", "epsilon": 1.5}, "epsilon is 1.5"),

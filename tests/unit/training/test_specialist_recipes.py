@@ -101,12 +101,21 @@ def test_one_off_refuses_words() -> None:
         ({"recipes": {"a": {"profile": "x", "sources": [], "schedule": {"steps": 1}}}}, "sources"),
         ({"workers": -1}, "workers is -1"),
         ({"oven": 1}, "oven: unknown key"),
+        ({"out": "s3://bucket/runs"}, "expected a folder of this machine, of a cluster one on storage that its machines share"),
     ],
 )
 def test_bad_options_are_named(change: dict[str, Any], said: str) -> None:
     good = {"name": "a", "out": "o", "recipes": {"a": recipe().model_dump()}}
     with pytest.raises(ConfigError, match=re.escape(said)):
         _ = SpecialistOptions.parse(good | change).recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("kept", str(Path("kept").absolute())), ("s3://bucket/x", "s3://bucket/x"), (None, None)]
+)
+def test_ray_train_is_given_an_absolute_place(given: str | None, used: str | None) -> None:
+    values = {"name": "a", "out": "o", "recipes": {"a": recipe().model_dump()}, "storage_path": given}
+    assert SpecialistOptions.parse(values).storage_path == used
 
 
 @pytest.mark.contract

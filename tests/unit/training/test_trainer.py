@@ -371,6 +371,18 @@ def test_too_many_bad_batches_fail_the_run_and_keep_the_state(config: Config, tm
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [(1e20, "logits of held-back queries are not finite; lower lr, which is 1e"), (1e30, "not finite after epoch 1; lower lr")],
+)
+def test_a_gate_that_gives_no_numbers_is_no_checkpoint(
+    lr: float, message: str, rollouts: Path, config: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(DmoaError, match=message):
+        train(tmp_path / "run", rollouts, config, lr=lr, epochs=2)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
 # Refusals
 
 
