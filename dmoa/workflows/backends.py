@@ -417,12 +417,12 @@ def build_local_swarm(
     return Swarm(config, agents=agents, router=router, encoder=build_encoder(config), gates=named, engines=engines)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append one line to a file, making its folder. Raises ConfigError if that cannot be written."""
+def append_line(path: Path, line: str = "") -> None:
+    """Append one line to a file, making both, or make them alone. Raises ConfigError if that cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(line and line + "\n")
     except OSError as error:
         raise ConfigError(f"--trace: cannot write {str(path)!r}: {error}; name a file that can be written") from error
 

@@ -120,6 +120,7 @@ def create_app(
     if not key_hashes:
         app.add_middleware(HostCheck, names=(socket.gethostname(), server.host, *server.allowed_hosts))
     if server.cors_origins:
+        app.add_middleware(errors.SurpriseGuard)  # within, so that pages of these origins can read such an answer too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=server.cors_origins,
