@@ -570,6 +570,8 @@ class AnsweredQuery:
     created_unix_s: float = field(default_factory=time.time)
     is_stored: bool = True
     """Whether its texts may be kept, learnt from and exported; else its client forbade that."""
+    is_branch: bool = False
+    """Whether it goes on from a step of another one, as somebody chose: no gate learns from it, or is judged by it."""
 
     def trace(self) -> Trace:
         """Return its trace."""

@@ -184,10 +184,11 @@ class TraceStore:
     async def put_all(self, packed: Sequence[tuple[bytes, str]], learner: str | None = None) -> None:
         """Keep packed `AnsweredQuery` records, each with its key's hash; the oldest go when there are too many.
 
-        `learner` is the app whose feedback gets records of them, without texts; they are there when this returns.
+        `learner` is the app whose feedback gets records of them, without texts and not of branches; they are there when this
+        returns.
         """
         kept = [(self._keep(one, key_hash), key_hash) for one, key_hash in packed]
-        found = [(one, key_hash) for one, key_hash in kept if one.is_stored]
+        found = [(one, key_hash) for one, key_hash in kept if one.is_stored and not one.is_branch]
         if learner is not None and found:
             self._sender = self._sender or FeedbackSender(learner)
             await self._sender.send_all(found)

@@ -266,6 +266,7 @@ class _Front:
         metadata: Mapping[str, str],
         *,
         is_stored: bool = True,
+        is_branch: bool = False,
     ) -> AsyncGenerator[Event]:
         """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met."""
         started_unix_s, service = time.time(), self._service()
@@ -274,8 +275,14 @@ class _Front:
                 async with aclosing(events) as items:
                     async for item in items:
                         if isinstance(item, Answer):
-                            told = dict(metadata)
-                            answered = AnsweredQuery(query=query, answer=item, user=user, metadata=told, is_stored=is_stored)
+                            answered = AnsweredQuery(
+                                query=query,
+                                answer=item,
+                                user=user,
+                                metadata=dict(metadata),
+                                is_stored=is_stored,
+                                is_branch=is_branch,
+                            )
                             service.record(answered, key_hash)
                         yield item
             except DmoaError as error:
@@ -286,8 +293,8 @@ class _Front:
     async def follow(
         self, request: Request, query: Query, policy: str, events: AsyncGenerator[Event], metadata: Mapping[str, str]
     ) -> Answer:
-        """Run a query that the page has made, counted and kept as any other, and return its answer."""
-        items = self._kept(query, policy, events, _key_hash(request), None, metadata)
+        """Run a branch, which holds a place and is kept as any other query, and return its answer."""
+        items = self._kept(query, policy, events, _key_hash(request), None, metadata, is_branch=True)
         return await until_gone(request.receive, _last(items))
 
 

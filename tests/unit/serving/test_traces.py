@@ -160,6 +160,22 @@ def test_calls_stand_in_the_order_of_their_agents_and_are_timed_from_the_first()
     assert [agent.name for agent in trace.dmoa.steps[0].agents][:3] == [name for name, *_ in calls]
 
 
+async def test_no_gate_is_taught_or_judged_by_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are those of the query that it branches from, and whom it asks somebody chose."""
+    told: list[str] = []
+
+    async def take(packed: bytes) -> None:
+        told.extend(record.answer.trace_id for record in unpack_record(packed))
+
+    salts = SimpleNamespace(internal_kv_get=lambda *_: b"salt", internal_kv_put=lambda *_: 0)
+    monkeypatch.setattr(internal_kv, "global_gcs_client", salts)
+    monkeypatch.setattr(ray, "get_actor", lambda *_, **__: SimpleNamespace(put=SimpleNamespace(remote=take)))
+    store = TraceStore(RouterConfig())
+    both = (answered("asked"), replace(answered("branch"), is_branch=True))
+    await store.put_all([(pack_record(one), "k") for one in both], "app")
+    assert (told, sorted(await ids(store))) == (["asked"], ["asked", "branch"])
+
+
 async def test_a_trace_is_that_of_the_query_when_it_was_answered() -> None:
     store = TraceStore(RouterConfig(num_traces=2))
     await put(store, "t1")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dmoa.config import Config, loads
+from dmoa.trace import AnsweredQuery
 from tests.unit.serving.fake_service import connect, make_app
 from tests.unit.serving.pool_service import PoolService, pool_service
 
@@ -126,6 +127,38 @@ async def test_a_query_to_one_agent_is_asked_again_of_that_agent() -> None:
     assert [agent["name"] for agent in again["dmoa"]["steps"][0]["agents"]] == ["three"]
     assert [step["would_ask"] for step in found["steps"]] == [["three"]]
     assert len(other["steps"][0]["probabilities"]) == 3
+
+
+async def test_what_only_a_gate_that_is_gone_could_go_on_with_is_refused_by_its_name() -> None:
+    """A trace may be older than the versions that the router keeps; from its beginning the current gate decides."""
+    held, later = service(), pool_service(loads(POOL), {"v3": GATES["v1"]})
+    async with connect(make_app(held)) as client:
+        trace = await asked(client)
+    later.page.store = held.page.store
+    path = f"/v1/dmoa/traces/{trace['trace_id']}"
+    async with connect(make_app(later)) as client:
+        lost = await client.post(f"{path}/branch", json={"step": 1})
+        other = await client.post(f"{path}/what-if", json={"policy": "dmoa"})
+        anew = await client.post(f"{path}/branch", json={"step": 0})
+    for refused in (lost, other):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unknown_version")
+        assert "gate version 'v2' is not known" in refused.json()["error"]["message"]
+    assert anew.json()["dmoa"]["gate_version"] == "v3"
+
+
+async def test_a_branch_is_kept_as_one() -> None:
+    """For the feedback, which takes none: who branches chooses whom a gate version is to be judged by."""
+    seen: list[bool] = []
+
+    class Noting(PoolService):
+        def record(self, answered: AnsweredQuery, key_hash: str) -> None:
+            seen.append(answered.is_branch)
+            super().record(answered, key_hash)
+
+    async with connect(make_app(Noting(service().page.swarm))) as client:
+        trace = await asked(client)
+        await client.post(f"/v1/dmoa/traces/{trace['trace_id']}/branch", json={"step": 1, "agents": ["three"]})
+    assert seen == [False, True]
 
 
 async def test_an_answer_says_where_the_page_shows_it_and_a_lost_query_is_listed() -> None:
