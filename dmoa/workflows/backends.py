@@ -433,7 +433,10 @@ _NOT_FOUND = 404
 
 
 async def fetch_trace(client: ServerClient, trace_id: str) -> Trace:
-    """Return a query's trace from the server, which keeps it a moment after the reply. Raises RequestError."""
+    """Return a query's trace from the server, which keeps it a moment after the reply.
+
+    Raises RequestError, and DmoaError for one that this dmoa does not understand.
+    """
     deadline = time.monotonic() + _TRACE_PATIENCE_S
     while True:
         try:
@@ -441,6 +444,10 @@ async def fetch_trace(client: ServerClient, trace_id: str) -> Trace:
         except RequestError as error:
             if error.status != _NOT_FOUND or time.monotonic() >= deadline:
                 raise
+        except ValidationError as error:
+            raise DmoaError(
+                f"{client.url}: its trace is not understood ({describe(error)}); use the dmoa of the server"
+            ) from error
         await asyncio.sleep(_TRACE_PAUSE_S)
 
 

@@ -266,7 +266,7 @@ def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow)
     """Add the page and its routes to an app; `follow` runs a query that the page has made, and keeps it."""
     routes, base = PageRoutes(getter, follow), "/v1/dmoa"
     html = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
-    listed = replied(TracePage, 400, 401) | {"openapi_extra": {"parameters": described_filter()}}
+    listed = replied(TracePage, 400, 401, 503) | {"openapi_extra": {"parameters": described_filter()}}
     app.add_api_route("/page/{name}", asset, methods=["GET"], include_in_schema=False)
     for method, path, endpoint, document in (
         ("GET", "/", page, {"responses": html | failures()}),

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+
+from dmoa.errors import DmoaError
+from dmoa.workflows.backends import fetch_trace
 
 QUESTION = "What is 12 + 7?"
 
@@ -247,6 +251,15 @@ def test_replay_without_a_gate_says_so(dmoa: Any, pool: Path, tmp_path: Path) ->
 
 
 # Through a server
+
+
+async def test_a_trace_of_another_dmoa_is_one_message() -> None:
+    async def trace(trace_id: str) -> dict[str, Any]:
+        return {"trace_id": trace_id, "colour": "red"}
+
+    server: Any = SimpleNamespace(url="http://x", trace=trace)
+    with pytest.raises(DmoaError, match=r"^http://x: its trace is not understood .*; use the dmoa of the server$"):
+        await fetch_trace(server, "t1")
 
 
 def test_a_server_gives_the_same_routing_as_this_process(dmoa: Any, pool: Path, url: str, tmp_path: Path) -> None:
