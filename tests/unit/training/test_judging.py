@@ -347,12 +347,14 @@ async def test_a_trace_with_a_label_model_replays_bit_for_bit(trained: tuple[Pat
 
 
 async def test_replies_are_not_judged_again_by_words_that_were_taken_out(trained: tuple[Path, Any, list[str]]) -> None:
-    """A server that keeps traces takes secrets out of their texts, and how long a reply is counts too."""
+    """A server that keeps traces takes secrets out of their texts: then two different ones agree."""
     gate, _ = checkpoint.load(trained[0])
-    _, _, trace = await ask(gate, SAID | {"good": Say(text="With api_key=sk-abcdefghij0123456789: Answer: 19")}, pool())
+    all_asked = Gate(replace(gate.spec, mass=0.999, fitted_left=None, theta=-50.0), label_model=gate.label_model)
+    keys = {name: Say(text=f"Answer: sk-{letter * 40}") for name, letter in zip(SAID, "abc", strict=True)}
+    _, _, trace = await ask(all_asked, keys, pool())
     kept = Trace.model_validate(without_secrets(trace.model_dump(mode="json")))
-    assert "[redacted]" in kept.model_dump_json()
-    assert replay_routing([kept], gate, "v1")[0].differences == ()
+    assert {agent.text for agent in kept.dmoa.steps[0].agents if agent.status == "ok"} == {"Answer: [redacted]"}
+    assert replay_routing([kept], all_asked, "v1")[0].differences == ()
 
 
 async def test_without_a_label_model_nothing_is_judged(trained: tuple[Path, Any, list[str]]) -> None:
