@@ -570,8 +570,9 @@ class AnsweredQuery:
     created_unix_s: float = field(default_factory=time.time)
     is_stored: bool = True
     """Whether its texts may be kept, learnt from and exported; else its client forbade that."""
-    is_branch: bool = False
-    """Whether it goes on from a step of another one, as somebody chose: no gate learns from it, or is judged by it."""
+    branched_at: int | None = None
+    """Where it goes on from another query, as somebody chose: how many steps are that one's. No gate learns from it, or is judged
+    by it."""
 
     def trace(self) -> Trace:
         """Return its trace."""

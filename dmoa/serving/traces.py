@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -188,7 +188,7 @@ class TraceStore:
         returns.
         """
         kept = [(self._keep(one, key_hash), key_hash) for one, key_hash in packed]
-        found = [(one, key_hash) for one, key_hash in kept if one.is_stored and not one.is_branch]
+        found = [(one, key_hash) for one, key_hash in kept if one.is_stored and one.branched_at is None]
         if learner is not None and found:
             self._sender = self._sender or FeedbackSender(learner)
             await self._sender.send_all(found)
@@ -197,8 +197,12 @@ class TraceStore:
         one: AnsweredQuery = unpack_record(packed)
         packed, question = (packed, one.query.text) if one.is_stored else (b"", NOT_STORED)
         summary, calls = summarise(one.answer, question=question, created_unix_s=one.created_unix_s)
+        own = one.answer
+        if one.branched_at:  # the calls before were another query's, which has told of them
+            own = replace(own, steps=own.steps[one.branched_at :])
+            _, calls = summarise(own, question=question, created_unix_s=one.created_unix_s)
         self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
-        self._exporter.put(one.query, one.answer, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
+        self._exporter.put(one.query, own, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
         self._shrink()
         self._save_soon()
         return one

@@ -8,7 +8,7 @@ all keys and may roll the gate back.
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Protocol
@@ -135,7 +135,7 @@ class RunsReply(BaseModel):
     data: list[RunLine]
 
 
-Follow = Callable[[Request, Query, str, AsyncGenerator[Event], Mapping[str, str]], Awaitable[Answer]]
+Follow = Callable[[Request, Query, str, AsyncGenerator[Event], str, int], Awaitable[Answer]]
 
 
 @cache
@@ -228,8 +228,7 @@ class PageRoutes:
         query, events = service.page.branch(
             trace, uuid.uuid4().hex, step=wanted.step, policy=wanted.policy, agents=tuple(wanted.agents)
         )
-        metadata = {"branched_from": trace_id, "branched_at": str(wanted.step)}
-        answer = await self._follow(request, query, wanted.policy or trace.dmoa.policy, events, metadata)
+        answer = await self._follow(request, query, wanted.policy or trace.dmoa.policy, events, trace_id, wanted.step)
         return json_response(BranchReply(answer=answer.text, dmoa=reply_dmoa(answer, pool=service.pool, with_texts=True)))
 
     async def runs(self) -> Response:

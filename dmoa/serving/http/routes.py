@@ -266,7 +266,7 @@ class _Front:
         metadata: Mapping[str, str],
         *,
         is_stored: bool = True,
-        is_branch: bool = False,
+        branched_at: int | None = None,
     ) -> AsyncGenerator[Event]:
         """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met."""
         started_unix_s, service = time.time(), self._service()
@@ -281,7 +281,7 @@ class _Front:
                                 user=user,
                                 metadata=dict(metadata),
                                 is_stored=is_stored,
-                                is_branch=is_branch,
+                                branched_at=branched_at,
                             )
                             service.record(answered, key_hash)
                         yield item
@@ -291,10 +291,11 @@ class _Front:
                 raise
 
     async def follow(
-        self, request: Request, query: Query, policy: str, events: AsyncGenerator[Event], metadata: Mapping[str, str]
+        self, request: Request, query: Query, policy: str, events: AsyncGenerator[Event], trace_id: str, step: int
     ) -> Answer:
-        """Run a branch, which holds a place and is kept as any other query, and return its answer."""
-        items = self._kept(query, policy, events, _key_hash(request), None, metadata, is_branch=True)
+        """Run a branch from before a step of a trace, which holds a place as any other query, and return its answer."""
+        metadata = {"branched_from": trace_id, "branched_at": str(step)}
+        items = self._kept(query, policy, events, _key_hash(request), None, metadata, branched_at=step)
         return await until_gone(request.receive, _last(items))
 
 

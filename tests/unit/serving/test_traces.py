@@ -160,6 +160,18 @@ def test_calls_stand_in_the_order_of_their_agents_and_are_timed_from_the_first()
     assert [agent.name for agent in trace.dmoa.steps[0].agents][:3] == [name for name, *_ in calls]
 
 
+async def test_calls_before_a_branch_are_counted_once() -> None:
+    steps = (make_step(0, "18", replies=(reply("adder"),)), make_step(1, "19", replies=(reply("sorter"),)))
+    whole = replace(answered("t1"), answer=make_answer("t1", steps=steps))
+    branch = replace(answered("t2"), answer=make_answer("t2", steps=steps), branched_at=1)
+    store = TraceStore(RouterConfig())
+    await store.put_all([(pack_record(one), "k") for one in (whole, branch)])
+    told = {one["agent"]: (one["calls"], one["tokens"]) for one in json.loads(await store.statistics((), "k"))}
+    assert told == {"adder": (1, 4), "sorter": (2, 8)}
+    shown = json.loads(await store.listed(TraceFilter(), "k"))["data"]
+    assert [one["steps"] for one in shown] == [2, 2]
+
+
 async def test_no_gate_is_taught_or_judged_by_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps are those of the query that it branches from, and whom it asks somebody chose."""
     told: list[str] = []
@@ -171,7 +183,7 @@ async def test_no_gate_is_taught_or_judged_by_a_branch(monkeypatch: pytest.Monke
     monkeypatch.setattr(internal_kv, "global_gcs_client", salts)
     monkeypatch.setattr(ray, "get_actor", lambda *_, **__: SimpleNamespace(put=SimpleNamespace(remote=take)))
     store = TraceStore(RouterConfig())
-    both = (answered("asked"), replace(answered("branch"), is_branch=True))
+    both = (answered("asked"), replace(answered("branch"), branched_at=0))
     await store.put_all([(pack_record(one), "k") for one in both], "app")
     assert (told, sorted(await ids(store))) == (["asked"], ["asked", "branch"])
 

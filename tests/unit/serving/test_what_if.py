@@ -148,17 +148,17 @@ async def test_what_only_a_gate_that_is_gone_could_go_on_with_is_refused_by_its_
 
 async def test_a_branch_is_kept_as_one() -> None:
     """For the feedback, which takes none: who branches chooses whom a gate version is to be judged by."""
-    seen: list[bool] = []
+    seen: list[int | None] = []
 
     class Noting(PoolService):
         def record(self, answered: AnsweredQuery, key_hash: str) -> None:
-            seen.append(answered.is_branch)
+            seen.append(answered.branched_at)
             super().record(answered, key_hash)
 
     async with connect(make_app(Noting(service().page.swarm))) as client:
         trace = await asked(client)
         await client.post(f"/v1/dmoa/traces/{trace['trace_id']}/branch", json={"step": 1, "agents": ["three"]})
-    assert seen == [False, True]
+    assert seen == [None, 1]
 
 
 async def test_an_answer_says_where_the_page_shows_it_and_a_lost_query_is_listed() -> None:
