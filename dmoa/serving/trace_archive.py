@@ -129,13 +129,14 @@ class TraceArchive:
         return places
 
     def read(self, place: Place) -> str | None:
-        """Return the line of a trace, None where it is gone."""
+        """Return the line of a trace, None where it is gone, or no line lies there any more."""
         try:
             with self._fs.open_input_file(self._path(place.segment, _LINES)) as file:
                 file.seek(place.offset)
-                return bytes(file.read(place.length)).decode() or None
+                line = bytes(file.read(place.length))
         except OSError:
             return None
+        return line.decode("utf-8", "replace") if line.startswith(b"{") and line.endswith(b"\n") else None
 
     def load(self) -> Iterator[tuple[Indexed, Place]]:
         """Yield all that is there, oldest first; what cannot be read is left out with a warning. Raises OSError."""

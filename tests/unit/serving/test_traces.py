@@ -394,6 +394,17 @@ async def test_a_damaged_line_of_an_index_costs_its_own_trace_alone(tmp_path: Pa
     assert "1 traces of" in logged.text
 
 
+async def test_half_a_line_is_no_trace(tmp_path: Path) -> None:
+    """A file that was cut, or an index whose digits are wrong, gives nobody a part of anything."""
+    store = TraceStore(RouterConfig(trace_uri=tmp_path.as_uri()))
+    for trace_id in ("t1", "t2"):
+        await put(store, trace_id)
+    await store.save()
+    (lines,) = (path for path in tmp_path.iterdir() if path != newest_in(tmp_path))
+    lines.write_bytes(lines.read_bytes()[:-10])
+    assert (await store.get("t1", "k") is None, await store.get("t2", "k")) == (False, None)
+
+
 async def test_half_a_character_in_a_text_keeps_no_trace_from_being_read_or_written(tmp_path: Path) -> None:
     """As JSON may carry it, from an endpoint that cuts an error's words."""
     bounds = RouterConfig(trace_uri=tmp_path.as_uri())
