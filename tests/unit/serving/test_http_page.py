@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 import dmoa
-from dmoa.errors import NoAgentError
+from dmoa.errors import RequestError
 from dmoa.serving.actors import pack_record
 from dmoa.serving.http.middleware import ADMIN_VARIABLE, hash_keys
 from dmoa.serving.observatory import Observatory
@@ -148,8 +148,9 @@ async def test_a_trace_store_that_is_away_has_not_lost_everything() -> None:
     pool: Any = SimpleNamespace(config=SimpleNamespace(agent_names=("a",)))
     away = ActorUnavailableError("it restarts", b"0" * 16)
     page = Observatory(traces=_Actor(listed=away), router=SimpleNamespace(), actor=None, swarm=pool)  # type: ignore[arg-type]
-    with pytest.raises(NoAgentError, match="the trace store is away; try again in a moment"):
+    with pytest.raises(RequestError, match="the trace store is away; try again in a moment") as caught:
         await page.traces(TraceFilter(), None)
+    assert (caught.value.status, caught.value.code) == (503, "traces_away")
 
 
 async def test_the_current_gate_is_the_routers_not_the_last_that_was_offered() -> None:
