@@ -87,7 +87,7 @@ class RollbackReply(BaseModel):
 class WhatIfRequest(RequestModel):
     """Body of POST /v1/dmoa/traces/{trace_id}/what-if: one of the two."""
 
-    gate_version: str | None = Field(default=None, max_length=200)
+    gate_version: str | None = Field(default=None, min_length=1, max_length=200)
     """Version that decides on the recorded inputs; the router keeps those of its history."""
     policy: str | None = Field(default=None, max_length=200)
     """Policy that says whom it would ask at each recorded state."""

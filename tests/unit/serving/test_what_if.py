@@ -78,7 +78,7 @@ async def test_another_policy_says_whom_it_would_ask_at_each_recorded_state() ->
         trace = await asked(client)
         path = f"/v1/dmoa/traces/{trace['trace_id']}/what-if"
         found = (await client.post(path, json={"policy": "dense"})).json()
-        for body in ({}, {"policy": "dense", "gate_version": "v1"}, {"policy": "nothing"}):
+        for body in ({}, {"policy": "dense", "gate_version": "v1"}, {"policy": "nothing"}, {"gate_version": ""}):
             assert (await client.post(path, json=body)).status_code == 400
         assert (await client.post("/v1/dmoa/traces/none/what-if", json={"policy": "dense"})).status_code == 404
     assert sorted(found["steps"][0]["would_ask"]) == ["one", "three", "two"]
@@ -109,11 +109,13 @@ async def test_a_branch_may_ask_the_next_ranked_agents_or_another_policy() -> No
         instead = (await client.post(path, json={"step": 1, "agents": ["three"]})).json()["dmoa"]
         other = (await client.post(path, json={"step": 0, "policy": "single"})).json()
         unknown = await client.post(path, json={"step": 0, "agents": ["four"]})
+        over = await client.post(path, json={"step": 1, "policy": "single", "agents": ["two"]})
     counted = [[agent["name"] for agent in step["agents"][: step["k"]]] for step in instead["steps"]]
     assert counted == [["one", "two"], ["three"], ["one", "two"]]
     assert instead["steps"][1]["mass"] == pytest.approx(0.1)
     assert (other["dmoa"]["policy"], len(other["dmoa"]["steps"])) == ("single", 1)
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "agents")
+    assert (over.status_code, over.json()["error"]["param"]) == (400, "agents"), "single asks once: two was never asked"
 
 
 async def test_a_query_to_one_agent_is_asked_again_of_that_agent() -> None:
