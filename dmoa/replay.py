@@ -83,9 +83,8 @@ def _differences(trace: Trace, decisions: list[RouteDecision]) -> Iterable[str]:
         if route.limit is not None:
             pairs |= {"theta": (route.theta, decision.theta), "limit": (route.limit, decision.limit)}
         step = next((step for step in trace.dmoa.steps if step.step == route.step), None)
-        asked = _asked(trace, route.step)
-        if step is not None and decision.label_model is not None and not _was_redacted(step, asked):
-            pairs["right_probability"] = _right_probabilities(step, decision, asked)
+        if step is not None and decision.label_model is not None and not _was_redacted(step, _asked(trace, route.step)):
+            pairs["right_probability"] = _right_probabilities(step, decision, _asked(trace, route.step))
         for name, (seen, now) in pairs.items():
             if seen != now:
                 yield f"step {route.step}: {name} was {seen}, is {now}"
