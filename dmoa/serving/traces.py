@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -25,7 +25,17 @@ from dmoa.serving.actors import ClusterMemory, detached, pack_record, served_bef
 from dmoa.serving.feedback import FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
-from dmoa.serving.trace_list import LOAD_S, NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
+from dmoa.serving.trace_list import (
+    LOAD_S,
+    NOT_STORED,
+    TraceCalls,
+    TraceFilter,
+    TraceSummary,
+    own_part,
+    page_of,
+    statistics_of,
+    summarise,
+)
 from dmoa.trace import AnsweredQuery, line_of
 
 _LOG = logging.getLogger("dmoa.traces")
@@ -197,9 +207,8 @@ class TraceStore:
         one: AnsweredQuery = unpack_record(packed)
         packed, question = (packed, one.query.text) if one.is_stored else (b"", NOT_STORED)
         summary, calls = summarise(one.answer, question=question, created_unix_s=one.created_unix_s)
-        own = one.answer
-        if one.branched_at:  # the calls before were another query's, which has told of them
-            own = replace(own, steps=own.steps[one.branched_at :])
+        own = own_part(one)
+        if own is not one.answer:
             _, calls = summarise(own, question=question, created_unix_s=one.created_unix_s)
         self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
         self._exporter.put(one.query, own, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
