@@ -13,6 +13,7 @@ from dmoa.core.inference import Decider
 from dmoa.errors import TraceError
 from dmoa.trace import ReplyStep, Trace, TraceRoute, reply_of_agent
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
+from dmoa.validation import REDACTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ def _differences(trace: Trace, decisions: list[RouteDecision]) -> Iterable[str]:
         if route.limit is not None:
             pairs |= {"theta": (route.theta, decision.theta), "limit": (route.limit, decision.limit)}
         step = next((step for step in trace.dmoa.steps if step.step == route.step), None)
-        if step is not None and decision.label_model is not None:
+        if step is not None and decision.label_model is not None and not _was_redacted(step, _asked(trace, route.step)):
             pairs["right_probability"] = _right_probabilities(step, decision, _asked(trace, route.step))
         for name, (seen, now) in pairs.items():
             if seen != now:
@@ -94,6 +95,11 @@ def _asked(trace: Trace, step: int) -> str:
     stages = trace.query.get("stages") or ()
     part = stages[step].get("part") if step < len(stages) else None
     return str(trace.query["text"] if part is None else part)
+
+
+def _was_redacted(step: ReplyStep, asked: str) -> bool:
+    """Tell whether secrets were taken out of what replies were judged by: they cannot be judged again."""
+    return any(REDACTED in text for text in (asked, *(agent.text or "" for agent in step.agents)))
 
 
 def _right_probabilities(step: ReplyStep, decision: RouteDecision, asked: str) -> tuple[object, object]:

@@ -15,6 +15,7 @@ from dmoa.agents import tools as toolbox
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
 from dmoa.config import AgentConfig, Config, LlmConfig, summarizer_agent
 from dmoa.dispatch import Dispatcher
+from dmoa.errors import RequestError
 from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
 from dmoa.protocols import AgentClient, Encoder, Engine, Policy, Router, Turn
@@ -111,10 +112,16 @@ class AsksFirst:
         self.name = policy.name
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Return the other policy's plan, in the one step with the agents asked in place of its own."""
+        """Return the other policy's plan, in the one step with the agents asked in place of its own.
+
+        Raises RequestError where that policy asks nobody then.
+        """
         plan = await self._policy.next_step(state)
-        if isinstance(plan, Stop) or len(state.steps) != self._step:
+        if len(state.steps) != self._step:
             return plan
+        if isinstance(plan, Stop):
+            why = f"agents: policy {self.name!r} asks nobody any more after {self._step} steps; choose another one"
+            raise RequestError(why, param="agents", code="invalid_value")
         known = {one.agent: one for one in (*plan.activations, *plan.reserves)}
         asked = tuple(known.get(name) or Activation(agent=name, probability=0.0) for name in self._agents)
         rest = tuple(one for name, one in known.items() if name not in self._agents)

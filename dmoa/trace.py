@@ -6,6 +6,7 @@ Made from an Answer; the HTTP reply and the trace files hold it, `dmoa schema re
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -553,7 +554,7 @@ class Trace(BaseModel):
     dmoa: ReplyDmoa
     """The reply's own object, with every agent's text."""
     calls: list[TraceCall] = []
-    """Every call with the prompt that the agent saw, in the order of the steps; empty in older traces."""
+    """Every call with the prompt that the agent saw, in the order of the steps and their agents; empty in older traces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -569,6 +570,9 @@ class AnsweredQuery:
     created_unix_s: float = field(default_factory=time.time)
     is_stored: bool = True
     """Whether its texts may be kept, learnt from and exported; else its client forbade that."""
+    branched_at: int | None = None
+    """Where it goes on from another query, as somebody chose: how many steps are that one's. No gate learns from it, or is judged
+    by it."""
 
     def trace(self) -> Trace:
         """Return its trace."""
@@ -619,17 +623,16 @@ def trace_of(
 
 
 def _calls(answer: Answer) -> Iterator[TraceCall]:
-    """Yield every call whose prompt is known."""
-    start_unix_s: float | None = None
+    """Yield every call whose prompt is known, those of a step in the order of its agents in the `dmoa` object."""
+    made: list[tuple[int, str, AgentReply | SummarizerRecord]] = []
     for step in answer.steps:
-        asked: list[tuple[str, AgentReply | SummarizerRecord]] = [(reply.agent, reply) for reply in step.replies]
-        for agent, call in (*asked, (SUMMARIZER, step.summarizer)):
-            if not call.prompt:
-                continue
-            start_unix_s = call.sent_unix_s if start_unix_s is None else start_unix_s
-            messages = [{"role": message.role, "content": message.content} for message in call.prompt]
-            started_ms = finite((call.sent_unix_s - start_unix_s) * 1e3)
-            yield TraceCall(step=step.step, agent=agent, started_ms=started_ms, messages=messages)
+        made += [(step.step, reply.agent, reply) for reply in replies_in_order(step) if reply.prompt]
+        made += [(step.step, SUMMARIZER, step.summarizer)] if step.summarizer.prompt else []
+    start_unix_s = min((call.sent_unix_s for _, _, call in made), default=0.0)
+    for number, agent, call in made:
+        messages = [{"role": message.role, "content": message.content} for message in call.prompt]
+        started_ms = finite((call.sent_unix_s - start_unix_s) * 1e3)
+        yield TraceCall(step=number, agent=agent, started_ms=started_ms, messages=messages)
 
 
 def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> TraceRoute:
@@ -651,10 +654,15 @@ def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> 
     )
 
 
+def line_of(trace: Trace) -> bytes:
+    """Return a trace as a line of JSON; what UTF-8 cannot carry becomes `?`."""
+    return json.dumps(trace.model_dump(mode="json"), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> Path:
     """Write traces as JSON lines, whole, then renamed. Returns the path."""
     with replacing(Path(path)) as file:
-        file.writelines(trace.model_dump_json().encode() + b"\n" for trace in traces)
+        file.writelines(line_of(trace) + b"\n" for trace in traces)
     return Path(path)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoa.errors import DmoaError, RequestError
+from dmoa.errors import DmoaError, RequestError, TraceError
 from dmoa.types import Message
 from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.console import (
@@ -61,7 +61,7 @@ def run(
     dmoa run "What is 12 + 7?" --policy mine.py:Mine
     dmoa run --replay traces.jsonl      repeats every routing decision, exit 1 if one differs
     """
-    from dmoa.workflows.backends import AskOptions
+    from dmoa.workflows.backends import AskOptions, append_line
 
     if replay is not None:
         others = {"QUESTION": question, "--policy": policy, "--agent": agent, "--url": url, "--trace": trace}
@@ -72,6 +72,8 @@ def run(
         raise RequestError('question: missing; give one, such as dmoa run "What is 12 + 7?", or --replay TRACE')
     policy = _policy(policy, url)
     wish = AskOptions(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s, keeps_trace=trace is not None)
+    if trace is not None:
+        append_line(trace)  # a file that cannot be written is told of before anything is asked
     backend = open_backend(common, url, checkpoint, wish, question)
     asked = asyncio.run(ask_once(backend, question, wish, common, trace))
     common.write_json(asked.to_json())
@@ -112,6 +114,7 @@ def open_backend(
 
 async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Common, trace: Path | None) -> QueryResult:
     """Ask one question, show how it is answered, append its trace to a file, and close the backend. Raises DmoaError."""
+    from dmoa.trace import line_of
     from dmoa.workflows.backends import append_line
     from dmoa.workflows.console import Screen
 
@@ -123,7 +126,7 @@ async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Co
         screen.end_live_line()
         await backend.close()
     if trace is not None and asked.trace is not None:
-        append_line(trace, asked.trace.model_dump_json())
+        append_line(trace, line_of(asked.trace).decode())
     return asked
 
 
@@ -131,6 +134,8 @@ def _replay(common: Common, path: Path, checkpoint: Path | None) -> None:
     from dmoa.trace import read_traces
 
     traces = read_traces(path)
+    if not traces:
+        raise TraceError(f"trace {str(path)!r}: it is empty; give a file of JSON lines that dmoa wrote")
     results = replay_traces(common.load(checkpoint), traces)
     is_identical = all(not result.differences for result in results)
     rows = [

@@ -35,7 +35,7 @@ from dmoa.engines.thoughts import placed_split
 from dmoa.errors import EngineError
 from dmoa.reading import BYTE_ORDER_MARK
 from dmoa.types import EntropySum, FinalCall, FinishReason, Generation, TextDelta, TokenUsage, ToolCall
-from dmoa.validation import REDACTED, findings
+from dmoa.validation import REDACTED, findings, storable
 
 MAX_CALLS = 128
 """Most calls of tools that are told apart."""
@@ -519,7 +519,7 @@ def error_message(body: Any) -> str:
         body = body["error"]
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or json.dumps(body)
-    return str(body)
+    return storable(str(body))
 
 
 async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:

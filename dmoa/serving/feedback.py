@@ -348,7 +348,9 @@ class Explorer:
 def may_be_explored(answered: AnsweredQuery, key_hash: str, router: RouterConfig) -> bool:
     """Tell whether a query may be asked once more: a gate adapts here, decided it, and may learn from its key."""
     may_teach = key_hash or router.feedback_anonymous
-    is_learnt_from = answered.is_stored and router.adaptation != "off" and answered.answer.policy == "dmoa"
+    is_learnt_from = (
+        answered.is_stored and answered.branched_at is None and router.adaptation != "off" and answered.answer.policy == "dmoa"
+    )
     return bool(is_learnt_from and may_teach and tenant_of(key_hash) not in tenants_of(router.feedback_exclude))
 
 

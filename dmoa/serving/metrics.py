@@ -33,10 +33,14 @@ class QueryMetrics:
             metric.set_default_tags(tags)
 
     def count(self, answer: Answer) -> None:
-        """Count one answered query and its calls."""
+        """Count one answered query and its calls; of a branch those that are its own."""
         self._queries.inc(1, {"policy": answer.policy, "stop_reason": answer.stop_reason})
         self._latency.observe(answer.wall_ms, {"policy": answer.policy})
         self._steps.observe(len(answer.steps), {"policy": answer.policy})
+        self.count_calls(answer)
+
+    def count_calls(self, answer: Answer) -> None:
+        """Count the calls alone: those of a query that was asked once more to learn from are nobody's query, but calls and tokens."""
         for step in answer.steps:
             for reply in step.replies:
                 self._calls.inc(1, {"agent": reply.agent, "status": reply.status})

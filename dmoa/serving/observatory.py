@@ -19,6 +19,7 @@ from dmoa.trace import Trace
 from dmoa.types import Event, Query
 
 AWAY = "the router is away; try again in a moment"
+TRACES_AWAY = "the trace store is away; try again in a moment"
 
 
 class Observatory:
@@ -46,11 +47,11 @@ class Observatory:
         return found
 
     async def traces(self, wanted: TraceFilter, key_hash: str | None) -> dict[str, Any]:
-        """Return a page of the traces of a key."""
+        """Return a page of the traces of a key. Raises RequestError (503) while the store is away: it does not have none."""
         try:
             found: dict[str, Any] = json.loads(await self._traces.listed.remote(wanted, key_hash))
-        except RayError:
-            return {"data": [], "next": None}
+        except RayError as error:
+            raise RequestError(TRACES_AWAY, code="traces_away", status=503) from error
         return found
 
     async def gates(self) -> dict[str, Any]:

@@ -30,8 +30,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 from dmoa import __version__
 from dmoa.config import SUMMARIZER, TracingConfig
 from dmoa.loopback import uses_proxies
+from dmoa.serving.trace_list import WELL
 from dmoa.trace import finite
 from dmoa.types import AgentReply, Answer, Message, Query, StepRecord, SummarizerRecord
+from dmoa.validation import storable
 
 SCHEMA = "https://opentelemetry.io/schemas/1.44.0"
 SEND_S = 2.0
@@ -121,7 +123,7 @@ class _Spans:
             explored = any(name == agent for name, _ in step.explored)
             own = {"dmoa.status": reply.status, "dmoa.explored": explored, "dmoa.right_probability": reply.right_probability}
             own["dmoa.entropy_nats"] = reply.entropy.mean_nats
-            lost = (self._is_stored and reply.error) or reply.status if reply.status != "ok" else None
+            lost = (self._is_stored and reply.error) or reply.status if reply.status not in WELL else None
             yield from self._call(step, agent, reply, own, start_unix_s, text=reply.text, engine=reply.engine, lost=lost)
         fold = step.summarizer
         if fold.usage.total:
@@ -147,7 +149,7 @@ class _Spans:
         tokens = {
             "gen_ai.usage.input_tokens": call.usage.prompt_tokens,
             "gen_ai.usage.output_tokens": call.usage.completion_tokens,
-            "gen_ai.response.finish_reasons": (call.finish_reason,),
+            "gen_ai.response.finish_reasons": (call.finish_reason,) if call.usage.completion_tokens else None,
         }
         head = {"gen_ai.operation.name": "invoke_agent", "gen_ai.provider.name": "dmoa", "gen_ai.agent.name": agent}
         attributes = head | {"dmoa.step": step.step, "dmoa.price": call.price} | own | tokens
@@ -190,7 +192,7 @@ class _Spans:
             start_time_unix_nano=int(start * 1e9),
             end_time_unix_nano=int(end * 1e9),
             attributes=[_attribute(key, value) for key, value in attributes.items() if value is not None],
-            status=Status(code=Status.STATUS_CODE_ERROR, message=lost[:500]) if lost else None,
+            status=Status(code=Status.STATUS_CODE_ERROR, message=storable(lost[:500])) if lost else None,
         )
 
 
@@ -222,7 +224,7 @@ def _value(value: Any) -> Any:
         return {"double_value": value}
     if isinstance(value, tuple):
         return {"array_value": {"values": [_value(one) for one in value]}}
-    return {"string_value": str(value).encode("utf-8", "replace").decode()}
+    return {"string_value": storable(str(value))}
 
 
 def packed(spans: Sequence[Span]) -> bytes:
@@ -281,10 +283,10 @@ class Exporter:
         ]
         url = endpoint.rstrip("/")
         url = url if url.endswith("/v1/traces") else f"{url}/v1/traces"
-        headers = {"Content-Type": "application/x-protobuf"} | _own_headers(os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", ""))
+        headers = {b"Content-Type": b"application/x-protobuf"} | _own_headers(os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", ""))
         try:
             self._client_of(url).post(url, content=packed(spans), headers=headers).raise_for_status()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             _LOG.warning("%d spans were not taken by %s: %s", len(spans), url, type(error).__name__)
 
     def _client_of(self, url: str) -> httpx.Client:
@@ -299,7 +301,7 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
-def _own_headers(text: str) -> dict[str, str]:
+def _own_headers(text: str) -> dict[bytes, bytes]:
     """Return headers from `name=value,name=value`, percent-encoded, as OpenTelemetry's variable has them."""
     pairs = (pair.partition("=") for pair in text.split(",") if "=" in pair)
-    return {name.strip(): unquote(value.strip()) for name, _, value in pairs}
+    return {name.strip().encode(): unquote(value.strip()).encode() for name, _, value in pairs}

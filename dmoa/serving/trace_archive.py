@@ -72,6 +72,17 @@ class Indexed(BaseModel):
     calls: tuple[TraceCalls, ...]
 
 
+def _line(trace: dict[str, Any]) -> bytes:
+    return json.dumps(trace, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _indexed(line: bytes) -> Indexed | None:
+    try:
+        return Indexed.model_validate_json(line)
+    except ValidationError:
+        return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
     """A trace that is to be written: `trace` is None where a query failed."""
@@ -88,6 +99,7 @@ class TraceArchive:
     def __init__(self, uri: str) -> None:
         """Open the place. Raises ConfigError for a URI that no file system serves."""
         self._fs, self._root = place_of(uri, "router.trace_uri")
+        self.place = redact_text(uri)
         self._held: Counter[str] = Counter()
         self._stray: dict[str, float] = {}
         """Files that belong to no trace, and when they were written; 0 for those that should be gone already."""
@@ -97,7 +109,11 @@ class TraceArchive:
         segment = f"{time.time_ns() // 1_000_000:015d}-{secrets.token_hex(3)}"
         lines, index, places = bytearray(), [], []
         for one in batch:
-            line = b"" if one.trace is None else json.dumps(without_secrets(one.trace), ensure_ascii=False).encode() + b"\n"
+            line = (
+                b""
+                if one.trace is None
+                else json.dumps(without_secrets(one.trace), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+            )
             summary = TraceSummary.model_validate(without_secrets(one.summary.model_dump()))
             kept = Indexed(owner=one.owner, offset=len(lines), length=len(line), summary=summary, calls=one.calls)
             places.append(Place(archive=self, segment=segment, offset=len(lines), length=len(line)))
@@ -113,16 +129,17 @@ class TraceArchive:
         return places
 
     def read(self, place: Place) -> str | None:
-        """Return the line of a trace, None where it is gone."""
+        """Return the line of a trace, None where it is gone, or no line lies there any more."""
         try:
             with self._fs.open_input_file(self._path(place.segment, _LINES)) as file:
                 file.seek(place.offset)
-                return bytes(file.read(place.length)).decode() or None
+                line = bytes(file.read(place.length))
         except OSError:
             return None
+        return line.decode("utf-8", "replace") if line.startswith(b"{") and line.endswith(b"\n") else None
 
     def load(self) -> Iterator[tuple[Indexed, Place]]:
-        """Yield all that is there, oldest first; a segment that cannot be read is left out with a warning. Raises OSError."""
+        """Yield all that is there, oldest first; what cannot be read is left out with a warning. Raises OSError."""
         found = self._fs.get_file_info(arrow_fs.FileSelector(self._root, allow_not_found=True))
         files = [one for one in found if one.type == arrow_fs.FileType.File]
         there = (one.base_name for one in files if one.size <= MAX_LINE_BYTES)
@@ -130,10 +147,12 @@ class TraceArchive:
             try:
                 with self._fs.open_input_stream(self._path(segment, _INDEX)) as stream:
                     lines = bytes(stream.readall()).splitlines()
-                kept = [Indexed.model_validate_json(line) for line in lines]
-            except (OSError, ValidationError) as error:
+            except OSError as error:
                 _LOG.warning("traces of %s are left out: %s", segment, str(error).splitlines()[0])
                 continue
+            kept = [one for one in map(_indexed, lines) if one is not None]
+            if lost := len(lines) - len(kept):
+                _LOG.warning("%d traces of %s are left out: their lines in its index are damaged", lost, segment)
             self._held[segment] = len(kept)
             for one in kept:
                 yield one, Place(archive=self, segment=segment, offset=one.offset, length=one.length)

@@ -9,20 +9,23 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.trace import finite, replies_in_order, rounded
+from dmoa.trace import AnsweredQuery, finite, replies_in_order, rounded
 from dmoa.types import Answer, Query
-from dmoa.validation import describe, findings, redact_text
+from dmoa.validation import describe, findings, redact_text, storable
 
 MAX_LISTED = 200
 """Most traces of one page of the list."""
 NOT_STORED = "(not stored)"
 """The question of a query whose client forbade to keep it."""
+WELL = frozenset(("ok", "examiner"))
+"""What became of a call that was answered: an examiner said what it thinks of another one's answer."""
 _QUESTION_CHARACTERS = 240
 _ERROR_CHARACTERS = 500
 LOAD_S = 60.0
@@ -81,7 +84,7 @@ def summarise(answer: Answer, *, question: str, created_unix_s: float) -> tuple[
         for place, reply in enumerate(replies_in_order(step))
         if reply.status not in ("idle", "masked")
     ]
-    failed = dict.fromkeys(f"{reply.agent}: {reply.status}" for reply, _ in asked if reply.status != "ok")
+    failed = dict.fromkeys(f"{reply.agent}: {reply.status}" for reply, _ in asked if reply.status not in WELL)
     calls = tuple(
         TraceCalls(
             agent=reply.agent,
@@ -114,6 +117,11 @@ def summarise(answer: Answer, *, question: str, created_unix_s: float) -> tuple[
     return summary, calls
 
 
+def own_part(one: AnsweredQuery) -> Answer:
+    """Return the answer without the steps that a branch took over: another query has told of them."""
+    return replace(one.answer, steps=one.answer.steps[one.branched_at :]) if one.branched_at else one.answer
+
+
 def summary_of_failure(
     query: Query, policy: str, error: Exception, started_unix_s: float, *, is_stored: bool = True
 ) -> TraceSummary:
@@ -138,7 +146,7 @@ def summary_of_failure(
         wall_ms=round((now - started_unix_s) * 1e3, 3),
         price=None,
         degraded=False,
-        error=redact_text(told)[:_ERROR_CHARACTERS],
+        error=redact_text(storable(told))[:_ERROR_CHARACTERS],
     )
 
 
@@ -192,10 +200,10 @@ class TracePage(BaseModel):
     """`before` of the page that follows; null at the end."""
 
 
-def page_of(newest_first: Iterable[TraceSummary], wanted: TraceFilter) -> TracePage:
-    """Return one page of a list."""
+def page_of(summaries: Iterable[TraceSummary], wanted: TraceFilter) -> TracePage:
+    """Return one page of a list, newest first: pages follow each other in that order, however the summaries came."""
     found: list[TraceSummary] = []
-    for one in newest_first:
+    for one in sorted(summaries, key=_key, reverse=True):
         if wanted.takes(one):
             if len(found) == wanted.limit:
                 return TracePage(data=found, next=f"{found[-1].created_unix_s!r}:{found[-1].trace_id}")
@@ -227,7 +235,7 @@ class AgentStatistics(BaseModel):
     """Of all replies that counted, 0..1."""
     tokens: int
     tokens_per_s: float | None
-    """Completion tokens a second of a call; null without a call that took time."""
+    """Completion tokens a second of a call that was answered; null without one that took time."""
     load: float | None
     """Mean calls in flight over the last minute, by the queries that were answered in it; null for files."""
     latency_ms: float | None
@@ -258,18 +266,18 @@ def statistics_of(
 
 def _statistics(agent: str, calls: Sequence[TraceCalls], active: int, load: float | None) -> AgentStatistics:
     own = sum(call.is_active for call in calls)
-    took_ms = [call.latency_ms for call in calls if call.status == "ok"]
-    tokens = sum(call.tokens for call in calls)
+    well = [call for call in calls if call.status in WELL]
+    took_ms = [call.latency_ms for call in well]
     entropies = [call.entropy_nats for call in calls if call.entropy_nats is not None]
     right = [call.right_probability for call in calls if call.right_probability is not None]
     return AgentStatistics(
         agent=agent,
         calls=len(calls),
         active=own,
-        failed=sum(call.status != "ok" for call in calls),
+        failed=len(calls) - len(well),
         share=own / active if active else 0.0,
-        tokens=tokens,
-        tokens_per_s=round(1e3 * tokens / sum(took_ms), 1) if sum(took_ms) else None,
+        tokens=sum(call.tokens for call in calls),
+        tokens_per_s=round(1e3 * sum(call.tokens for call in well) / sum(took_ms), 1) if sum(took_ms) else None,
         load=load,
         latency_ms=round(statistics.median(took_ms), 3) if took_ms else None,
         entropies=_histogram(entropies, _MAX_NATS),

@@ -19,14 +19,24 @@ from typing import Any
 import ray
 
 from dmoa.config import Config, RouterConfig, TracingConfig
+from dmoa.errors import ConfigError
 from dmoa.feedback import tenant_of
-from dmoa.serving.actors import detached, pack_record, served_before_restart, traces_name, unpack_record
+from dmoa.serving.actors import ClusterMemory, detached, pack_record, served_before_restart, traces_name, unpack_record
 from dmoa.serving.feedback import FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
-from dmoa.serving.trace_list import LOAD_S, NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
-from dmoa.trace import AnsweredQuery
-from dmoa.validation import redact_text
+from dmoa.serving.trace_list import (
+    LOAD_S,
+    NOT_STORED,
+    TraceCalls,
+    TraceFilter,
+    TraceSummary,
+    own_part,
+    page_of,
+    statistics_of,
+    summarise,
+)
+from dmoa.trace import AnsweredQuery, line_of
 
 _LOG = logging.getLogger("dmoa.traces")
 BATCH_S = 0.1
@@ -37,6 +47,9 @@ SPANS_S = 1.0
 """How long a store that ends may take to send spans."""
 TEND_S = 60.0
 """How often what is too old goes, and what could not be read, written or removed is tried again, also where nobody asks."""
+MAX_PLACES = 16
+"""Of earlier places so many are read again where Ray restarts the store."""
+_PLACES = "places"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,34 +107,56 @@ class TraceStore:
         self._bytes = 0
         self._sender: FeedbackSender | None = None
         self._archives: list[TraceArchive] = []
-        """Where kept traces may be: the places of this actor's life."""
+        """Where kept traces may be: the places of this actor's life, and of those before it that Ray restarted."""
+        self._unread: list[TraceArchive] = []
+        """Those of which it is not known yet what lies there."""
         self._archive: TraceArchive | None = None
-        self._is_read = False
+        self._memory = None if app is None else ClusterMemory(app, "traces")
         self._writing = asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
         self._tender: asyncio.Task[None] | None = None
+        earlier = self._places() if served is not None else []
+        for uri in earlier:
+            with suppress(ConfigError):  # it could be opened once
+                if uri != bounds.trace_uri:
+                    self._reach(uri)
         self._open(bounds)
         with suppress(RuntimeError):  # no loop runs yet
             self._tend_often()
 
     def _open(self, bounds: RouterConfig) -> None:
         """Take these bounds, and what lies at their place. Raises ConfigError for a URI that no file system serves."""
-        self._archive = TraceArchive(bounds.trace_uri) if bounds.trace_uri else None
-        self._bounds, self._is_read = bounds, self._archive is None
-        if self._archive is not None:
-            self._archives.append(self._archive)
+        self._archive = self._reach(bounds.trace_uri) if bounds.trace_uri else None
+        self._bounds = bounds
         self._read()
 
+    def _reach(self, uri: str) -> TraceArchive:
+        archive = TraceArchive(uri)
+        self._archives.append(archive)
+        self._unread.append(archive)
+        return archive
+
+    def _places(self) -> list[str]:
+        """Return the places that the app's traces were written to, the last one last."""
+        found = self._memory.get(_PLACES) if self._memory is not None else None
+        return json.loads(found) if found else []
+
+    def _remember(self, uri: str | None) -> None:
+        """Note in the cluster where traces are written, for an actor that Ray starts in place of this one."""
+        if uri is not None and self._memory is not None:
+            others = [place for place in self._places() if place != uri]
+            self._memory[_PLACES] = json.dumps([*others, uri][-MAX_PLACES:]).encode()
+
     def _read(self) -> None:
-        if self._archive is not None:
+        for archive in tuple(self._unread):
             try:
-                for one, place in self._archive.load():
+                for one, place in archive.load():
                     self._add(_Kept(owner=one.owner, summary=one.summary, calls=one.calls, size=one.length, place=place))
-                self._is_read = True
+                self._unread.remove(archive)
             except OSError as error:
-                _LOG.warning("traces of %s are not read: %s", redact_text(self._bounds.trace_uri or ""), error)
-            # What was there may be older than what came since.
-            self._kept = OrderedDict(sorted(self._kept.items(), key=lambda item: item[1].summary.created_unix_s))
+                _LOG.warning("traces of %s are not read: %s", archive.place, error)
+        # What was there may be older than what came since.
+        self._kept = OrderedDict(sorted(self._kept.items(), key=lambda item: item[1].summary.created_unix_s))
         self._shrink()
         self._sweep()
 
@@ -133,7 +168,7 @@ class TraceStore:
         while True:
             await asyncio.sleep(self._tend_s)
             async with self._writing:
-                if not self._is_read:
+                if self._unread:
                     self._read()
                 await self._write()
             self._shrink()
@@ -154,14 +189,16 @@ class TraceStore:
         self._shrink()
         self._save_soon()
         self._tend_often()
+        self._remember(bounds.trace_uri)
 
     async def put_all(self, packed: Sequence[tuple[bytes, str]], learner: str | None = None) -> None:
         """Keep packed `AnsweredQuery` records, each with its key's hash; the oldest go when there are too many.
 
-        `learner` is the app whose feedback gets records of them, without texts; they are there when this returns.
+        `learner` is the app whose feedback gets records of them, without texts and not of branches; they are there when this
+        returns.
         """
         kept = [(self._keep(one, key_hash), key_hash) for one, key_hash in packed]
-        found = [(one, key_hash) for one, key_hash in kept if one.is_stored]
+        found = [(one, key_hash) for one, key_hash in kept if one.is_stored and one.branched_at is None]
         if learner is not None and found:
             self._sender = self._sender or FeedbackSender(learner)
             await self._sender.send_all(found)
@@ -170,8 +207,11 @@ class TraceStore:
         one: AnsweredQuery = unpack_record(packed)
         packed, question = (packed, one.query.text) if one.is_stored else (b"", NOT_STORED)
         summary, calls = summarise(one.answer, question=question, created_unix_s=one.created_unix_s)
+        own = own_part(one)
+        if own is not one.answer:
+            _, calls = summarise(own, question=question, created_unix_s=one.created_unix_s)
         self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
-        self._exporter.put(one.query, one.answer, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
+        self._exporter.put(one.query, own, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
         self._shrink()
         self._save_soon()
         return one
@@ -190,7 +230,7 @@ class TraceStore:
             return None
         if kept.packed:
             found: AnsweredQuery = unpack_record(kept.packed)
-            return found.trace().model_dump_json()
+            return line_of(found.trace()).decode()
         if kept.place is None or not kept.place.length:
             return None
         return await asyncio.to_thread(kept.place.archive.read, kept.place)

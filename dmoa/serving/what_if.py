@@ -6,6 +6,7 @@ Deciding again asks no agent: the gate reads the inputs that were recorded, a po
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -62,10 +63,14 @@ async def by_gate(trace: Trace, router: Router, version: str) -> list[DecidedSte
         try:
             decision = await router.route(request)
         except RoutingError as error:
-            raise RequestError(f"gate_version: {error}", param="gate_version", code="unknown_version", status=404) from error
+            raise _unknown(error) from error
         hidden_H = decision.hidden_H
         found.append(_decided(route.step, recorded[route.step].active, decision))
     return found
+
+
+def _unknown(error: RoutingError) -> RequestError:
+    return RequestError(f"gate_version: {error}", param="gate_version", code="unknown_version", status=404)
 
 
 def _decided(step: int, asked: tuple[str, ...], decision: RouteDecision) -> DecidedStep:
@@ -83,7 +88,10 @@ async def by_policy(trace: Trace, swarm: Swarm, name: str) -> list[DecidedStep]:
     policy, state = swarm.policy(name, _agent_of(trace, swarm, name)), begin(query_of_trace(trace, trace.trace_id))
     found = []
     for step in answer_of_trace(trace).steps:
-        plan = await policy.next_step(state)
+        try:
+            plan = await policy.next_step(state)
+        except RoutingError as error:
+            raise _unknown(error) from error
         activations = () if isinstance(plan, Stop) else (*plan.activations, *plan.reserves)
         chances = [AgentChance(agent=one.agent, probability=round(one.probability, 6)) for one in activations]
         asked = [] if isinstance(plan, Stop) else [one.agent for one in plan.activations]
@@ -110,7 +118,17 @@ def branch(
                 code="unknown_agent",
             )
     query, name = query_of_trace(trace, trace_id), policy or _policy_of(trace)
-    return query, swarm.branch(query, name, steps[:step], agents, agent=_agent_of(trace, swarm, name))
+    return query, _branched(swarm.branch(query, name, steps[:step], agents, agent=_agent_of(trace, swarm, name)))
+
+
+async def _branched(events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+    """Yield what a branch comes to. Raises RequestError where the gate that decided the steps before it is not kept any more."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    except RoutingError as error:
+        raise _unknown(error) from error
 
 
 def _policy_of(trace: Trace) -> str:

@@ -451,12 +451,12 @@ def build_local_swarm(
     return Swarm(config, agents=agents, router=router, encoder=build_encoder(config), gates=named, engines=engines)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append one line to a file, making its folder. Raises ConfigError if that cannot be written."""
+def append_line(path: Path, line: str = "") -> None:
+    """Append one line to a file, making both, or make them alone. Raises ConfigError if that cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(line and line + "\n")
     except OSError as error:
         raise ConfigError(f"--trace: cannot write {str(path)!r}: {error}; name a file that can be written") from error
 
@@ -467,7 +467,10 @@ _NOT_FOUND = 404
 
 
 async def fetch_trace(client: ServerClient, trace_id: str) -> Trace:
-    """Return a query's trace from the server, which keeps it a moment after the reply. Raises RequestError."""
+    """Return a query's trace from the server, which keeps it a moment after the reply.
+
+    Raises RequestError, and DmoaError for one that this dmoa does not understand.
+    """
     deadline = time.monotonic() + _TRACE_PATIENCE_S
     while True:
         try:
@@ -475,6 +478,10 @@ async def fetch_trace(client: ServerClient, trace_id: str) -> Trace:
         except RequestError as error:
             if error.status != _NOT_FOUND or time.monotonic() >= deadline:
                 raise
+        except ValidationError as error:
+            raise DmoaError(
+                f"{client.url}: its trace is not understood ({describe(error)}); use the dmoa of the server"
+            ) from error
         await asyncio.sleep(_TRACE_PAUSE_S)
 
 

@@ -43,7 +43,6 @@ class Folder:
         self._calls: list[TraceCalls] = []
         for path in sorted(root.rglob("*.jsonl"))[:_MAX_TRACE_FILES]:
             self._read(path)
-        self._summaries.sort(key=lambda one: (one.created_unix_s, one.trace_id), reverse=True)
 
     def _read(self, path: Path) -> None:
         """Take the traces of a file; one that holds none is passed over after its first line."""
@@ -86,10 +85,11 @@ class Folder:
         if trace_id not in self._places:
             return None
         path, offset = self._places[trace_id]
-        with path.open("rb") as file:
+        with suppress(OSError, ValueError), path.open("rb") as file:  # it may be gone by now, or another one
             file.seek(offset)
             found: dict[str, Any] = read_json(file.readline(), nan_is_null=True)
-        return found
+            return found
+        return None
 
     def runs(self) -> list[dict[str, Any]]:
         """Return the runs of the folder: evaluations by their run.json, trainings and others by their metrics.jsonl."""
@@ -116,7 +116,8 @@ class Folder:
             for path in self.root.rglob(name):
                 place = path.parent.relative_to(self.root)
                 if "curve" not in place.parts:
-                    found[str(place)] = (kind, path)
+                    # A browser takes a last "." for the list itself.
+                    found[str(place) if place.parts else f"{self.root.resolve().name} (DIR)"] = (kind, path)
         return found
 
 

@@ -8,7 +8,7 @@ all keys and may roll the gate back.
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Protocol
@@ -87,7 +87,7 @@ class RollbackReply(BaseModel):
 class WhatIfRequest(RequestModel):
     """Body of POST /v1/dmoa/traces/{trace_id}/what-if: one of the two."""
 
-    gate_version: str | None = Field(default=None, max_length=200)
+    gate_version: str | None = Field(default=None, min_length=1, max_length=200)
     """Version that decides on the recorded inputs; the router keeps those of its history."""
     policy: str | None = Field(default=None, max_length=200)
     """Policy that says whom it would ask at each recorded state."""
@@ -135,7 +135,7 @@ class RunsReply(BaseModel):
     data: list[RunLine]
 
 
-Follow = Callable[[Request, Query, str, AsyncGenerator[Event], Mapping[str, str]], Awaitable[Answer]]
+Follow = Callable[[Request, Query, str, AsyncGenerator[Event], str, int], Awaitable[Answer]]
 
 
 @cache
@@ -228,8 +228,7 @@ class PageRoutes:
         query, events = service.page.branch(
             trace, uuid.uuid4().hex, step=wanted.step, policy=wanted.policy, agents=tuple(wanted.agents)
         )
-        metadata = {"branched_from": trace_id, "branched_at": str(wanted.step)}
-        answer = await self._follow(request, query, wanted.policy or trace.dmoa.policy, events, metadata)
+        answer = await self._follow(request, query, wanted.policy or trace.dmoa.policy, events, trace_id, wanted.step)
         return json_response(BranchReply(answer=answer.text, dmoa=reply_dmoa(answer, pool=service.pool, with_texts=True)))
 
     async def runs(self) -> Response:
@@ -266,7 +265,7 @@ def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow)
     """Add the page and its routes to an app; `follow` runs a query that the page has made, and keeps it."""
     routes, base = PageRoutes(getter, follow), "/v1/dmoa"
     html = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
-    listed = replied(TracePage, 400, 401) | {"openapi_extra": {"parameters": described_filter()}}
+    listed = replied(TracePage, 400, 401, 503) | {"openapi_extra": {"parameters": described_filter()}}
     app.add_api_route("/page/{name}", asset, methods=["GET"], include_in_schema=False)
     for method, path, endpoint, document in (
         ("GET", "/", page, {"responses": html | failures()}),

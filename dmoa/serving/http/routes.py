@@ -120,6 +120,7 @@ def create_app(
     if not key_hashes:
         app.add_middleware(HostCheck, names=(socket.gethostname(), server.host, *server.allowed_hosts))
     if server.cors_origins:
+        app.add_middleware(errors.SurpriseGuard)  # within, so that pages of these origins can read such an answer too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=server.cors_origins,
@@ -265,6 +266,7 @@ class _Front:
         metadata: Mapping[str, str],
         *,
         is_stored: bool = True,
+        branched_at: int | None = None,
     ) -> AsyncGenerator[Event]:
         """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met."""
         started_unix_s, service = time.time(), self._service()
@@ -273,8 +275,14 @@ class _Front:
                 async with aclosing(events) as items:
                     async for item in items:
                         if isinstance(item, Answer):
-                            told = dict(metadata)
-                            answered = AnsweredQuery(query=query, answer=item, user=user, metadata=told, is_stored=is_stored)
+                            answered = AnsweredQuery(
+                                query=query,
+                                answer=item,
+                                user=user,
+                                metadata=dict(metadata),
+                                is_stored=is_stored,
+                                branched_at=branched_at,
+                            )
                             service.record(answered, key_hash)
                         yield item
             except DmoaError as error:
@@ -283,10 +291,11 @@ class _Front:
                 raise
 
     async def follow(
-        self, request: Request, query: Query, policy: str, events: AsyncGenerator[Event], metadata: Mapping[str, str]
+        self, request: Request, query: Query, policy: str, events: AsyncGenerator[Event], trace_id: str, step: int
     ) -> Answer:
-        """Run a query that the page has made, counted and kept as any other, and return its answer."""
-        items = self._kept(query, policy, events, _key_hash(request), None, metadata)
+        """Run a branch from before a step of a trace, which holds a place as any other query, and return its answer."""
+        metadata = {"branched_from": trace_id, "branched_at": str(step)}
+        items = self._kept(query, policy, events, _key_hash(request), None, metadata, branched_at=step)
         return await until_gone(request.receive, _last(items))
 
 

@@ -27,7 +27,7 @@ class PageService(Protocol):
         """Return what the agents did in the traces of a key; None: of all keys."""
 
     async def traces(self, wanted: TraceFilter, key_hash: str | None) -> dict[str, Any]:
-        """Return a page of the traces of a key; None: of all keys."""
+        """Return a page of the traces of a key; None: of all keys. Raises DmoaError while they are away."""
 
     async def gates(self) -> dict[str, Any]:
         """Return the current gate and the history. Raises DmoaError while the router is away."""

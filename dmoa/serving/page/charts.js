@@ -40,7 +40,7 @@ export function chart({ title, x, y, series, yRange }) {
   const W = 640, H = 300, left = 56, right = 14, top = 12, bottom = 42;
   const all = series.flatMap((one) => one.points).filter((point) => Number.isFinite(point.x) && Number.isFinite(point.y));
   if (!all.length) return h("p", { class: "hint" }, `${title}: nothing to draw yet`);
-  const ends = (values) => { const low = Math.min(...values), high = Math.max(...values); const pad = (high - low || Math.abs(high) || 1) * 0.06; return [low - pad, high + pad]; };
+  const ends = (values) => { const low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b)); const pad = (high - low || Math.abs(high) || 1) * 0.06; return [low - pad, high + pad]; };
   const [x0, x1] = ends(all.map((point) => point.x));
   const [y0, y1] = yRange ?? ends(all.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]));
   const px = (value) => left + (value - x0) / (x1 - x0) * (W - left - right);

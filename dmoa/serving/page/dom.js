@@ -3,7 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const NAMED = 2000; // unseen characters of a text that are named
 const SHOWN = 20000; // characters of a long text that are shown unasked
-const CONTROLS = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
+const CONTROLS = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e0fff}])/u;
 
 /** Return an element; `props` are attributes, `on...` listeners, `style` an object of CSS properties, and `value` or `checked`. */
 export function h(tag, props = {}, ...children) {
@@ -33,7 +33,7 @@ export function words(text) {
   if (parts.length > 2 * NAMED) return [parts.filter((_, i) => i % 2 === 0).join("\ufffd")];
   return parts.map((part, i) => {
     if (i % 2 === 0) return part;
-    const code = part.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+    const code = part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
     return h("span", { class: "control", title: "a character that is not seen" }, `U+${code}`);
   });
 }

@@ -43,7 +43,7 @@ function head(status) {
       score: router.score, supervision: router.supervision, decisions: count(router.decisions),
       masked: (router.masked ?? []).join(", ") || "none", cold: (router.cold ?? []).join(", ") || "none",
       adaptation: learning.mode && (learning.frozen ? `${learning.mode}, frozen ${learning.frozen}` : learning.mode),
-      "on trial": learning.trial && `${learning.trial.candidate}, ${count(learning.trial.queries)} queries`,
+      "on trial": learning.trial && `${learning.trial.candidate}, ${count(learning.trial.queries?.candidate)} queries`,
       "adaptation so far": Object.entries(learning.counts ?? {}).filter(([, n]) => n).map(([name, n]) => `${name.replaceAll("_", " ")} ${count(n)}`).join(", "),
     }),
     folded("Everything the router says of itself: adaptation, counters, versions", () => facts(Object.fromEntries(rest.map(([name, value]) =>
@@ -114,8 +114,8 @@ function queries(status, signal) {
     if (outer.scrollTop > ROW || inner.contains(document.activeElement)) return; // somebody reads further down
     const mine = round, found = await get(path(null), signal, false);
     if (mine !== round) return;
-    const at = rows.length ? found.data.findIndex((one) => one.trace_id === rows[0].trace_id) : -1;
-    if (at < 0) { rows = found.data; next = found.next; } else rows = found.data.slice(0, at).concat(rows);
+    const end = found.next ? rows.findIndex((one) => one.trace_id === found.data.at(-1).trace_id) : -1;
+    if (end < 0) { rows = found.data; next = found.next; round += 1; } else rows = found.data.concat(rows.slice(end + 1)); // one that came late stands below others
     draw();
   };
   outer.addEventListener("scroll", () => requestAnimationFrame(draw));

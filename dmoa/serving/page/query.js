@@ -3,11 +3,11 @@
 import { get, key, post, server } from "./api.js";
 import { timeline } from "./charts.js";
 import { block, copy, count, facts, fixed, folded, h, inline, millis, moment, percent, say, table } from "./dom.js";
-import { step, why } from "./steps.js";
+import { step, wasAnswered, wasAsked, why } from "./steps.js";
 
 export async function query([id], status, signal) {
   const trace = await get(`/v1/dmoa/traces/${encodeURIComponent(id)}`, signal);
-  const told = trace.dmoa;
+  const told = trace.dmoa, calls = callsOf(trace);
   const parts = told.steps.flatMap((one) => [...one.agents, one.summarizer]);
   const sum = (name) => parts.reduce((total, part) => total + (part[name] ?? 0), 0);
   return h("article", {},
@@ -28,9 +28,9 @@ export async function query([id], status, signal) {
       ...Object.fromEntries(Object.entries(trace.metadata ?? {}).map(([name, value]) => [`metadata ${name}`, value])),
     }),
     copies(trace, status),
-    h("h2", {}, "When"), times(trace),
+    h("h2", {}, "When"), times(trace, calls),
     h("h2", {}, "Steps"), told.steps.map((one) => step(one, {
-      prompts: new Map(trace.calls.filter((call) => call.step === one.step).map((call) => [call.agent, call.messages])),
+      promptOf: (part) => calls.get(part)?.messages,
       probabilities: routed(trace, one.step), offers: status.can_ask && offers(trace, one, signal),
     })),
     status.can_ask && whatIf(trace, status));
@@ -42,18 +42,28 @@ function routed(trace, number) {
   return route ? trace.agents.map((name, i) => [name, route.probability_A[i]]) : null;
 }
 
-function times(trace) {
-  const sent = new Map(trace.calls.map((call) => [`${call.step}/${call.agent}`, call.started_ms]));
+/** Return the recorded call of each agent and summarizer of the steps: an agent that was asked several times has as many, in order. */
+function callsOf(trace) {
+  const waiting = (trace.calls ?? []).slice(), found = new Map(); // older traces have none
+  const take = (step, name) => { const at = waiting.findIndex((call) => call.step === step && call.agent === name); return at < 0 ? undefined : waiting.splice(at, 1)[0]; };
+  for (const one of trace.dmoa.steps) {
+    for (const agent of one.agents.filter(wasAsked)) found.set(agent, take(one.step, agent.name));
+    found.set(one.summarizer, take(one.step, "summarizer"));
+  }
+  return found;
+}
+
+function times(trace, sent) {
   let begin = 0;
   const calls = trace.dmoa.steps.flatMap((one) => {
     const start = begin;
     begin += one.wall_ms;
-    const asked = one.agents.filter((agent) => !["idle", "masked"].includes(agent.status)).map((agent) => ({
-      name: `${one.step + 1} ${agent.name}`, start: sent.get(`${one.step}/${agent.name}`) ?? start, ms: agent.latency_ms,
-      kind: agent.status === "ok" ? "call" : "lost", label: `${agent.name}, ${agent.status}: ${millis(agent.latency_ms)}`,
+    const asked = one.agents.filter(wasAsked).map((agent) => ({
+      name: `${one.step + 1} ${agent.name}`, start: sent.get(agent)?.started_ms ?? start, ms: agent.latency_ms,
+      kind: wasAnswered(agent) ? "call" : "lost", label: `${agent.name}, ${agent.status}: ${millis(agent.latency_ms)}`,
     }));
     const fold = one.summarizer.completion_tokens ? [{
-      name: `${one.step + 1} summarizer`, start: sent.get(`${one.step}/summarizer`) ?? start, ms: one.summarizer.latency_ms, kind: "fold",
+      name: `${one.step + 1} summarizer`, start: sent.get(one.summarizer)?.started_ms ?? start, ms: one.summarizer.latency_ms, kind: "fold",
       label: `summarizer: ${millis(one.summarizer.latency_ms)}`,
     }] : [];
     return [...asked, ...fold];
@@ -97,18 +107,19 @@ function again(trace) {
 }
 
 function copies(trace, status) {
-  const quoted = `'${JSON.stringify(again(trace)).replaceAll("'", "'\\''")}'`;
+  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`; // what a file says is never a command
+  const quoted = quote(JSON.stringify(again(trace)));
   const auth = key() ? " -H \"Authorization: Bearer $DMOA_API_KEY\"" : "";
   const place = status.can_ask ? server() : "\"$DMOA_URL\""; // of files no server is known
   const curl = `curl ${place}/v1/chat/completions -H 'Content-Type: application/json'${auth} -d ${quoted}`;
-  const address = `${server()}/v1/dmoa/traces/${trace.trace_id}`;
-  const replay = `curl -s${auth} ${address} > ${trace.trace_id}.jsonl && dmoa run --replay ${trace.trace_id}.jsonl --config pool.yaml`;
+  const name = encodeURIComponent(trace.trace_id), address = quote(`${server()}/v1/dmoa/traces/${name}`), file = quote(`./${name}.jsonl`);
+  const replay = `curl -s${auth} ${address} > ${file} && dmoa run --replay ${file} --config pool.yaml`;
   const button = (name, text) => h("button", { type: "button", onclick: () => copy(text, name) }, `Copy ${name}`);
   return h("div", { class: "actions" }, button("JSON", JSON.stringify(trace, null, 2)), button("curl", curl), button("replay command", replay));
 }
 
 function offers(trace, one, signal) {
-  const asked = new Set(one.agents.filter((agent) => !["idle", "masked"].includes(agent.status)).map((agent) => agent.name));
+  const asked = new Set(one.agents.filter(wasAsked).map((agent) => agent.name));
   const ranked = (routed(trace, one.step) ?? []).slice().sort((a, b) => b[1] - a[1]).map(([name]) => name).filter((name) => !asked.has(name));
   const names = ranked.slice(0, Math.max(1, one.k));
   const go = (body, what) => async (event) => {

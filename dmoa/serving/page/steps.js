@@ -11,11 +11,13 @@ const WHY = {
   schedule: "the policy's last step is done",
 };
 
+export const wasAsked = (agent) => agent.status !== "idle" && agent.status !== "masked";
+export const wasAnswered = (agent) => agent.status === "ok" || agent.status === "examiner";
 export const why = (reason) => (WHY[reason] ? `${reason}: ${WHY[reason]}` : reason ?? "");
 
-/** Return one step; `more`: its prompts by agent, every agent's probability, and what to offer under it. */
-export function step(one, { prompts = new Map(), probabilities = null, offers = null } = {}) {
-  const asked = one.agents.filter((agent) => agent.status !== "idle" && agent.status !== "masked");
+/** Return one step; `more`: the prompt of an agent or the summarizer, every agent's probability, and what to offer under it. */
+export function step(one, { promptOf = () => undefined, probabilities = null, offers = null } = {}) {
+  const asked = one.agents.filter(wasAsked);
   const others = probabilities ?? one.agents.map((agent) => [agent.name, agent.probability]);
   const active = new Set(asked.slice(0, one.k).filter((agent) => !agent.explored).map((agent) => agent.name));
   const status = new Map(one.agents.map((agent) => [agent.name, agent.explored ? "explored" : agent.status]));
@@ -31,17 +33,17 @@ export function step(one, { prompts = new Map(), probabilities = null, offers = 
         h("span", { class: "name" }, active.has(name) ? h("strong", {}, name) : name),
         bar(share, `${name}: ${percent(share)}${active.has(name) ? ", active" : ""}`, active.has(name) ? "on" : ""),
         h("span", {}, percent(share)), h("span", { class: "hint" }, active.has(name) ? "active" : status.get(name) ?? "idle")))),
-    asked.map((agent) => reply(agent, prompts.get(agent.name), active.has(agent.name))),
+    asked.map((agent) => reply(agent, promptOf(agent), active.has(agent.name))),
     one.summary !== undefined && one.summary !== null && folded(h("span", {}, "What the step came to ", h("span", { class: "hint" }, `(${one.summarizer.mode})`)), () =>
       h("div", {}, block(one.summary, `Summary of step ${one.step + 1}`),
         one.summarizer.reasoning && folded("What the summarizer thought", () => block(one.summarizer.reasoning, "Thought of the summarizer")),
-        prompts.has("summarizer") && prompt(prompts.get("summarizer"), "summarizer"))),
+        promptOf(one.summarizer) && prompt(promptOf(one.summarizer), "summarizer"))),
     one.summarizer.error && h("p", { class: "problem" }, inline(one.summarizer.error)), offers);
 }
 
 function reply(agent, messages, isActive) {
   const title = h("span", {}, h("strong", {}, agent.name), " ",
-    h("span", { class: agent.status === "ok" ? "hint" : "bad" }, agent.explored ? "explored" : agent.status === "ok" ? (isActive ? "" : "not counted") : agent.status),
+    h("span", { class: wasAnswered(agent) ? "hint" : "bad" }, agent.explored ? "explored" : agent.status === "ok" ? (isActive ? "" : "not counted") : agent.status),
     h("span", { class: "figures" },
       agent.entropy_nats !== null && ` ${fixed(agent.entropy_nats, 3)} nats`,
       agent.right_probability !== undefined && agent.right_probability !== null && `, right ${percent(agent.right_probability)}`,

@@ -151,6 +151,7 @@ async def test_other_refusals_are_final(status: int) -> None:
         (b"<html>Bad gateway</html>", "status 404: <html>Bad gateway</html>"),
         (b'{"detail": "Not Found"}', "status 404: Not Found"),
         (b'{"error": "no"}', "status 404: no"),
+        (b'{"error": "half \\ud83d"}', "status 404: half ?"),
         (b'{"error": {"code": 7}}', 'status 404: {"code": 7}'),
         (b"", "status 404: no details"),
         (b"x" * 10**6, "status 404: " + "x" * 300),

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+
+from dmoa.errors import DmoaError
+from dmoa.workflows.backends import fetch_trace
 
 QUESTION = "What is 12 + 7?"
 
@@ -226,6 +230,19 @@ def test_replay_of_a_damaged_file_names_the_line(dmoa: Any, pool: Path, traces: 
     assert "line 4: not valid JSON" in result.stderr
 
 
+def test_replay_of_nothing_repeats_nothing(dmoa: Any, pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    result = dmoa("run", "--replay", tmp_path / "empty.jsonl", "--config", pool)
+    assert result.exit_code == 2
+    assert "empty.jsonl': it is empty; give a file of JSON lines that dmoa wrote" in result.stderr
+
+
+def test_a_trace_that_cannot_be_written_is_told_of_before_anybody_is_asked(dmoa: Any, pool: Path, tmp_path: Path) -> None:
+    result = dmoa("run", QUESTION, "--config", pool, "--trace", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--trace: cannot write" in result.stderr
+
+
 def test_replay_without_a_gate_says_so(dmoa: Any, pool: Path, tmp_path: Path) -> None:
     dmoa("run", QUESTION, "--config", pool, "--policy", "single", "--trace", tmp_path / "t.jsonl")
     result = dmoa("run", "--replay", tmp_path / "t.jsonl", "--config", pool)
@@ -234,6 +251,15 @@ def test_replay_without_a_gate_says_so(dmoa: Any, pool: Path, tmp_path: Path) ->
 
 
 # Through a server
+
+
+async def test_a_trace_of_another_dmoa_is_one_message() -> None:
+    async def trace(trace_id: str) -> dict[str, Any]:
+        return {"trace_id": trace_id, "colour": "red"}
+
+    server: Any = SimpleNamespace(url="http://x", trace=trace)
+    with pytest.raises(DmoaError, match=r"^http://x: its trace is not understood .*; use the dmoa of the server$"):
+        await fetch_trace(server, "t1")
 
 
 def test_a_server_gives_the_same_routing_as_this_process(dmoa: Any, pool: Path, url: str, tmp_path: Path) -> None:

@@ -70,6 +70,20 @@ def test_runs_have_the_figures_of_their_reports(folder: Path) -> None:
     assert client.get("/v1/dmoa/runs/nothing").status_code == 404
 
 
+def test_a_run_in_the_folder_itself_has_an_address_that_a_browser_keeps(folder: Path) -> None:
+    """`.../runs/.` is the list to a browser."""
+    client = TestClient(create_view(Folder(folder / "runs" / "one")), base_url="http://127.0.0.1")
+    (run,) = client.get("/v1/dmoa/runs").json()["data"]
+    assert (run["id"], run["kind"]) == ("one (DIR)", "evaluation")
+    assert client.get("/v1/dmoa/runs/one%20%28DIR%29").json()["rows"]
+
+
+def test_a_file_that_is_gone_since_is_no_trace(folder: Path) -> None:
+    client = TestClient(create_view(Folder(folder)), base_url="http://127.0.0.1")
+    (folder / "traces.jsonl").unlink()
+    assert client.get("/v1/dmoa/traces/t1").json()["error"]["code"] == "trace_not_found"
+
+
 def test_messages_of_a_run_that_are_none_are_passed_over(tmp_path: Path) -> None:
     lines = [
         '{"op": "config", "values": [1]}',

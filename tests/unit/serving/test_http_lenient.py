@@ -178,6 +178,11 @@ async def test_pages_of_named_origins_may_ask() -> None:
     )
     assert (answered.status_code, refused.status_code) == (200, 401)
     shown = answered.headers["access-control-expose-headers"].split(", ")
+    broken = make_app(FakeService(error=KeyError("odd")), keys=keys, cors_origins=("https://app.example",))
+    async with connect(broken) as client:
+        surprise = await client.post(CHAT, json=ASKED, headers={"origin": "https://app.example", "authorization": "Bearer one"})
+    assert (surprise.status_code, surprise.json()["error"]["code"]) == (500, "internal_error")
+    assert surprise.headers["access-control-allow-origin"] == "https://app.example"
     assert {"x-request-id", IGNORED_HEADER, "retry-after"} <= set(shown)
 
 

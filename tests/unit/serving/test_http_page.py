@@ -9,11 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 import dmoa
+from dmoa.errors import RequestError
 from dmoa.serving.actors import pack_record
 from dmoa.serving.http.middleware import ADMIN_VARIABLE, hash_keys
 from dmoa.serving.observatory import Observatory
+from dmoa.serving.trace_list import TraceFilter
 from dmoa.types import RouterStatus
 from tests.unit.serving.fake_service import AGENTS, FakeService, connect, make_app
 from tests.unit.serving.test_traces import answered
@@ -129,14 +132,25 @@ async def test_gates_of_a_router_that_is_away_are_a_503() -> None:
 
 
 class _Actor:
-    """A router's handle, whose methods answer from a table."""
+    """An actor's handle, whose methods answer from a table, or raise."""
 
     def __init__(self, **answers: Any) -> None:
         for name, answer in answers.items():
             setattr(self, name, SimpleNamespace(remote=partial(self._answer, answer)))
 
-    async def _answer(self, answer: Any) -> Any:
+    async def _answer(self, answer: Any, *arguments: object) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
         return answer
+
+
+async def test_a_trace_store_that_is_away_has_not_lost_everything() -> None:
+    pool: Any = SimpleNamespace(config=SimpleNamespace(agent_names=("a",)))
+    away = ActorUnavailableError("it restarts", b"0" * 16)
+    page = Observatory(traces=_Actor(listed=away), router=SimpleNamespace(), actor=None, swarm=pool)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="the trace store is away; try again in a moment") as caught:
+        await page.traces(TraceFilter(), None)
+    assert (caught.value.status, caught.value.code) == (503, "traces_away")
 
 
 async def test_the_current_gate_is_the_routers_not_the_last_that_was_offered() -> None:

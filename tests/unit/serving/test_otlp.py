@@ -19,7 +19,7 @@ from dmoa.serving.actors import pack_record
 from dmoa.serving.otlp import SCHEMA, Exporter, spans_of
 from dmoa.serving.traces import TraceStore
 from dmoa.trace import AnsweredQuery
-from dmoa.types import Answer, Message, Query
+from dmoa.types import Answer, Message, Query, SummarizerRecord
 from tests.logged import Logged
 from tests.unit.serving.fake_service import make_answer, make_step, reply
 
@@ -133,6 +133,17 @@ def test_texts_are_in_spans_only_where_they_are_wanted() -> None:
     assert message == {"role": "user", "parts": [{"type": "text", "content": "What is secret?"}]}
 
 
+def test_only_what_was_lost_is_an_error() -> None:
+    """An examiner's word is not; of one that wrote nothing no way of ending is told; half a character breaks nothing."""
+    lost = reply("adder", status="failed", error="no \ud83d", completion_tokens=0, prompt_tokens=0, cached_tokens=0)
+    step = make_step(
+        0, "19", replies=(reply("sorter", status="examiner"), lost), summarizer=SummarizerRecord(mode="select", verdict="rule")
+    )
+    found = spans_of(asked(), make_answer("t1", steps=(step,)), pool="tiny", ended_unix_s=NOW, content=False)
+    told = {span.name: (span.status.message, value_of(span, "gen_ai.response.finish_reasons")) for span in found}
+    assert (told["invoke_agent sorter"], told["invoke_agent adder"]) == (("", ["stop"]), ("no ?", None))
+
+
 @pytest.fixture
 def collector() -> Iterator[tuple[str, list[tuple[str, str | None, bytes]], threading.Event]]:
     """A collector on a free port: its URL, what it was sent as (path, x-key, body), and whether it answers."""
@@ -167,7 +178,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 async def test_a_collector_gets_the_spans_of_a_query(collector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     url, taken, *_ = collector
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-key=a%20b")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-key=a%20b,x-name=J%C3%BCrgen")
     store = TraceStore(RouterConfig(), TracingConfig(otlp_endpoint=url))
     kept = AnsweredQuery(
         query=asked(), answer=answer(), pool="tiny", fingerprint="f", user=None, metadata={}, created_unix_s=time.time()

@@ -18,19 +18,20 @@ import ray
 from ray.experimental import internal_kv
 
 from dmoa.config import RouterConfig, TracingConfig
-from dmoa.errors import ConfigError, RequestError
+from dmoa.errors import ConfigError, NoAgentError, RequestError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record, unpack_record
-from dmoa.serving.trace_list import TraceFilter, TraceSummary, statistics_of, summarise
+from dmoa.serving.trace_list import TraceFilter, TraceSummary, statistics_of, summarise, summary_of_failure
 from dmoa.serving.traces import TraceOutbox, TraceStore
 from dmoa.testing import decision, scripted_pool
-from dmoa.trace import AnsweredQuery, Trace, answer_of_reply, reply_dmoa, trace_of
+from dmoa.trace import AnsweredQuery, Trace, answer_of_reply, read_traces, reply_dmoa, trace_of, write_traces
 from dmoa.types import (
     AgentReply,
     Answer,
     Choice,
     EntropySum,
     FinalCall,
+    Message,
     Query,
     RouteRequest,
     StepRecord,
@@ -147,6 +148,46 @@ async def test_a_query_that_may_not_be_stored_is_counted_and_forgotten(tmp_path:
     assert json.loads(await store.statistics((), "k"))[0]["calls"] == 2
 
 
+def test_calls_stand_in_the_order_of_their_agents_and_are_timed_from_the_first() -> None:
+    """An examiner is asked after those whom it examines, and stands last; here it is one of them."""
+    asks, examines = ((Message(role="user", content=text),) for text in ("What?", "Is it right?"))
+    said = reply("adder", "RIGHT", status="examiner", prompt=examines, sent_unix_s=NOW + 0.25)
+    found = (reply("sorter", prompt=asks, sent_unix_s=NOW + 0.125), reply("adder", prompt=asks, sent_unix_s=NOW))
+    one = replace(answered("t1"), answer=make_answer("t1", steps=(make_step(0, "19", replies=(said, *found)),)))
+    trace = one.trace()
+    calls = [(call.agent, call.messages[0]["content"], call.started_ms) for call in trace.calls]
+    assert calls == [("adder", "What?", 0.0), ("sorter", "What?", 125.0), ("adder", "Is it right?", 250.0)]
+    assert [agent.name for agent in trace.dmoa.steps[0].agents][:3] == [name for name, *_ in calls]
+
+
+async def test_calls_before_a_branch_are_counted_once() -> None:
+    steps = (make_step(0, "18", replies=(reply("adder"),)), make_step(1, "19", replies=(reply("sorter"),)))
+    whole = replace(answered("t1"), answer=make_answer("t1", steps=steps))
+    branch = replace(answered("t2"), answer=make_answer("t2", steps=steps), branched_at=1)
+    store = TraceStore(RouterConfig())
+    await store.put_all([(pack_record(one), "k") for one in (whole, branch)])
+    told = {one["agent"]: (one["calls"], one["tokens"]) for one in json.loads(await store.statistics((), "k"))}
+    assert told == {"adder": (1, 4), "sorter": (2, 8)}
+    shown = json.loads(await store.listed(TraceFilter(), "k"))["data"]
+    assert [one["steps"] for one in shown] == [2, 2]
+
+
+async def test_no_gate_is_taught_or_judged_by_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are those of the query that it branches from, and whom it asks somebody chose."""
+    told: list[str] = []
+
+    async def take(packed: bytes) -> None:
+        told.extend(record.answer.trace_id for record in unpack_record(packed))
+
+    salts = SimpleNamespace(internal_kv_get=lambda *_: b"salt", internal_kv_put=lambda *_: 0)
+    monkeypatch.setattr(internal_kv, "global_gcs_client", salts)
+    monkeypatch.setattr(ray, "get_actor", lambda *_, **__: SimpleNamespace(put=SimpleNamespace(remote=take)))
+    store = TraceStore(RouterConfig())
+    both = (answered("asked"), replace(answered("branch"), branched_at=0))
+    await store.put_all([(pack_record(one), "k") for one in both], "app")
+    assert (told, sorted(await ids(store))) == (["asked"], ["asked", "branch"])
+
+
 async def test_a_trace_is_that_of_the_query_when_it_was_answered() -> None:
     store = TraceStore(RouterConfig(num_traces=2))
     await put(store, "t1")
@@ -191,6 +232,32 @@ async def test_pages_of_a_list_hold_every_trace_once() -> None:
     for number in range(7):
         await put(store, f"t{number}", at_s=number // 3)  # several at one moment
     assert sorted(await ids(store, limit="2")) == [f"t{number}" for number in range(7)]
+
+
+async def test_pages_follow_the_order_of_answers_and_not_that_in_which_they_were_told() -> None:
+    """A query that failed is told of at once, an answered one with others a tenth of a second later."""
+    store = TraceStore(RouterConfig())
+    for trace_id, at_s in (("third", 3), ("first", 1), ("second", 2)):
+        await put(store, trace_id, at_s=at_s)
+    assert await ids(store, limit="1") == ["third", "second", "first"]
+
+
+def test_an_examiner_has_not_failed() -> None:
+    """Nor does an agent's pace count what it wrote in calls whose time it does not count: 4 tokens / 0.02 s."""
+    said = reply("sorter", "WRONG", status="examiner", latency_ms=20.0)
+    step = make_step(
+        0,
+        "19",
+        replies=(said, reply("adder", latency_ms=20.0), reply("adder", status="failed", latency_ms=5.0)),
+        active=("adder",),
+    )
+    summary, calls = summarise(make_answer("t1", steps=(step,)), question="", created_unix_s=NOW)
+    assert summary.error == "adder: failed"
+    found = {one.agent: one for one in statistics_of(calls)}
+    assert {name: (one.calls, one.failed, one.tokens_per_s) for name, one in found.items()} == {
+        "sorter": (1, 0, 200.0),
+        "adder": (2, 1, 200.0),
+    }
 
 
 async def test_a_list_is_filtered_by_what_went_wrong_how_long_it_took_and_who_decided() -> None:
@@ -312,6 +379,54 @@ async def test_a_segment_goes_with_its_last_trace_and_a_broken_one_is_left_out(t
     assert await ids(TraceStore(bounds)) == ["t2"]
 
 
+async def test_a_damaged_line_of_an_index_costs_its_own_trace_alone(tmp_path: Path, logged: Logged) -> None:
+    bounds = RouterConfig(trace_uri=tmp_path.as_uri())
+    store = TraceStore(bounds)
+    for trace_id in ("t1", "t2", "t3"):
+        await put(store, trace_id)
+    await store.save()
+    index = newest_in(tmp_path)
+    first, _, last = index.read_bytes().split(b"\n")
+    index.write_bytes(b"\n".join((first, b'{"owner": "k', last)))
+    again = TraceStore(bounds)
+    assert await ids(again) == ["t3", "t1"]
+    assert all([await again.get(trace_id, "k") for trace_id in ("t1", "t3")])
+    assert "1 traces of" in logged.text
+
+
+async def test_half_a_line_is_no_trace(tmp_path: Path) -> None:
+    """A file that was cut, or an index whose digits are wrong, gives nobody a part of anything."""
+    store = TraceStore(RouterConfig(trace_uri=tmp_path.as_uri()))
+    for trace_id in ("t1", "t2"):
+        await put(store, trace_id)
+    await store.save()
+    lines = tmp_path / newest_in(tmp_path).name.replace(".index", "")
+    lines.write_bytes(lines.read_bytes()[:-10])
+    assert (await store.get("t1", "k") is None, await store.get("t2", "k")) == (False, None)
+
+
+async def test_half_a_character_in_a_text_keeps_no_trace_from_being_read_or_written(tmp_path: Path) -> None:
+    """As JSON may carry it, from an endpoint that cuts an error's words."""
+    bounds = RouterConfig(trace_uri=tmp_path.as_uri())
+    store = TraceStore(bounds)
+    one = answered("odd")
+    step = one.answer.steps[0]
+    lost = AgentReply(agent="b", status="failed", error="no \ud83d", text="")
+    odd = replace(one, answer=replace(one.answer, steps=(replace(step, replies=(*step.replies, lost)),)))
+    await store.put_all([(pack_record(odd), "k")])
+    await put(store, "even")
+    here = json.loads(await store.get("odd", "k") or "")
+    await store.save()
+    again = TraceStore(bounds)
+    there = json.loads(await again.get("odd", "k") or "")
+    assert await again.get("even", "k") is not None
+    assert [trace["dmoa"]["steps"][0]["agents"][1]["error"] for trace in (here, there)] == ["no ?", "no ?"]
+    write_traces(tmp_path / "file.jsonl", [odd.trace()])
+    assert [trace.trace_id for trace in read_traces(tmp_path / "file.jsonl")] == ["odd"]
+    told = summary_of_failure(one.query, "dmoa", NoAgentError("no \ud83d"), NOW)
+    assert json.loads(told.model_dump_json())["error"] == "NoAgentError: no ?"
+
+
 @contextmanager
 def days_later(monkeypatch: pytest.MonkeyPatch, days: float) -> Iterator[None]:
     """Within the block it is so many days later."""
@@ -343,7 +458,7 @@ async def test_traces_are_kept_when_their_place_changes(
         await store.save()
     assert await ids(store) == ["t3", "t2", "t1"]
     assert all([await store.get(f"t{number}", "k") for number in range(1, 4)])
-    await put(store, "t4")
+    await put(store, "t4", at_s=4)
     assert (await ids(store), names_in(tmp_path / "a")) == (["t4", "t3", "t2"], [])
     with days_later(monkeypatch, 40):
         await store.configure(moved, TracingConfig())
@@ -486,3 +601,33 @@ async def test_a_store_that_ray_restarts_has_the_settings_that_were_served_last(
     for trace_id in ("t1", "t2", "t3"):
         await put(store, trace_id)
     assert await ids(store) == kept
+
+
+async def test_a_store_that_ray_restarts_reads_where_the_app_wrote_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its place was changed while it lived."""
+    here, there = (RouterConfig(trace_uri=(tmp_path / name).as_uri()) for name in "ab")
+    last = scripted_pool("ab").model_copy(update={"router": there})
+    cluster = {b"dmoa/config/app": json.dumps({"config": last.model_dump(mode="json"), "configured": None}).encode()}
+    is_back = False
+
+    def keep(key: bytes, value: bytes, *_: object) -> int:
+        cluster[key] = value
+        return 1
+
+    client = SimpleNamespace(internal_kv_get=lambda key, _: cluster.get(key), internal_kv_put=keep)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=is_back))
+    monkeypatch.setattr(internal_kv, "global_gcs_client", client)
+    store = TraceStore(here, None, "app")
+    for bounds, number in ((here, 1), (there, 2)):
+        await store.configure(bounds, TracingConfig())
+        await put(store, f"t{number}", at_s=number)
+        await store.save()
+    is_back = True
+    again = TraceStore(here, None, "app")
+    assert await ids(again) == ["t2", "t1"]
+    assert all([await again.get(trace_id, "k") for trace_id in ("t1", "t2")])
+    await put(again, "t3", at_s=3)
+    await again.save()
+    assert (len(names_in(tmp_path / "a")), len(names_in(tmp_path / "b"))) == (2, 4)

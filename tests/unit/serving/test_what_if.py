@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dmoa.config import Config, loads
+from dmoa.trace import AnsweredQuery
 from tests.unit.serving.fake_service import connect, make_app
 from tests.unit.serving.pool_service import PoolService, pool_service
 
@@ -77,7 +78,7 @@ async def test_another_policy_says_whom_it_would_ask_at_each_recorded_state() ->
         trace = await asked(client)
         path = f"/v1/dmoa/traces/{trace['trace_id']}/what-if"
         found = (await client.post(path, json={"policy": "dense"})).json()
-        for body in ({}, {"policy": "dense", "gate_version": "v1"}, {"policy": "nothing"}):
+        for body in ({}, {"policy": "dense", "gate_version": "v1"}, {"policy": "nothing"}, {"gate_version": ""}):
             assert (await client.post(path, json=body)).status_code == 400
         assert (await client.post("/v1/dmoa/traces/none/what-if", json={"policy": "dense"})).status_code == 404
     assert sorted(found["steps"][0]["would_ask"]) == ["one", "three", "two"]
@@ -108,11 +109,13 @@ async def test_a_branch_may_ask_the_next_ranked_agents_or_another_policy() -> No
         instead = (await client.post(path, json={"step": 1, "agents": ["three"]})).json()["dmoa"]
         other = (await client.post(path, json={"step": 0, "policy": "single"})).json()
         unknown = await client.post(path, json={"step": 0, "agents": ["four"]})
+        over = await client.post(path, json={"step": 1, "policy": "single", "agents": ["two"]})
     counted = [[agent["name"] for agent in step["agents"][: step["k"]]] for step in instead["steps"]]
     assert counted == [["one", "two"], ["three"], ["one", "two"]]
     assert instead["steps"][1]["mass"] == pytest.approx(0.1)
     assert (other["dmoa"]["policy"], len(other["dmoa"]["steps"])) == ("single", 1)
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "agents")
+    assert (over.status_code, over.json()["error"]["param"]) == (400, "agents"), "single asks once: two was never asked"
 
 
 async def test_a_query_to_one_agent_is_asked_again_of_that_agent() -> None:
@@ -126,6 +129,38 @@ async def test_a_query_to_one_agent_is_asked_again_of_that_agent() -> None:
     assert [agent["name"] for agent in again["dmoa"]["steps"][0]["agents"]] == ["three"]
     assert [step["would_ask"] for step in found["steps"]] == [["three"]]
     assert len(other["steps"][0]["probabilities"]) == 3
+
+
+async def test_what_only_a_gate_that_is_gone_could_go_on_with_is_refused_by_its_name() -> None:
+    """A trace may be older than the versions that the router keeps; from its beginning the current gate decides."""
+    held, later = service(), pool_service(loads(POOL), {"v3": GATES["v1"]})
+    async with connect(make_app(held)) as client:
+        trace = await asked(client)
+    later.page.store = held.page.store
+    path = f"/v1/dmoa/traces/{trace['trace_id']}"
+    async with connect(make_app(later)) as client:
+        lost = await client.post(f"{path}/branch", json={"step": 1})
+        other = await client.post(f"{path}/what-if", json={"policy": "dmoa"})
+        anew = await client.post(f"{path}/branch", json={"step": 0})
+    for refused in (lost, other):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unknown_version")
+        assert "gate version 'v2' is not known" in refused.json()["error"]["message"]
+    assert anew.json()["dmoa"]["gate_version"] == "v3"
+
+
+async def test_a_branch_is_kept_as_one() -> None:
+    """For the feedback, which takes none: who branches chooses whom a gate version is to be judged by."""
+    seen: list[int | None] = []
+
+    class Noting(PoolService):
+        def record(self, answered: AnsweredQuery, key_hash: str) -> None:
+            seen.append(answered.branched_at)
+            super().record(answered, key_hash)
+
+    async with connect(make_app(Noting(service().page.swarm))) as client:
+        trace = await asked(client)
+        await client.post(f"/v1/dmoa/traces/{trace['trace_id']}/branch", json={"step": 1, "agents": ["three"]})
+    assert seen == [None, 1]
 
 
 async def test_an_answer_says_where_the_page_shows_it_and_a_lost_query_is_listed() -> None:

@@ -24,6 +24,7 @@ from dmoa.core.witnesses import NO_ANSWER, Witnesses, usual_doubts
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.feedback import MARK
 from dmoa.replay import replay_routing
+from dmoa.serving.trace_archive import without_secrets
 from dmoa.swarm import Swarm
 from dmoa.testing import (
     CONTEXT_DIM,
@@ -344,6 +345,17 @@ async def test_a_trace_with_a_label_model_replays_bit_for_bit(trained: tuple[Pat
     changed = read.model_copy(update={"dmoa": read.dmoa.model_copy(update={"steps": [lied, *read.dmoa.steps[1:]]})})
     (difference,) = replay_routing([changed], gate, "v1")[0].differences
     assert difference.startswith("step 0: right_probability was (0.123, ")
+
+
+async def test_replies_are_not_judged_again_by_words_that_were_taken_out(trained: tuple[Path, Any, list[str]]) -> None:
+    """A server that keeps traces takes secrets out of their texts: then two different ones agree."""
+    gate, _ = checkpoint.load(trained[0])
+    all_asked = Gate(replace(gate.spec, mass=0.999, fitted_left=None, theta=-50.0), label_model=gate.label_model)
+    keys = {name: Say(text=f"Answer: sk-{letter * 40}") for name, letter in zip(SAID, "abc", strict=True)}
+    _, _, trace = await ask(all_asked, keys, pool())
+    kept = Trace.model_validate(without_secrets(trace.model_dump(mode="json")))
+    assert {agent.text for agent in kept.dmoa.steps[0].agents if agent.status == "ok"} == {"Answer: [redacted]"}
+    assert replay_routing([kept], all_asked, "v1")[0].differences == ()
 
 
 async def test_without_a_label_model_nothing_is_judged(trained: tuple[Path, Any, list[str]]) -> None:
