@@ -40,7 +40,7 @@ class QueryMetrics:
         self.count_calls(answer)
 
     def count_calls(self, answer: Answer) -> None:
-        """Count the calls alone: those of a query that was asked once more to learn from are nobody's query, but calls and tokens."""
+        """Count calls and tokens alone: a query that was asked once more to learn from is nobody's query."""
         for step in answer.steps:
             for reply in step.replies:
                 self._calls.inc(1, {"agent": reply.agent, "status": reply.status})
