@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -126,15 +126,13 @@ def only_one(folder: Path, doing: str, name: str = "") -> Iterator[None]:
         lock.release()
 
 
-def is_held(folder: Path, name: str = "") -> bool:
-    """Tell whether a process holds a folder now, as `only_one` does."""
-    path = folder / (f".{name}.lock" if name else ".lock")
-    if not path.exists():
-        return False
+def is_held(folder: Path, name: str) -> bool:
+    """Tell whether a process holds a folder now, as `only_one` does, or its lock is somebody else's."""
+    path = folder / f".{name}.lock"
     try:
-        with FileLock(path, timeout=0):
+        with FileLock(path, timeout=0) if path.exists() else nullcontext():
             return False
-    except Timeout:
+    except OSError:  # a Timeout is one
         return True
 
 
