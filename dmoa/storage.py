@@ -6,6 +6,7 @@ the last seconds at most. Drafts, and folders of them, whose names begin with a 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -75,6 +76,11 @@ def place_of(uri: str, field: str) -> tuple[arrow_fs.FileSystem, str]:
         what = f"{field} is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})"
         raise ConfigError(redact_text(what)) from error
     return system, root.rstrip("/")
+
+
+def json_line(tree: Any) -> bytes:
+    """Return plain values as a line of JSON; what UTF-8 cannot carry becomes `?`."""
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
 
 
 def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:

@@ -114,7 +114,6 @@ def open_backend(
 
 async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Common, trace: Path | None) -> QueryResult:
     """Ask one question, show how it is answered, append its trace to a file, and close the backend. Raises DmoaError."""
-    from dmoa.trace import line_of
     from dmoa.workflows.backends import append_line
     from dmoa.workflows.console import Screen
 
@@ -126,7 +125,7 @@ async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Co
         screen.end_live_line()
         await backend.close()
     if trace is not None and asked.trace is not None:
-        append_line(trace, line_of(asked.trace).decode())
+        append_line(trace, asked.trace.line())
     return asked
 
 
