@@ -44,8 +44,11 @@ _uris: dict[Path, str] = {}
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path`, on disk and whole, when the block ends; nothing is left of it if that fails.
 
-    Makes the folder. Pipes and devices, such as /dev/stdout, stay what they are and are written to. Raises OSError.
+    Makes the folder, but none of a URI's name. Pipes and devices, such as /dev/stdout, stay what they are and are written to.
+    Raises OSError.
     """
+    if uri := uri_of(path):
+        raise OSError(f"{uri} is a URI; expected a file of this machine")
     if path.exists() and not (path.is_file() or path.is_dir()):
         with path.open("wb") as file:
             yield file
@@ -151,6 +154,12 @@ def uri_of(place: Path | str) -> str | None:
     place, mark, options = rest.partition("?")
     rest = place + mark + re.sub(r"(https?):/+", r"\1://", options)  # a path has lost one of the two there as well
     return f"file:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+
+
+def check_local(place: Path | None, option: str, then: str = "name one") -> None:
+    """Raise ConfigError for a URI where a place of this machine is wanted: a folder would be made of its name."""
+    if place is not None and (uri := uri_of(place)):
+        raise ConfigError(f"{option} is {uri!r}; expected a place of this machine; {then}")
 
 
 def under(uri: str, name: str) -> str:

@@ -26,6 +26,7 @@ from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError, RequestError
 from dmoa.policies.registry import POLICIES, check_words, split_policy
 from dmoa.protocols import SwarmClient
+from dmoa.storage import check_local
 from dmoa.swarm import Swarm, limits_for
 from dmoa.trace import ReplyDmoa, Trace, answer_of_reply, answer_of_trace, trace_of
 from dmoa.types import Answer, Event, Limits, Message, Query, StepRecord, TextDelta
@@ -453,6 +454,7 @@ def build_local_swarm(
 
 def append_line(path: Path, line: bytes = b"") -> None:
     """Append a line to a file, made where it is not there. Raises ConfigError if that cannot be written."""
+    check_local(path, "--trace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:

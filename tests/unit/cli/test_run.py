@@ -243,6 +243,36 @@ def test_a_trace_that_cannot_be_written_is_told_of_before_anybody_is_asked(dmoa:
     assert "--trace: cannot write" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("run", QUESTION, "--trace", "s3://bucket/t.jsonl"),
+            "--trace is 's3://bucket/t.jsonl'; expected a place",
+        ),
+        (("run", QUESTION, "--json", "s3://bucket/r.json"), "--json is 's3://bucket/r.json'; expected a place of this machine"),
+        (
+            ("export", "--format", "sft", "--traces", "t.jsonl", "--out", "gs://bucket/x.jsonl"),
+            "cannot write 'gs:/bucket/x.jsonl': gs://bucket/x.jsonl is a URI; expected a file of this machine",
+        ),
+        (
+            ("adapt", "--online", "--out", "s3://bucket/learner"),
+            "--out is 's3://bucket/learner'; expected a place",
+        ),
+    ],
+)
+def test_no_folder_is_made_of_the_name_of_a_place_elsewhere(
+    arguments: tuple[str, ...], message: str, dmoa: Any, pool: Path, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "t.jsonl").write_bytes(traces.read_bytes())
+    monkeypatch.chdir(tmp_path / "apart")
+    result = dmoa(*arguments, *(("--config", pool) if arguments[0] == "run" else ()))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert [path.name for path in Path().iterdir()] == ["t.jsonl"]
+
+
 def test_replay_without_a_gate_says_so(dmoa: Any, pool: Path, tmp_path: Path) -> None:
     dmoa("run", QUESTION, "--config", pool, "--policy", "single", "--trace", tmp_path / "t.jsonl")
     result = dmoa("run", "--replay", tmp_path / "t.jsonl", "--config", pool)
