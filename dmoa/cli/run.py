@@ -72,7 +72,7 @@ def run(
         raise RequestError('question: missing; give one, such as dmoa run "What is 12 + 7?", or --replay TRACE')
     policy = _policy(policy, url)
     wish = AskOptions(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s, keeps_trace=trace is not None)
-    if trace is not None:
+    if trace is not None and not trace.is_fifo():  # whose reader would take this for its end
         append_line(trace)  # a file that cannot be written is told of before anything is asked
     backend = open_backend(common, url, checkpoint, wish, question)
     asked = asyncio.run(ask_once(backend, question, wish, common, trace))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,6 +244,25 @@ def test_a_trace_that_cannot_be_written_is_told_of_before_anybody_is_asked(dmoa:
     result = dmoa("run", QUESTION, "--config", pool, "--trace", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--trace: cannot write" in result.stderr
+
+
+def test_a_trace_may_go_into_a_named_pipe(dmoa: Any, pool: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read: list[bytes] = []
+    is_over = threading.Event()
+
+    def follow() -> None:
+        while not is_over.is_set():
+            read.append((tmp_path / "pipe").read_bytes())  # until whoever writes closes it
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    assert dmoa("run", QUESTION, "--config", pool, "--trace", tmp_path / "pipe").exit_code == 0
+    is_over.set()
+    with suppress(OSError):  # nobody reads any more
+        os.close(os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK))
+    reader.join(10.0)
+    assert json.loads(read[0])["query"]["text"] == QUESTION
 
 
 @pytest.mark.parametrize(
