@@ -84,8 +84,8 @@ def check_reach(manifest: str, serve: str) -> None:
 def _serve_ports(tree: object) -> Iterator[int]:
     """Yield the port of every container that KubeRay takes for Serve's, by its name."""
     if isinstance(tree, dict):
-        if tree.get("name") == "serve" and "containerPort" in tree:
-            yield tree["containerPort"]
+        if tree.get("name") == "serve" and isinstance(port := tree.get("containerPort"), int):  # in a template it may be a name
+            yield port
         tree = list(tree.values())
     for part in tree if isinstance(tree, list) else ():
         yield from _serve_ports(part)

@@ -6,6 +6,7 @@ the last seconds at most. Drafts, and folders of them, whose names begin with a 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -43,8 +44,11 @@ _uris: dict[Path, str] = {}
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path`, on disk and whole, when the block ends; nothing is left of it if that fails.
 
-    Makes the folder. Pipes and devices, such as /dev/stdout, stay what they are and are written to. Raises OSError.
+    Makes the folder, but none of a URI's name. Pipes and devices, such as /dev/stdout, stay what they are and are written to.
+    Raises OSError.
     """
+    if uri := uri_of(path):
+        raise OSError(f"{uri} is a URI; expected a file of this machine")
     if path.exists() and not (path.is_file() or path.is_dir()):
         with path.open("wb") as file:
             yield file
@@ -75,6 +79,11 @@ def place_of(uri: str, field: str) -> tuple[arrow_fs.FileSystem, str]:
         what = f"{field} is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})"
         raise ConfigError(redact_text(what)) from error
     return system, root.rstrip("/")
+
+
+def json_line(tree: Any) -> bytes:
+    """Return plain values as a line of JSON; what UTF-8 cannot carry becomes `?`."""
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
 
 
 def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:
@@ -126,15 +135,13 @@ def only_one(folder: Path, doing: str, name: str = "") -> Iterator[None]:
         lock.release()
 
 
-def is_held(folder: Path, name: str = "") -> bool:
-    """Tell whether a process holds a folder now, as `only_one` does."""
-    path = folder / (f".{name}.lock" if name else ".lock")
-    if not path.exists():
-        return False
+def is_held(folder: Path, name: str) -> bool:
+    """Tell whether a process holds a folder now, as `only_one` does, or its lock is somebody else's."""
+    path = folder / f".{name}.lock"
     try:
-        with FileLock(path, timeout=0):
+        with FileLock(path, timeout=0) if path.exists() else nullcontext():
             return False
-    except Timeout:
+    except OSError:  # a Timeout is one
         return True
 
 
@@ -147,6 +154,12 @@ def uri_of(place: Path | str) -> str | None:
     place, mark, options = rest.partition("?")
     rest = place + mark + re.sub(r"(https?):/+", r"\1://", options)  # a path has lost one of the two there as well
     return f"file:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+
+
+def check_local(place: Path | None, option: str, then: str = "name one") -> None:
+    """Raise ConfigError for a URI where a place of this machine is wanted: a folder would be made of its name."""
+    if place is not None and (uri := uri_of(place)):
+        raise ConfigError(f"{option} is {uri!r}; expected a place of this machine; {then}")
 
 
 def under(uri: str, name: str) -> str:

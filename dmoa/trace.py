@@ -6,7 +6,6 @@ Made from an Answer; the HTTP reply and the trace files hold it, `dmoa schema re
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,7 @@ from dmoa.errors import TraceError
 from dmoa.flat import TokenFields, flat
 from dmoa.reading import MAX_OWN_BYTES, lines_of, read_json, regular
 from dmoa.records import quicken
-from dmoa.storage import replacing
+from dmoa.storage import json_line, replacing
 from dmoa.types import (
     AgentReply,
     AgentStatus,
@@ -556,6 +555,10 @@ class Trace(BaseModel):
     calls: list[TraceCall] = []
     """Every call with the prompt that the agent saw, in the order of the steps and their agents; empty in older traces."""
 
+    def line(self) -> bytes:
+        """Return it as a line of a file of traces."""
+        return json_line(self.model_dump(mode="json"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredQuery:
@@ -573,6 +576,11 @@ class AnsweredQuery:
     branched_at: int | None = None
     """Where it goes on from another query, as somebody chose: how many steps are that one's. No gate learns from it, or is judged
     by it."""
+
+    @property
+    def own(self) -> Answer:
+        """The answer without the steps that a branch took over: another query has told of them."""
+        return replace(self.answer, steps=self.answer.steps[self.branched_at :]) if self.branched_at else self.answer
 
     def trace(self) -> Trace:
         """Return its trace."""
@@ -654,15 +662,10 @@ def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> 
     )
 
 
-def line_of(trace: Trace) -> bytes:
-    """Return a trace as a line of JSON; what UTF-8 cannot carry becomes `?`."""
-    return json.dumps(trace.model_dump(mode="json"), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> Path:
     """Write traces as JSON lines, whole, then renamed. Returns the path."""
     with replacing(Path(path)) as file:
-        file.writelines(line_of(trace) + b"\n" for trace in traces)
+        file.writelines(trace.line() for trace in traces)
     return Path(path)
 
 

@@ -29,7 +29,7 @@ from dmoa.errors import ConfigError
 from dmoa.flat import flat_reply, reply_of
 from dmoa.protocols import AgentClient
 from dmoa.reading import hash_file
-from dmoa.storage import uri_of
+from dmoa.storage import check_local
 from dmoa.types import AgentCall, AgentReply, TextDelta
 from dmoa.validation import is_finite
 
@@ -99,8 +99,7 @@ def cache_folder(folder: Path | None) -> Path | None:
     """Return a folder as workers name it, None for none. Raises ConfigError here, not in a worker, where it cannot be used."""
     if folder is None:
         return None
-    if uri := uri_of(folder):
-        raise ConfigError(f"--call-cache is {uri!r}; expected a folder of this machine; name one")
+    check_local(folder, "--call-cache")
     CallStore(folder.absolute()).close()
     return folder.absolute()
 

@@ -72,7 +72,7 @@ def run(
         raise RequestError('question: missing; give one, such as dmoa run "What is 12 + 7?", or --replay TRACE')
     policy = _policy(policy, url)
     wish = AskOptions(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s, keeps_trace=trace is not None)
-    if trace is not None:
+    if trace is not None and not trace.is_fifo():  # whose reader would take this for its end
         append_line(trace)  # a file that cannot be written is told of before anything is asked
     backend = open_backend(common, url, checkpoint, wish, question)
     asked = asyncio.run(ask_once(backend, question, wish, common, trace))
@@ -114,7 +114,6 @@ def open_backend(
 
 async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Common, trace: Path | None) -> QueryResult:
     """Ask one question, show how it is answered, append its trace to a file, and close the backend. Raises DmoaError."""
-    from dmoa.trace import line_of
     from dmoa.workflows.backends import append_line
     from dmoa.workflows.console import Screen
 
@@ -126,7 +125,7 @@ async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Co
         screen.end_live_line()
         await backend.close()
     if trace is not None and asked.trace is not None:
-        append_line(trace, line_of(asked.trace).decode())
+        append_line(trace, asked.trace.line())
     return asked
 
 

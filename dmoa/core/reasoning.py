@@ -87,9 +87,10 @@ def opened_at_end(prompt: str) -> str:
 
 
 def closing_of(opening: str) -> str:
-    """Return what ends a thought without words behind the tag that opened it; empty where that is not known."""
-    tag = opening.strip().lower()
-    return next((f"\n{mark}\n\n" for mark in (f"{tag[0]}/{tag[1:]}", tag.replace("begin", "end")) if mark in _CLOSED), "")
+    """Return what ends a thought without words behind the tag that opened it, in its letters; empty where that is not known."""
+    tag = opening.strip()
+    ends = (f"{tag[0]}/{tag[1:]}", tag.replace("begin", "end"))
+    return next((f"\n{mark}\n\n" for mark in ends if mark.lower() in _CLOSED), "")
 
 
 class ReasoningSplitter:

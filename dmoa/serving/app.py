@@ -42,7 +42,6 @@ from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, quer
 from dmoa.serving.router.actor import ensure_router
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
-from dmoa.serving.trace_list import own_part
 from dmoa.serving.traces import TraceOutbox, ensure_traces
 from dmoa.swarm import Swarm, abilities_of
 from dmoa.trace import AnsweredQuery
@@ -222,7 +221,7 @@ class SwarmIngress:
         """Keep the trace of an answered query and hand it to the feedback, after the reply."""
         query, answer = answered.query, answered.answer
         if answered.branched_at is not None:  # which `answer_here` has not seen
-            self._metrics.count(own_part(answered))
+            self._metrics.count(answered.own)
         task = asyncio.get_running_loop().create_task(self._record(answered, key_hash))
         self._tasks[answer.trace_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))

@@ -33,7 +33,7 @@ class QueryMetrics:
             metric.set_default_tags(tags)
 
     def count(self, answer: Answer) -> None:
-        """Count one answered query and its calls; of a branch those that are its own."""
+        """Count one answered query and its calls."""
         self._queries.inc(1, {"policy": answer.policy, "stop_reason": answer.stop_reason})
         self._latency.observe(answer.wall_ms, {"policy": answer.policy})
         self._steps.observe(len(answer.steps), {"policy": answer.policy})

@@ -7,7 +7,6 @@ and what no index tells of, because it is damaged or its writer died, once it is
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.reading import MAX_LINE_BYTES
 from dmoa.serving.trace_list import TraceCalls, TraceSummary
-from dmoa.storage import place_of, write_at
+from dmoa.storage import json_line, place_of, write_at
 from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.traces")
@@ -72,10 +71,6 @@ class Indexed(BaseModel):
     calls: tuple[TraceCalls, ...]
 
 
-def _line(trace: dict[str, Any]) -> bytes:
-    return json.dumps(trace, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
-
 def _indexed(line: bytes) -> Indexed | None:
     try:
         return Indexed.model_validate_json(line)
@@ -109,11 +104,7 @@ class TraceArchive:
         segment = f"{time.time_ns() // 1_000_000:015d}-{secrets.token_hex(3)}"
         lines, index, places = bytearray(), [], []
         for one in batch:
-            line = (
-                b""
-                if one.trace is None
-                else json.dumps(without_secrets(one.trace), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-            )
+            line = b"" if one.trace is None else json_line(without_secrets(one.trace))
             summary = TraceSummary.model_validate(without_secrets(one.summary.model_dump()))
             kept = Indexed(owner=one.owner, offset=len(lines), length=len(line), summary=summary, calls=one.calls)
             places.append(Place(archive=self, segment=segment, offset=len(lines), length=len(line)))

@@ -9,14 +9,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.trace import AnsweredQuery, finite, replies_in_order, rounded
+from dmoa.trace import finite, replies_in_order, rounded
 from dmoa.types import Answer, Query
 from dmoa.validation import describe, findings, redact_text, storable
 
@@ -115,11 +114,6 @@ def summarise(answer: Answer, *, question: str, created_unix_s: float) -> tuple[
         error=", ".join(failed) or None,
     )
     return summary, calls
-
-
-def own_part(one: AnsweredQuery) -> Answer:
-    """Return the answer without the steps that a branch took over: another query has told of them."""
-    return replace(one.answer, steps=one.answer.steps[one.branched_at :]) if one.branched_at else one.answer
 
 
 def summary_of_failure(

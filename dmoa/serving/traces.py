@@ -25,18 +25,8 @@ from dmoa.serving.actors import ClusterMemory, detached, pack_record, served_bef
 from dmoa.serving.feedback import FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
-from dmoa.serving.trace_list import (
-    LOAD_S,
-    NOT_STORED,
-    TraceCalls,
-    TraceFilter,
-    TraceSummary,
-    own_part,
-    page_of,
-    statistics_of,
-    summarise,
-)
-from dmoa.trace import AnsweredQuery, line_of
+from dmoa.serving.trace_list import LOAD_S, NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
+from dmoa.trace import AnsweredQuery
 
 _LOG = logging.getLogger("dmoa.traces")
 BATCH_S = 0.1
@@ -207,11 +197,10 @@ class TraceStore:
         one: AnsweredQuery = unpack_record(packed)
         packed, question = (packed, one.query.text) if one.is_stored else (b"", NOT_STORED)
         summary, calls = summarise(one.answer, question=question, created_unix_s=one.created_unix_s)
-        own = own_part(one)
-        if own is not one.answer:
-            _, calls = summarise(own, question=question, created_unix_s=one.created_unix_s)
+        if one.branched_at:
+            _, calls = summarise(one.own, question=question, created_unix_s=one.created_unix_s)
         self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
-        self._exporter.put(one.query, own, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
+        self._exporter.put(one.query, one.own, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
         self._shrink()
         self._save_soon()
         return one
@@ -230,7 +219,7 @@ class TraceStore:
             return None
         if kept.packed:
             found: AnsweredQuery = unpack_record(kept.packed)
-            return line_of(found.trace()).decode()
+            return found.trace().line().decode()
         if kept.place is None or not kept.place.length:
             return None
         return await asyncio.to_thread(kept.place.archive.read, kept.place)

@@ -5,8 +5,8 @@ Deciding again asks no agent: the gate reads the inputs that were recorded, a po
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -60,17 +60,20 @@ async def by_gate(trace: Trace, router: Router, version: str) -> list[DecidedSte
             max_agents=route.max_agents,
             unavailable=tuple(route.masked),
         )
-        try:
+        with _known_versions():
             decision = await router.route(request)
-        except RoutingError as error:
-            raise _unknown(error) from error
         hidden_H = decision.hidden_H
         found.append(_decided(route.step, recorded[route.step].active, decision))
     return found
 
 
-def _unknown(error: RoutingError) -> RequestError:
-    return RequestError(f"gate_version: {error}", param="gate_version", code="unknown_version", status=404)
+@contextmanager
+def _known_versions() -> Iterator[None]:
+    """Raise RequestError for a gate version that is not kept any more."""
+    try:
+        yield
+    except RoutingError as error:
+        raise RequestError(f"gate_version: {error}", param="gate_version", code="unknown_version", status=404) from error
 
 
 def _decided(step: int, asked: tuple[str, ...], decision: RouteDecision) -> DecidedStep:
@@ -88,10 +91,8 @@ async def by_policy(trace: Trace, swarm: Swarm, name: str) -> list[DecidedStep]:
     policy, state = swarm.policy(name, _agent_of(trace, swarm, name)), begin(query_of_trace(trace, trace.trace_id))
     found = []
     for step in answer_of_trace(trace).steps:
-        try:
+        with _known_versions():
             plan = await policy.next_step(state)
-        except RoutingError as error:
-            raise _unknown(error) from error
         activations = () if isinstance(plan, Stop) else (*plan.activations, *plan.reserves)
         chances = [AgentChance(agent=one.agent, probability=round(one.probability, 6)) for one in activations]
         asked = [] if isinstance(plan, Stop) else [one.agent for one in plan.activations]
@@ -123,12 +124,10 @@ def branch(
 
 async def _branched(events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
     """Yield what a branch comes to. Raises RequestError where the gate that decided the steps before it is not kept any more."""
-    try:
+    with _known_versions():
         async with aclosing(events):
             async for event in events:
                 yield event
-    except RoutingError as error:
-        raise _unknown(error) from error
 
 
 def _policy_of(trace: Trace) -> str:

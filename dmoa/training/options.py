@@ -281,6 +281,12 @@ class ImportOptions(Options):
         return self
 
 
+def _was_exported(path: Path) -> bool:
+    """Tell what an export wrote, a line or none, from files of a run."""
+    with path.open("rb") as file:
+        return file.read(9) in (b"", b'{"message', b'{"prompt"')
+
+
 class ExportOptions(Options):
     """One export of what a swarm said."""
 
@@ -303,7 +309,7 @@ class ExportOptions(Options):
             raise ValueError("run and traces: give one of the two, --run DIR of an evaluation or --traces FILE")
         if self.traces is not None and _is_same(self.traces, self.out):
             raise ValueError(f"out is {str(self.out)!r}, which is read; name another file")
-        if self.run is not None and self.out.exists() and _is_inside(self.out, self.run):
+        if self.run is not None and self.out.is_file() and _is_inside(self.out, self.run) and not _was_exported(self.out):
             raise ValueError(f"out is {str(self.out)!r}, a file that lies in run, which is read; name another file")
         return self
 

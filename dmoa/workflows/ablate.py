@@ -36,15 +36,14 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
     from dmoa.evaluation.registry import expand_names
     from dmoa.evaluation.run import finish_run
     from dmoa.evaluation.run_folder import RunFolder
-    from dmoa.storage import uri_of
+    from dmoa.storage import check_local
     from dmoa.workflows.evaluate import run_evaluation
 
     if rollouts is None:
         raise ConfigError("--rollouts: missing; --ablations trains on them: name a folder that `dmoa rollouts` wrote, dense")
     assert options.out is not None
     for option, place in (("--out", options.out), ("--rollouts", rollouts)):
-        if uri_of(place):
-            raise ConfigError(f"{option} is {uri_of(place)!r}; with --ablations it is a folder of this machine; copy it here")
+        check_local(place, option, "copy it here, --ablations train from it")
     out = options.out.absolute()
     with goes_on(f"the same command with --out {options.out} --resume goes on from here"):
         gates = train_all(rollouts, out / "ablations", config, common, options.seed)

@@ -53,10 +53,11 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
     refuse_together({"--json": common.json_path}, "on a learner, which ends with no result; its curves lie in --out")
     address = ray_address(options.address) or AUTO  # before Ray is imported: it reads then whether to send its token
     from dmoa.serving.actors import ClusterMemory
-    from dmoa.storage import only_one
+    from dmoa.storage import check_local, only_one
     from dmoa.workflows.evaluate import opened_ray
     from dmoa.workflows.terminal import goes_on
 
+    check_local(options.out, "--out", "where a Ray has several machines, name a folder that they share")
     out = options.out.absolute()
     advice = "what was installed serves on, and the same command goes on from it"
     with goes_on(advice), only_one(out, "learner", "adapt"), opened_ray(address):

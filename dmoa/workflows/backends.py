@@ -26,6 +26,7 @@ from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError, RequestError
 from dmoa.policies.registry import POLICIES, check_words, split_policy
 from dmoa.protocols import SwarmClient
+from dmoa.storage import check_local
 from dmoa.swarm import Swarm, limits_for
 from dmoa.trace import ReplyDmoa, Trace, answer_of_reply, answer_of_trace, trace_of
 from dmoa.types import Answer, Event, Limits, Message, Query, StepRecord, TextDelta
@@ -451,12 +452,13 @@ def build_local_swarm(
     return Swarm(config, agents=agents, router=router, encoder=build_encoder(config), gates=named, engines=engines)
 
 
-def append_line(path: Path, line: str = "") -> None:
-    """Append one line to a file, making both, or make them alone. Raises ConfigError if that cannot be written."""
+def append_line(path: Path, line: bytes = b"") -> None:
+    """Append a line to a file, made where it is not there. Raises ConfigError if that cannot be written."""
+    check_local(path, "--trace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line and line + "\n")
+        with path.open("ab") as file:
+            file.write(line)
     except OSError as error:
         raise ConfigError(f"--trace: cannot write {str(path)!r}: {error}; name a file that can be written") from error
 

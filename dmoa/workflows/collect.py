@@ -27,7 +27,7 @@ from dmoa.evaluation.registry import SUITES, expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.provenance import code_revision
 from dmoa.reading import hash_file, read_json, regular
-from dmoa.storage import display_path, localized, uri_of, write_whole
+from dmoa.storage import check_local, display_path, localized, write_whole
 from dmoa.swarm import limits_for
 from dmoa.training.collect import CollectedQueries
 from dmoa.training.options import RolloutOptions, Weighted, share_out
@@ -77,8 +77,7 @@ def check_names(options: RolloutOptions) -> None:
         fine_split(options.split)
     if options.labels is not None and not names:
         raise ConfigError("--labels: no effect without --benchmarks: queries of your own have none; leave it out")
-    if options.labels is not None and (uri := uri_of(options.labels)):
-        raise ConfigError(f"--labels is {uri!r}; expected a folder of this machine: name one")
+    check_local(options.labels, "--labels")
 
 
 def prepare_queries(options: RolloutOptions, say: Callable[[str], None]) -> CollectedQueries:

@@ -53,11 +53,10 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
     Raises ConfigError where the pool has fewer agents, or the folder is none of this machine.
     """
     from dmoa.evaluation.run import finish_run
-    from dmoa.storage import uri_of
+    from dmoa.storage import check_local
 
     assert options.out is not None
-    if uri_of(options.out):
-        raise ConfigError(f"--out is {uri_of(options.out)!r}; with --curve it is a folder of this machine; copy it afterwards")
+    check_local(options.out, "--out", "with --curve name one and copy it afterwards")
     folder = RunFolder(options.out.absolute())
     shared = {"call_cache": folder.root / "calls"} if options.has_own_cache else {}
     for count in dict.fromkeys(options.curve):

@@ -546,6 +546,9 @@ class Common:
         path = self.json_path
         if path is None:
             return
+        from dmoa.storage import check_local
+
+        check_local(path, "--json")
         if path == Path("-"):
             raise ConfigError("--json is '-'; expected a file, as stdout has the result as text; name one")
         above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))

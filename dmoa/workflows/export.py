@@ -8,7 +8,6 @@ the pairs ours.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +17,7 @@ from dmoa.errors import ConfigError, TraceError
 from dmoa.evaluation.records import Answered
 from dmoa.evaluation.results import read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.storage import replacing
+from dmoa.storage import json_line, replacing
 from dmoa.trace import ReplyAgent, ReplyStep, Trace, read_traces
 from dmoa.training.options import ExportOptions
 from dmoa.validation import short, without_known_shapes
@@ -43,7 +42,7 @@ def export(options: ExportOptions) -> int:
         found = list(of_run(options.run, is_dpo=options.format == "dpo"))
     try:
         with replacing(options.out) as file:
-            file.writelines(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for line in found)
+            file.writelines(map(json_line, found))
     except OSError as error:
         raise ConfigError(f"--out: cannot write {str(options.out)!r}: {error}; name a file that can be written") from error
     return len(found)

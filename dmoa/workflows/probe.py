@@ -17,7 +17,7 @@ from dmoa.engines.recorded import RecordedReply, agent_name, read_replies, repli
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.reading import offsets
-from dmoa.storage import localized, uri_of, write_whole
+from dmoa.storage import check_local, localized, write_whole
 from dmoa.training.cluster_router import ProbeSample, sample_of
 from dmoa.training.probe import ProbeReport, one_agent, probe_pool
 from dmoa.training.queries import sample_queries
@@ -46,8 +46,7 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
 
     Raises ConfigError, DmoaError as `dmoa rollouts` does.
     """
-    if options.out is not None and (uri := uri_of(options.out)):
-        raise ConfigError(f"--out is {uri!r}; of a probe it is a folder of this machine: name one")
+    check_local(options.out, "--out")
     with localized(options, common.say, reads=("rollouts",)) as here:
         return _probed(here, config, common, command)
 

@@ -18,7 +18,7 @@ from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import goes_on
 
 if TYPE_CHECKING:
-    from dmoa.training.options import TrainOptions
+    from dmoa.training.options import RolloutOptions, TrainOptions
     from dmoa.training.trainer import TrainResult
 
 _SET_HERE = ("out", "round", "rollouts", "start_from", "address")
@@ -63,17 +63,15 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
     from the rollouts of all rounds so far. Raises ConfigError, CheckpointError, DmoaError; what was written is kept.
     """
     from dmoa.storage import localized
-    from dmoa.training.options import RolloutOptions
 
-    # Now, and not after hours of collecting.
-    RolloutOptions.parse({**options.rollouts, "out": options.out})
-    training_of(options, config, [options.out], options.out / "round-0" / "gate")
+    for number in (0, 1)[: options.rounds]:  # now, and not after hours of collecting
+        collecting = collection_of(options, number)
+        training_of(options, config, [collecting.out], collecting.out.parent / "gate")
     with goes_on("the same command goes on from here"), localized(options, common.say, writes=("out",)) as here:
         return _rounds(here, config, common, command)
 
 
 def _rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
-    from dmoa.training.options import RolloutOptions
     from dmoa.workflows.collect import run_rollouts
     from dmoa.workflows.evaluate import opened_ray
     from dmoa.workflows.train import run_train
@@ -83,16 +81,21 @@ def _rounds(options: RoundsOptions, config: Config, common: Common, command: str
     with opened_ray(options.address):
         for number in range(options.rounds):
             common.say(f"round {number + 1} of {options.rounds}")
-            folder = options.out / f"round-{number}"
-            values = {**options.rollouts, "out": folder / "rollouts", "round": number}
-            if number == 0:
-                values |= {"epsilon": None, "dense": True}
+            collecting = collection_of(options, number)
             config = _with_gate(config, result)
-            run_rollouts(RolloutOptions.parse(values), config, common, command)
-            collected.append(folder / "rollouts")
-            result = run_train(training_of(options, config, collected, folder / "gate"), config, common, command)
+            run_rollouts(collecting, config, common, command)
+            collected.append(collecting.out)
+            result = run_train(training_of(options, config, collected, collecting.out.parent / "gate"), config, common, command)
     assert result is not None
     return result
+
+
+def collection_of(options: RoundsOptions, number: int) -> RolloutOptions:
+    """Return the options of a round's collection."""
+    from dmoa.training.options import RolloutOptions
+
+    values = {**options.rollouts, "out": options.out / f"round-{number}" / "rollouts", "round": number}
+    return RolloutOptions.parse(values | ({} if number else {"epsilon": None, "dense": True}))
 
 
 def training_of(options: RoundsOptions, config: Config, collected: Sequence[Path], out: Path) -> TrainOptions:

@@ -97,13 +97,12 @@ def test_bad_pool_exits_2_and_writes_nothing(
     assert not out.exists()
 
 
-def test_manifest_that_is_a_template_is_filled_in_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head", ["metadata: {{ .Values.name }}: {", "ports: [{name: serve, containerPort: '${PORT}'}]"])
+def test_manifest_that_is_a_template_is_filled_in_as_text(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, out = tmp_path / "rayservice.yaml", tmp_path / "serve.yaml"
-    manifest.write_text("metadata: {{ .Values.name }}: {\nspec:\n  serveConfigV2: |\n    old\n", encoding="utf-8")
+    manifest.write_text(f"{head}\nspec:\n  serveConfigV2: |\n    old\n", encoding="utf-8")
     assert run_build(monkeypatch, "--manifest", str(manifest), "--out", str(out)) == 0
-    assert manifest.read_text(encoding="utf-8").startswith(
-        "metadata: {{ .Values.name }}: {\nspec:\n  serveConfigV2: |\n    # Built"
-    )
+    assert manifest.read_text(encoding="utf-8").startswith(f"{head}\nspec:\n  serveConfigV2: |\n    # Built")
 
 
 def test_texts_that_another_yaml_reads_otherwise_stand_in_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_a_place_of_another_machine_is_refused_and_no_folder_made_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"--call-cache is 's3://bucket/calls'; expected a folder of this machine"):
+    with pytest.raises(ConfigError, match=r"--call-cache is 's3://bucket/calls'; expected a place of this machine"):
         cache_folder(Path("s3://bucket/calls"))
     assert list(tmp_path.iterdir()) == []
     assert cache_folder(None) is None

@@ -201,7 +201,7 @@ def test_where_a_template_wants_roles_in_turn_neighbours_of_one_role_are_one_mes
     ("opening", "closing"),
     [
         ("<think>\n", "\n</think>\n\n"),
-        ("[THINK]", "\n[/think]\n\n"),
+        ("[THINK]", "\n[/THINK]\n\n"),
         ("<|begin_of_thought|>", "\n<|end_of_thought|>\n\n"),
         ("<|channel_thought|>", ""),
         ("Answer:", ""),

@@ -98,3 +98,6 @@ def test_two_clusters_learners_write_to_two_folders(pool: Path, tmp_path: Path) 
     with only_one(first, "learner", "adapt"):
         assert serve.learner_folder(config, "mine") == tmp_path / "learner-2"
     assert serve.learner_folder(config, "mine") == first == tmp_path / "learner"
+    (first / ".adapt.lock").unlink()
+    (first / ".adapt.lock").mkdir()  # as little to be had as that of another user
+    assert serve.learner_folder(config, "mine") == tmp_path / "learner-2"

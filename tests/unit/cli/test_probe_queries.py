@@ -117,7 +117,7 @@ def test_a_pool_of_one_agent_is_refused_before_anybody_is_asked(tmp_path: Path) 
 def test_what_cannot_be_read_or_written_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
     pool = scripted_pool()
     for changes, message in (
-        ({"out": "s3://bucket/x"}, "--out is 's3://bucket/x'; of a probe it is a folder of this machine"),
+        ({"out": "s3://bucket/x"}, "--out is 's3://bucket/x'; expected a place of this machine"),
         ({"out": tmp_path / "out", "benchmarks": "arith", "outcomes": tmp_path / "gone"}, "--outcomes: .*gone"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -122,7 +122,7 @@ def test_a_query_is_as_wide_as_its_exploration(pool: Path) -> None:
         (["--queries", "nowhere.txt", "--labels", "l"], "--labels: no effect without --benchmarks"),
         (
             ["--benchmarks", "arith", "--labels", "s3://bucket/l"],
-            "--labels is 's3://bucket/l'; expected a folder of this machine",
+            "--labels is 's3://bucket/l'; expected a place of this machine",
         ),
         (["--benchmarks", "arith", "--checkpoint", "nowhere"], "nowhere"),
         (["--benchmarks", "arith", "--limit", "9999999"], "limit is 9999999"),

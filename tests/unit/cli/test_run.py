@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,6 +244,55 @@ def test_a_trace_that_cannot_be_written_is_told_of_before_anybody_is_asked(dmoa:
     result = dmoa("run", QUESTION, "--config", pool, "--trace", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--trace: cannot write" in result.stderr
+
+
+def test_a_trace_may_go_into_a_named_pipe(dmoa: Any, pool: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read: list[bytes] = []
+    is_over = threading.Event()
+
+    def follow() -> None:
+        while not is_over.is_set():
+            read.append((tmp_path / "pipe").read_bytes())  # until whoever writes closes it
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    assert dmoa("run", QUESTION, "--config", pool, "--trace", tmp_path / "pipe").exit_code == 0
+    is_over.set()
+    with suppress(OSError):  # nobody reads any more
+        os.close(os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK))
+    reader.join(10.0)
+    assert json.loads(read[0])["query"]["text"] == QUESTION
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("run", QUESTION, "--trace", "s3://bucket/t.jsonl"),
+            "--trace is 's3://bucket/t.jsonl'; expected a place",
+        ),
+        (("run", QUESTION, "--json", "s3://bucket/r.json"), "--json is 's3://bucket/r.json'; expected a place of this machine"),
+        (
+            ("export", "--format", "sft", "--traces", "t.jsonl", "--out", "gs://bucket/x.jsonl"),
+            "cannot write 'gs:/bucket/x.jsonl': gs://bucket/x.jsonl is a URI; expected a file of this machine",
+        ),
+        (
+            ("adapt", "--online", "--out", "s3://bucket/learner"),
+            "--out is 's3://bucket/learner'; expected a place",
+        ),
+    ],
+)
+def test_no_folder_is_made_of_the_name_of_a_place_elsewhere(
+    arguments: tuple[str, ...], message: str, dmoa: Any, pool: Path, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "t.jsonl").write_bytes(traces.read_bytes())
+    monkeypatch.chdir(tmp_path / "apart")
+    result = dmoa(*arguments, *(("--config", pool) if arguments[0] == "run" else ()))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert [path.name for path in Path().iterdir()] == ["t.jsonl"]
 
 
 def test_replay_without_a_gate_says_so(dmoa: Any, pool: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import ray.util.metrics
 from ray.experimental import internal_kv
 
 from dmoa.config import RouterConfig, TracingConfig
 from dmoa.errors import ConfigError, NoAgentError, RequestError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record, unpack_record
+from dmoa.serving.metrics import QueryMetrics
 from dmoa.serving.trace_list import TraceFilter, TraceSummary, statistics_of, summarise, summary_of_failure
 from dmoa.serving.traces import TraceOutbox, TraceStore
 from dmoa.testing import decision, scripted_pool
@@ -170,6 +173,32 @@ async def test_calls_before_a_branch_are_counted_once() -> None:
     assert told == {"adder": (1, 4), "sorter": (2, 8)}
     shown = json.loads(await store.listed(TraceFilter(), "k"))["data"]
     assert [one["steps"] for one in shown] == [2, 2]
+
+
+def test_metrics_count_what_is_a_branchs_own_and_no_query_of_an_exploration(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Counter[tuple[str, ...]]()
+
+    class Recorder:
+        def __init__(self, name: str, *_: object) -> None:
+            self._name = name
+
+        def set_default_tags(self, tags: dict[str, str]) -> None:
+            pass
+
+        def inc(self, count: float, tags: dict[str, str]) -> None:
+            told[self._name, *tags.values()] += int(count)
+
+        observe = inc
+
+    for kind in ("Counter", "Histogram"):
+        monkeypatch.setattr(ray.util.metrics, kind, Recorder)
+    steps = (make_step(0, "18", replies=(reply("adder"),)), make_step(1, "19", replies=(reply("sorter"),)))
+    metrics, answer = QueryMetrics("p"), make_answer("t", steps=steps)
+    metrics.count(replace(answered("t"), answer=answer, branched_at=1).own)
+    metrics.count_calls(replace(answer, steps=steps[:1]))
+    assert told["dmoa_queries", "dmoa", "agreement"] == told["dmoa_query_steps", "dmoa"] == 1
+    assert (told["dmoa_agent_calls", "adder", "ok"], told["dmoa_agent_calls", "sorter", "ok"]) == (1, 1)
+    assert told["dmoa_tokens", "completion"] == answer.usage.completion_tokens
 
 
 async def test_no_gate_is_taught_or_judged_by_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:

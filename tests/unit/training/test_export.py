@@ -120,10 +120,10 @@ def test_a_run_gives_right_answers_and_pairs_by_its_scores(tmp_path: Path) -> No
 
 
 def run_of(path: Path, answers: dict[str, Any], values: dict[str, float], **changes: Any) -> Path:
-    """A run of one row: policy -> the changes of its answer, and its score."""
+    """A run of one row, in whose folder exports may lie: policy -> the changes of its answer, and its score."""
     info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=tuple(answers), **changes)
     made = [answered("gsm8k", 0, policy, **{"text": f"{policy} says"} | changed) for policy, changed in answers.items()]
-    folder = write_run(path / "run", info, made, [scored("gsm8k", 0, policy, value) for policy, value in values.items()])
+    folder = write_run(path, info, made, [scored("gsm8k", 0, policy, value) for policy, value in values.items()])
     write_lines(folder.tasks("gsm8k"), [Task(row_id=made[0].row_id, benchmark="gsm8k", text="ask")])
     return folder.root
 

@@ -43,6 +43,14 @@ def test_bad_options_are_refused_before_anybody_is_asked(
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_and_queries_may_lie_beside_the_rounds(tmp_path: Path) -> None:
+    """Training reads the folders of the rounds alone: what is refused here is the training, whose options are looked at next."""
+    mine = {"benchmarks": "arith", "labels": tmp_path / "labels", "queries": str(tmp_path / "queries.jsonl"), "limit": 2}
+    options = RoundsOptions.parse({"out": tmp_path, "rollouts": mine, "train": {"epochs": 0}})
+    with pytest.raises(ConfigError, match="train: epochs is 0"):
+        run_rounds(options, scripted_pool(), Common(verbosity=-1), "")
+
+
 @pytest.mark.parametrize("name", ["url", "from_traffic"])
 def test_rounds_ask_the_gate_that_they_train(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"job.rollouts: {name}: a round asks its own pool, by the gate that was trained last"):

@@ -413,6 +413,7 @@ Change = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
         (lambda rows: [value | {"entropy_sum_nats": float("nan")} for value in rows], "expected finite numbers"),
         (lambda rows: [*rows, rows[0]], "is there twice"),
         (lambda rows: [value | {"num_steps": 2} for value in rows], r"has steps \[0\] of 2"),
+        (lambda rows: [value | {"num_steps": 1 << 60} for value in rows], rf"has steps \[0\] of {1 << 60}"),  # at once
         (lambda rows: [value for value in rows if value["agent"] == "one"], "hold no pair of scores"),
     ],
 )
