@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, Field, ValidationError
 
 from dmoa.config import Config
 from dmoa.core.features import Preset
 from dmoa.errors import DmoaError, PluginError, RequestError
 from dmoa.plugins import Registry, home_of
 from dmoa.policies.options import PolicyOptions, Staged
-from dmoa.protocols import Encoder, Policy, Router
-from dmoa.types import Fold, QueryState, StepPlan, Stop, StopReason
-from dmoa.validation import did_you_mean, short
+from dmoa.protocols import Encoder, Policy, Router, ended
+from dmoa.types import Activation, Fold, QueryState, StepPlan, Stop, StopReason
+from dmoa.validation import describe, did_you_mean, short
 
 _LOG = logging.getLogger("dmoa.policies")
 
@@ -242,10 +244,26 @@ def build_policy(name: str, context: PolicyContext) -> Policy:
             param="dmoa.policy",
             code="unknown_policy",
         )
-    entry = POLICIES[name]
-    context = replace(context, options=check_words(entry, context.agent, context.config))
-    built = entry.build(context) if name in POLICIES.builtin else PluginPolicy(entry, context)
+    built = built_from(POLICIES[name], replace(context, options=check_words(POLICIES[name], context.agent, context.config)))
     return built if name in _KNOW_STAGES else Staged(built)
+
+
+def built_from(entry: PolicyEntry, context: PolicyContext) -> Policy:
+    """Return the policy of an entry, whose mistakes, where it is not dmoa's own, are PluginErrors."""
+    return entry.build(context) if entry.name in POLICIES.builtin else PluginPolicy(entry, context)
+
+
+class _Planned(BaseModel):
+    """What a plan asks, whose records anybody may have filled."""
+
+    activations: tuple[Activation, ...]
+    reserves: tuple[Activation, ...]
+    explored: tuple[Activation, ...]
+    quorum: int | None = Field(ge=1)
+
+
+def _plain(value: object) -> object:
+    return [asdict(x) if isinstance(x, Activation) else x for x in value] if isinstance(value, list | tuple) else value
 
 
 class PluginPolicy:
@@ -287,14 +305,32 @@ class PluginPolicy:
             raise self._error(f"{where} is {short(plan)}; expected a Stop, or a StepPlan that asks somebody")
         self._check_word(where, "fold", plan.fold, get_args(Fold))
         self._check_word(where, "ends_with", plan.ends_with, (*get_args(StopReason), None))
-        asked = dict.fromkeys(item.agent for item in (*plan.activations, *plan.reserves, *plan.explored))
-        unknown = [name for name in asked if name not in self._agents]
+        try:
+            planned = dict(_Planned.model_validate({name: _plain(getattr(plan, name)) for name in _Planned.model_fields}))
+        except ValidationError as error:
+            raise self._error(f"{where}: {describe(error)}; mend the plan") from None
+        asked = [*planned["activations"], *planned["explored"]]
+        unknown = [x.agent for x in dict.fromkeys((*asked, *planned["reserves"])) if x.agent not in self._agents]
         if unknown:
-            seen, allowed = ", ".join(map(repr, unknown)), ", ".join(self._agents)
+            seen, allowed = ", ".join(map(repr, dict.fromkeys(unknown))), ", ".join(self._agents)
             raise self._error(
                 f"{where}: agent {seen} is not in the pool; expected {allowed}{did_you_mean(unknown, self._agents)}"
             )
-        return plan
+        if len({(x.agent, x.sample) for x in asked}) < len(asked):  # else calls of one id, which draw the same words
+            asked = [replace(x, sample=sum(y.agent == x.agent for y in asked[:i])) for i, x in enumerate(asked)]
+            count = len(planned["activations"])
+            planned |= {"activations": tuple(asked[:count]), "explored": tuple(asked[count:])}
+        return replace(plan, **planned)
+
+    def ended(self, state: QueryState) -> str:
+        """Return the answer that the policy makes of a query that is over. Raises PluginError where that fails."""
+        try:
+            text = ended(self._policy, state)
+        except Exception as error:  # code of others
+            raise self._raised("ended", error) from error
+        if not isinstance(text, str):
+            raise self._error(f"ended is {short(text)}; expected the answer, a text")
+        return text
 
     def _check_word(self, where: str, name: str, value: object, allowed: Sequence[str | None]) -> None:
         if value not in allowed:

@@ -20,7 +20,7 @@ from dmoa.core.aggregate import answer_key
 from dmoa.errors import NoAgentError, RequestError
 from dmoa.policies.dmoa import build_dmoa
 from dmoa.policies.options import Count, PolicyOptions, ask
-from dmoa.policies.registry import POLICIES, PolicyContext, policy
+from dmoa.policies.registry import POLICIES, PolicyContext, built_from, policy
 from dmoa.policies.routers import judged_of
 from dmoa.protocols import Encoder, Policy, ended
 from dmoa.types import Activation, QueryState, StepPlan, Stop
@@ -43,7 +43,7 @@ def inner_policy(context: PolicyContext, name: str, agents: tuple[str, ...] | No
     entry = POLICIES[name]
     words = f"agents={'+'.join(agents or context.config.agent_names)}"
     options = entry.options_of(words, context.config) if entry.options else None
-    return entry.build(replace(context, agent=None, options=options))
+    return built_from(entry, replace(context, agent=None, options=options))
 
 
 class _Wrapping:
