@@ -50,7 +50,7 @@ class AnswerTally:
     usage: TokenUsage = field(default_factory=TokenUsage)
     summarizer_tokens: int = 0
     memoised_tokens: int = 0
-    calls: int = 0
+    calls: float = 0
     bugs: int = 0
     late: int = 0
     price: array[float] = field(default_factory=lambda: array("d"))
@@ -79,7 +79,7 @@ class AnswerTally:
         self.memoised_tokens += line.memoised_tokens
         self.calls += line.calls or 0
         self.bugs += line.bugs
-        self.late += line.stop_reason == "deadline" or (line.error or "").startswith("DeadlineError")
+        self.late += line.is_late
         self.wall_ms.append(line.wall_ms)
         if line.gate_version is not None:
             self.gate_versions.add(line.gate_version)
@@ -531,7 +531,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         is_generated=info.is_generated,
         chance=info.chance,
         deviation=info.deviation,
-        calls=answers.calls,
+        calls=round(answers.calls),
         asked=len(answers.seen),
         late=answers.late,
         bugs=answers.bugs,

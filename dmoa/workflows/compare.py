@@ -64,7 +64,7 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
         for defence in options.curve_defences:
             common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
             changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)} | shared
-            run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False)
+            run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False, rows_of=folder)
     return finish_run(folder)
 
 

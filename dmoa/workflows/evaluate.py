@@ -258,7 +258,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     if adversaries is not None:
         adversaries.of(config.agent_names)  # more than there are agents are refused here, not in a worker
     used = {agent.llm for agent in config.agents}
-    widest = options.limits(limits_for(config)).max_agents
+    widest = options.limits(limits_for(config)).max_agents or len(config.agents)  # the gate's limit, which no other policy reads
     widths = {policy: width_of(policy, config) for policy in options.policies}
     gates = {name: folder.absolute() for name, folder in options.gates.items()}
     return AnswerWorkers(
@@ -272,7 +272,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
         ),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
-        widths={policy: width if widest is None else min(width, widest) for policy, width in widths.items()},
+        widths={policy: min(width, widest) if split_policy(policy)[0] == "dmoa" else width for policy, width in widths.items()},
         num_gpus=pool_gpus(config),
         env=ENGINE_ENV,
     )

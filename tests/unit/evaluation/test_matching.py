@@ -11,11 +11,12 @@ from dmoa.dispatch import Dispatcher
 from dmoa.errors import ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.figures import curves, overall
-from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, Matching, Task
+from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, EvaluateOptions, Matching, Task
 from dmoa.evaluation.repeats import mean_answer, merge_repeats
 from dmoa.evaluation.report import accuracy_against, pareto, render_report, routing
 from dmoa.evaluation.results import build_evaluation, read_evaluation
 from dmoa.evaluation.run import finish_run
+from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES
 from dmoa.testing import (
     Fail,
@@ -36,7 +37,8 @@ from dmoa.testing import (
 from dmoa.testing import failed as lost
 from dmoa.types import Limits, Price
 from dmoa.workflows.compare import against, check_curve, remarks, run_comparison, share_of_budget, taken, with_baselines
-from dmoa.workflows.console import Common
+from dmoa.workflows.console import Bars, Common
+from dmoa.workflows.evaluate import build_evaluation as build_evaluation_of
 from dmoa.workflows.evaluate import check_policies, expand_policies
 
 TASK = Task(row_id="gsm8k/test/1", benchmark="gsm8k", text="?")
@@ -84,6 +86,15 @@ def test_what_cannot_be_compared_is_said_before_hours_of_work(values: dict[str, 
     with pytest.raises(DmoaError, match=said):
         run_comparison(options, scripted_pool(("a", "b")), COMMON, "dmoa compare")
     assert not (tmp_path / "run").exists()
+
+
+def test_under_a_budget_of_agents_the_gates_queries_alone_take_fewer_places(tmp_path: Path) -> None:
+    """`--budget cpu` has the gate ask two; the others go on asking as many at once as ever, and take as many places."""
+    policies = ("dmoa", "dense", "moa", "self_consistency:k=9", "single")
+    options = EvaluateOptions(benchmarks=("arith",), policies=policies, budget="cpu", out=tmp_path / "run")
+    with Bars(-1) as bars:
+        made = build_evaluation_of(options, scripted_pool("abcde"), ("arith",), RunFolder(tmp_path / "run"), COMMON, bars, "")
+    assert made.workers.widths == {"dmoa": 2, "dense": 5, "moa": 5, "self_consistency:k=9": 9, "single": 1}
 
 
 def test_a_matched_budget_lowers_the_limits_of_its_benchmark_alone() -> None:
@@ -173,8 +184,6 @@ def test_repeats_are_one_run_of_means(tmp_path: Path) -> None:
         )
         for number in (0, 1)
     ]
-    from dmoa.evaluation.run_folder import RunFolder
-
     found = merge_repeats(RunFolder(tmp_path), parts)
     row = found.rows[0]
     assert (row.n, row.accuracy, row.correct, row.prompt_tokens, row.price, row.calls) == (2, 0.75, 1, 30, 1.0, 4)
@@ -192,6 +201,27 @@ def test_a_repeat_that_failed_counts_nothing_and_hides_nothing_of_the_others() -
     assert (found.status, found.calls, found.price, found.usage.total) == ("ok", 2, pytest.approx(0.3), 74)
     assert mean_answer([*lines[:2], answered("gsm8k", 0, "dmoa")]).calls is None, "an older line does not say"
     assert mean_answer([lost("gsm8k", 0, "dmoa")] * 2).status == "failed"
+
+
+def test_calls_of_repeats_are_their_mean_and_not_the_nearest_whole_number_of_each_row() -> None:
+    """Two rows of 1 and 2 calls: 1.5 a query, and half of a budget of 3."""
+    lines = [mean_answer([answered("gsm8k", row, "dmoa", calls=calls) for calls in (1, 2)]) for row in (0, 1)]
+    info = run_info(
+        [BenchmarkInfo(name="gsm8k", rows=2)],
+        policies=("dmoa",),
+        match="calls",
+        budgets={"gsm8k": {"budget_calls": 3}},
+        repeats=2,
+    )
+    found = build_evaluation(info, lines, [scored("gsm8k", row, "dmoa", 1.0) for row in (0, 1)])
+    (row,) = found.rows
+    assert (row.calls, taken(row)[1], share_of_budget(found, row)) == (3, "1.5", "50 %")
+
+
+def test_a_row_that_the_deadline_cut_in_any_repeat_is_told() -> None:
+    whole, cut = answered("gsm8k", 0, "chain"), answered("gsm8k", 0, "chain", stop_reason="deadline")
+    failing = lost("gsm8k", 0, "chain", "DeadlineError: too late")
+    assert [mean_answer(lines).is_late for lines in ([whole, cut], [whole, failing], [whole, whole])] == [True, True, False]
 
 
 def test_the_table_says_what_each_policy_took_and_how_it_differs_from_the_reference() -> None:
