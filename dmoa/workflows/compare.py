@@ -101,7 +101,7 @@ def with_baselines(options: CompareOptions, config: Config | None = None) -> tup
     more = [name for name in fit if name not in named] if options.baselines else []
     is_paced = options.match in ("tokens", "calls", "price") and options.url is None
     reference, *others = (*given, *more)
-    raised = [f"{name}:k={MOST_SAMPLES}" if is_paced and name in _SAMPLING else name for name in others]
+    raised = [f"{x}:k={MOST_SAMPLES}" if is_paced and split_policy(x)[0] in _SAMPLING and ":k=" not in x else x for x in others]
     return tuple(dict.fromkeys((reference, *raised)))
 
 

@@ -10,7 +10,7 @@ import pytest
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, query_of_task
-from dmoa.evaluation.figures import curves, overall
+from dmoa.evaluation.figures import Footnotes, curves, overall
 from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, EvaluateOptions, Matching, Task
 from dmoa.evaluation.repeats import mean_answer, merge_repeats
 from dmoa.evaluation.report import accuracy_against, pareto, render_report, routing
@@ -224,6 +224,19 @@ def test_a_row_that_the_deadline_cut_in_any_repeat_is_told() -> None:
     assert [mean_answer(lines).is_late for lines in ([whole, cut], [whole, failing], [whole, whole])] == [True, True, False]
 
 
+def test_tables_say_who_learnt_from_labels() -> None:
+    by_file, by_rewards = "knn_router:data=seen.jsonl:k=3", "knapsack:rewards=seen.jsonl"
+    policies = (by_file, by_rewards, "dmoa", "dmoa:told", "moa")
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=policies)
+    versions = {"dmoa": "abc", "dmoa:told": "outcomes-20-abc"}
+    lines = [answered("gsm8k", 0, policy, gate_version=versions.get(policy)) for policy in policies]
+    found = build_evaluation(info, lines, [scored("gsm8k", 0, policy, 1.0) for policy in policies])
+    notes = Footnotes(found)
+    (note,) = notes.all()
+    assert note.text == "it learnt from labels, judged replies or outcomes; the others did not"
+    assert [row.policy for row in found.rows if notes.marks(row)] == [by_file, by_rewards, "dmoa:told"]
+
+
 def test_the_table_says_what_each_policy_took_and_how_it_differs_from_the_reference() -> None:
     info = run_info(
         [BenchmarkInfo(name="gsm8k", rows=2)],
@@ -341,6 +354,8 @@ def test_baselines_are_added_once() -> None:
     assert policies() == ("dmoa", "self_moa", "self_consistency:k=16", "single")
     assert policies(match="latency") == ("dmoa", "self_moa", "self_consistency", "single")
     assert policies(policies="self_consistency,best_of_n:k=3", baselines=False) == ("self_consistency", "best_of_n:k=3")
+    named = policies(policies="dmoa,self_consistency:a,best_of_n:temperature=1:b,self_consistency:a:k=3", baselines=False)
+    assert named[1:] == ("self_consistency:a:k=16", "best_of_n:temperature=1:b:k=16", "self_consistency:a:k=3")
     assert "single" not in policies(policies="dmoa,single:a")
     assert policies(policies="dense", baselines=False) == ("dense",)
 
