@@ -45,15 +45,16 @@ def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     return Query(trace_id=digest[:32], query_id=task.row_id, text=task.text, limits=limits, stages=task.stages, is_streamed=False)
 
 
+def _names(task: Task, policy: str) -> dict[str, str]:
+    return {"row_id": task.row_id, "benchmark": task.benchmark, "policy": policy, "group": task.group}
+
+
 def answered(task: Task, policy: str, answer: Answer) -> Answered:
     """Return the record of an answer."""
     calls: list[AgentReply | SummarizerRecord] = [reply for step in answer.steps for reply in step.replies]
     calls += [step.summarizer for step in answer.steps]
     return Answered(
-        row_id=task.row_id,
-        benchmark=task.benchmark,
-        policy=policy,
-        group=task.group,
+        **_names(task, policy),
         text=storable(answer.text),
         step_texts=tuple(storable(step.summary) for step in answer.steps),
         stop_reason=answer.stop_reason,
@@ -78,10 +79,7 @@ def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float)
     replies = [reply for reply in error.replies if isinstance(reply, AgentReply)]
     said = tuple(reply.agent for reply in replies if reply.status == "ok")
     return Answered(
-        row_id=task.row_id,
-        benchmark=task.benchmark,
-        policy=policy,
-        group=task.group,
+        **_names(task, policy),
         error=storable(redact_text(str(error))),
         stop_reason="empty",
         finish_reason="length" if any(reply.finish_reason == "length" for reply in replies) else "stop",
@@ -98,10 +96,7 @@ def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float)
 def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answered:
     """Return the record of a query that has no answer."""
     return Answered(
-        row_id=task.row_id,
-        benchmark=task.benchmark,
-        policy=policy,
-        group=task.group,
+        **_names(task, policy),
         status="failed",
         error=storable(redact_text(f"{type(error).__name__}: {error}")),
         **flat(TokenUsage()),

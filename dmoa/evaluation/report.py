@@ -9,7 +9,7 @@ import io
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -660,23 +660,18 @@ def _sections(evaluation: Evaluation) -> Iterator[_Section]:
     captions: dict[Measure, str] = {"seconds": lacks}
     against = [plot for name in others for plot in _drawn(accuracy_against(evaluation, name), caption=captions.get(name, ""))]
     yield _Section(heading="Accuracy against time and price", plots=against)
-    attacked = [
-        plot
-        for info in evaluation.config.benchmarks
-        for plot in _drawn(robustness(evaluation, info.name), title=info.title or info.name)
-    ]
-    yield _Section(heading="Accuracy against the share of adversaries", plots=attacked)
+    yield _Section(heading="Accuracy against the share of adversaries", plots=_by_benchmark(evaluation, robustness))
     yield _Section(heading="Whom the gate asks", plots=list(_routed(evaluation, gates, caption)))
     yield _Section(heading="Steps", plots=list(_drawn(steps(evaluation))))
     yield _Section(heading="Why queries ended", plots=list(_drawn(stop_reasons(evaluation))))
-    by_group = [
-        plot
-        for info in evaluation.config.benchmarks
-        for plot in _drawn(groups(evaluation, info.name), title=info.title or info.name)
-    ]
-    yield _Section(heading="Accuracy by group", plots=by_group)
+    yield _Section(heading="Accuracy by group", plots=_by_benchmark(evaluation, groups))
     rest = [policy for policy in evaluation.config.all_policies if policy not in gates]
     yield _Section(heading="Routing of the other policies", plots=list(_routed(evaluation, rest, caption)))
+
+
+def _by_benchmark(evaluation: Evaluation, draw: Callable[[Evaluation, str], str | None]) -> list[_Plot]:
+    drawn = ((info.title or info.name, draw(evaluation, info.name)) for info in evaluation.config.benchmarks)
+    return [plot for title, svg in drawn for plot in _drawn(svg, title=title)]
 
 
 def _routed(evaluation: Evaluation, policies: Sequence[str], caption: str) -> Iterator[_Plot]:

@@ -21,7 +21,7 @@ from pydantic import model_validator
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, ResultRecord, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder, read_record
-from dmoa.evaluation.statistics import Method, compare_policies, holm, interval
+from dmoa.evaluation.statistics import Interval, Method, compare_policies, holm, interval
 from dmoa.flat import TokenFields, flat
 from dmoa.types import TokenUsage
 
@@ -509,10 +509,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         unscored=len(scores.unscored),
         failed=len(scores.failed),
         left_out=len(scores.left_out),
-        accuracy=found.value,
-        low=found.low,
-        high=found.high,
-        interval=found.method,
+        **_ends(found),
         **flat(answers.usage),
         summarizer_tokens=answers.summarizer_tokens,
         memoised_tokens=answers.memoised_tokens,
@@ -539,6 +536,10 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         price_per_correct=judged * price / points if points and price is not None else None,
         did_run=did_run,
     )
+
+
+def _ends(found: Interval) -> dict[str, Any]:
+    return {"accuracy": found.value, "low": found.low, "high": found.high, "interval": found.method}
 
 
 def _paired(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> list[PairedRow]:
@@ -572,8 +573,5 @@ def _groups(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally])
                 group=group,
                 n=len(values),
                 correct=sum(value == 1.0 for value in values),
-                accuracy=found.value,
-                low=found.low,
-                high=found.high,
-                interval=found.method,
+                **_ends(found),
             )

@@ -81,8 +81,8 @@ POLICIES: Registry[PolicyEntry] = Registry(
     builtin={
         "dmoa": "dmoa.policies.dmoa:build_dmoa",
         "single": "dmoa.policies.baselines:build_single",
-        "dense": "dmoa.policies.baselines:build_dense",
-        "random": "dmoa.policies.baselines:build_random",
+        "dense": "dmoa.policies.baselines:DensePolicy",
+        "random": "dmoa.policies.baselines:RandomPolicy",
         "selector": "dmoa.policies.baselines:build_selector",
         **{name: f"dmoa.policies.voting:build_{name}" for name in ("cot", "self_consistency", "best_of_n")},
         "majority_k": "dmoa.policies.voting:MajorityPolicy",
@@ -135,34 +135,34 @@ LONGEST_SCHEDULE = 200
 """More steps than any policy of ours plans: `mcts` with 64 simulations has 129."""
 
 
-def _wrapped(policy: str) -> str | None:
-    """Return the policy that one wraps, None where it wraps none."""
+def _innermost(policy: str) -> str:
+    """Return the name of the policy that one wraps, which says how far it goes; its own where it wraps none."""
     name, words = split_policy(policy)
     options = POLICIES[name].options if name in POLICIES else None
     inner = options.model_fields.get("inner") if options else None
     given = dict(word.partition("=")[::2] for word in (words or "").split(":"))
-    return None if inner is None else str(given.get("inner", inner.default))
+    return name if inner is None else _innermost(str(given.get("inner", inner.default)))
 
 
 def has_schedule(policy: str) -> bool:
-    """Tell whether a policy plans its own end, so that limits on steps can only cut it; one that wraps another is as that one."""
-    name, inner = split_policy(policy)[0], _wrapped(policy)
-    return (name in POLICIES and POLICIES[name].options is not None) if inner is None else has_schedule(inner)
+    """Tell whether a policy plans its own end, so that limits on steps can only cut it."""
+    name = _innermost(policy)
+    return name in POLICIES and POLICIES[name].options is not None
 
 
 def can_do_stages(policy: str) -> bool:
-    """Tell whether a policy can answer a query with stages, as far as is known; one that wraps another is as that one."""
-    name, inner = split_policy(policy)[0], _wrapped(policy)
-    return (name not in POLICIES or POLICIES[name].answers_at_once) if inner is None else can_do_stages(inner)
+    """Tell whether a policy can answer a query with stages, as far as is known."""
+    name = _innermost(policy)
+    return name not in POLICIES or POLICIES[name].answers_at_once
 
 
 def is_gated(policy: str) -> bool:
-    """Tell whether a policy may read a query's limit on agents, which is the gate's; one that wraps another is as that one.
+    """Tell whether a policy may read a query's limit on agents, which is the gate's.
 
     The other policies of ours ask as many agents as their parameters say; of a policy of somebody else's it is not known.
     """
-    name, inner = split_policy(policy)[0], _wrapped(policy)
-    return (name in ("dmoa", EXPLORING) or name not in POLICIES.builtin) if inner is None else is_gated(inner)
+    name = _innermost(policy)
+    return name in ("dmoa", EXPLORING) or name not in POLICIES.builtin
 
 
 def needs_labels(name: str) -> bool:
@@ -213,18 +213,7 @@ def policy(
     first_step_only: bool | None = None,
     answers_at_once: bool = True,
 ) -> Callable[[Build], Build]:
-    """Enter a policy under a name: its class, built from a `PolicyContext`, or a function that builds it.
-
-    Args:
-        summary: one sentence, which `dmoa policies` shows.
-        width: most agents that one of its steps asks at once.
-        options: the record of its parameters, which the context then holds; its own `width` counts.
-        cost: calls of one query, such as `layers * A + 1`; A: agents that take part.
-        reads: earlier texts that its prompts hold together, such as `layers * A * A`.
-        first_step_only: whether it asks each agent the query alone, once.
-        answers_at_once: whether its first step writes an answer.
-    """
-
+    """Enter a policy, its class, built from a `PolicyContext`, or a function that builds it, with what its `PolicyEntry` says."""
     about = partial(PolicyEntry, name=name, summary=summary, width=width, options=options, cost=cost, reads=reads)
 
     def enter(build: Build) -> Build:
