@@ -175,7 +175,7 @@ class KnapsackPolicy(_Wrapping):
 
     async def _worth(self, state: QueryState) -> dict[str, float]:
         if self._options.rewards is not None:
-            rows = judged_of(self._options.rewards, self._options.agents)[1]
+            rows = judged_of(self._options.rewards, self._options.agents, "rewards")[1]
             of_agent = {name: [row.reward for row in rows if row.agent == name] for name in self._options.agents}
             return {name: (sum(found) + 0.5) / (len(found) + 1) for name, found in of_agent.items()}
         plan = await self._gate.next_step(replace(state, steps=()))

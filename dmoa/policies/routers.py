@@ -44,32 +44,32 @@ class Judged(BaseModel):
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, changed_ns: int) -> tuple[Judged, ...]:
+def _read(field: str, path: Path, changed_ns: int) -> tuple[Judged, ...]:
     found = []
     for number, line in enumerate(read_bounded(path, most=1 << 28).decode().split("\n"), 1):
         if line.strip():
             try:
                 found.append(Judged.model_validate_json(line))
             except ValidationError as error:
-                raise RequestError(f"policy: data: {path}, line {number}: {describe(error)}; mend the line") from None
+                raise RequestError(f"policy: {field}: {path}, line {number}: {describe(error)}; mend the line") from None
     return tuple(found)
 
 
-def judged_of(data: str, agents: Sequence[str]) -> tuple[int, tuple[Judged, ...]]:
-    """Return when a file changed, and its judged replies, read once.
+def judged_of(data: str, agents: Sequence[str], field: str = "data") -> tuple[int, tuple[Judged, ...]]:
+    """Return when a file changed, and its judged replies, read once; `field` names it.
 
     Raises RequestError naming file and line, and where no line is of one of the agents that take part.
     """
     path = home_path(data).absolute()
     try:
         changed_ns = path.stat().st_mtime_ns
-        rows = _read(path, changed_ns)
+        rows = _read(field, path, changed_ns)
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"policy: data: cannot read {data!r}: {error}; give a file of JSON Lines") from error
+        raise RequestError(f"policy: {field}: cannot read {data!r}: {error}; give a file of JSON Lines") from error
     if not any(row.agent in agents for row in rows):
         seen = f"judges {', '.join(list(dict.fromkeys(row.agent for row in rows))[:8])}" if rows else "has no line"
         raise RequestError(
-            f"policy: data: {data!r} {seen}; expected replies of {', '.join(agents)}; name agents as the pool does"
+            f"policy: {field}: {data!r} {seen}; expected replies of {', '.join(agents)}; name agents as the pool does"
         )
     return changed_ns, rows
 

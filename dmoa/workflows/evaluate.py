@@ -56,6 +56,8 @@ def run_evaluation(
     options = options.model_copy(update={"policies": policies})
     check_policies(options.policies, config, tuple(options.gates))
     check_stages(options.policies, names)
+    if config is not None and not (options.address or os.environ.get("RAY_ADDRESS")):  # else they lie where the workers are
+        check_labels(options.policies, config)
     if config is not None and options.defence is not None:
         summarizer = config.summarizer.model_copy(update={"defence": options.defence})
         config = config.model_copy(update={"summarizer": summarizer})
@@ -197,6 +199,17 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
             raise RequestError(f"--policies: {policy!r} names no agent; write single:AGENT with one of {agents}{nearest}")
     if idle:
         raise RequestError(f"--gates: {', '.join(idle)} is in no policy; add dmoa:{idle[0]} to --policies, or leave it out")
+
+
+def check_labels(policies: Sequence[str], config: Config) -> None:
+    """Read the files of judged replies that policies of ours name. Raises RequestError for one that cannot be learnt from."""
+    from dmoa.policies.routers import judged_of
+
+    for name, words in map(split_policy, policies):
+        found = POLICIES[name].options_of(words, config) if name in POLICIES.builtin and POLICIES[name].options else None
+        for field in ("data", "rewards"):
+            if found is not None and (file := getattr(found, field, None)) is not None:
+                judged_of(file, found.agents, field)
 
 
 def build_evaluation(

@@ -79,6 +79,9 @@ COMMON = Common(config=None, overrides=(), verbosity=0, json_path=None)
         ({"curve": "0..3"}, "--adversaries is 3, and the pool has 2 agents"),
         ({"match": "price"}, r"--match is price, and llms\.s has no price"),
         ({"policies": "bandit:data=/a b.jsonl"}, "holds white space"),
+        ({"policies": "dmoa,knn_router:data=lost.jsonl"}, "policy: data: cannot read 'lost.jsonl'"),
+        ({"policies": "dmoa,knapsack:rewards=lost.jsonl"}, "policy: rewards: cannot read 'lost.jsonl'"),
+        ({"policies": f"dmoa,gptswarm:seed=1:data={__file__}"}, r"policy: data: .*test_matching\.py, line 1: "),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_hours_of_work(values: dict[str, str], said: str, tmp_path: Path) -> None:
