@@ -178,6 +178,8 @@ def check_words(entry: PolicyEntry, words: str | None, config: Config) -> Policy
     replies would be asked more than the query, once.
     """
     options = entry.options_of(words, config) if entry.options else None
+    if options is not None:
+        options.check(config)
     wrapped = getattr(options, "inner", None)
     if isinstance(wrapped, str):
         if wrapped not in POLICIES:

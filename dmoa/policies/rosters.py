@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from pydantic import Field, field_validator
 
+from dmoa.config import Config
 from dmoa.core.aggregate import answer_key
 from dmoa.errors import NoAgentError, RequestError
 from dmoa.policies.dmoa import build_dmoa
@@ -25,6 +26,7 @@ from dmoa.policies.routers import judged_of
 from dmoa.protocols import Encoder, Policy, ended
 from dmoa.types import Activation, QueryState, StepPlan, Stop
 
+_SLACK = 1e-9
 _MOST_SEARCHED = 16
 """Agents of which every choice is tried."""
 _KEPT: WeakKeyDictionary[Encoder, dict[tuple[str, PolicyOptions], Any]] = WeakKeyDictionary()
@@ -144,6 +146,16 @@ class KnapsackOptions(PolicyOptions):
             raise ValueError(f"{inner!r} asks the whole pool; name a policy with `agents`, such as majority_k")
         return inner
 
+    def check(self, config: Config) -> None:
+        """Raise RequestError where a price is not known that a budget needs, or no agent of the pool fits the budgets."""
+        prices = {model: _price_of(config, model) for model in _models(self, config)}
+        unknown = [model for model, price in prices.items() if price is None]
+        if self.price is not None and unknown:
+            raise RequestError(f"policy: knapsack: price: llms.{unknown[0]}.price is not set; set it, or give a budget of gpus")
+        most, space = (math.inf if limit is None else limit + _SLACK for limit in (self.price, self.gpus))
+        if all((price or 0.0) > most or config.llms[model].gpus > space for model, price in prices.items()):
+            raise RequestError("policy: knapsack: no agent fits the budget; raise gpus or price")
+
 
 @policy(
     "knapsack",
@@ -186,23 +198,25 @@ class KnapsackPolicy(_Wrapping):
 
     def _chosen(self, worth: Sequence[float]) -> list[int]:
         options, config = self._options, self._context.config
-        model_of = {agent.name: agent.llm for agent in config.agents}
-        models = [model_of[name] for name in options.agents]
-        prices = [config.llms[model].price for model in models]
-        unknown = [model for model, price in zip(models, prices, strict=True) if price is None]
-        if options.price is not None and unknown:
-            raise RequestError(f"policy: knapsack: price: llms.{unknown[0]}.price is not set; set it, or give a budget of gpus")
-        found = best_subset(
+        models = _models(options, config)
+        return best_subset(
             worth,
-            price_A=[0.0 if price is None else price.prompt_per_1m + price.completion_per_1m for price in prices],
+            price_A=[_price_of(config, model) or 0.0 for model in models],
             model_A=models,
             gpus={model: config.llms[model].gpus for model in models},
             most_price=options.price,
             most_gpus=options.gpus,
         )
-        if not found:
-            raise RequestError("policy: knapsack: no agent fits the budget; raise gpus or price")
-        return found
+
+
+def _models(options: KnapsackOptions, config: Config) -> list[str]:
+    model_of = {agent.name: agent.llm for agent in config.agents}
+    return [model_of[name] for name in options.agents]
+
+
+def _price_of(config: Config, model: str) -> float | None:
+    price = config.llms[model].price
+    return None if price is None else price.prompt_per_1m + price.completion_per_1m
 
 
 def best_subset(
@@ -218,7 +232,7 @@ def best_subset(
 
     Every subset is tried, of the `_MOST_SEARCHED` agents worth most of those that fit alone.
     """
-    price, space = (math.inf if most is None else most + 1e-9 for most in (most_price, most_gpus))
+    price, space = (math.inf if most is None else most + _SLACK for most in (most_price, most_gpus))
     alone = [a for a, model in enumerate(model_A) if price_A[a] <= price and gpus[model] <= space]
     tried = sorted(sorted(alone, key=lambda a: -worth_A[a])[:_MOST_SEARCHED])
     bits_SA = (np.arange(1, 2 ** len(tried))[:, None] >> np.arange(len(tried))) & 1
