@@ -122,7 +122,8 @@ class Orchestrator:
                 raise RequestError(f"policy: {policy.name!r}: {fault}")
             previous = state.summary
             asked = await self._ask(state, plan, tell)
-            asked = replace(asked, replies=(*_replaced(lost, asked.replies), *asked.replies))
+            again = {reply.agent for reply in asked.replies}
+            asked = replace(asked, replies=(*(reply for reply in lost if reply.agent not in again), *asked.replies))
             if asked.is_outdated and time.perf_counter() - step_started < PATIENCE_S:
                 lost = asked.replies
                 await asyncio.sleep(ANEW_S)
@@ -324,12 +325,6 @@ class Orchestrator:
                 asked=state.query.text,
             )
         return rule or _spent(state) or (None if usable or self._goes_on(state, plan, step.replies) else "no_agent")
-
-
-def _replaced(lost: Sequence[AgentReply], replies: Sequence[AgentReply]) -> list[AgentReply]:
-    """Return those of the lost replies whose agents were not asked again when the step was decided anew."""
-    again = {reply.agent for reply in replies}
-    return [reply for reply in lost if reply.agent not in again]
 
 
 def _spent(state: QueryState, more: Sequence[AgentReply] = ()) -> StopReason | None:

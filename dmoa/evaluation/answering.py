@@ -109,25 +109,16 @@ def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) 
     """Judge one answer; a failed query scores 0 in every metric, whatever its text."""
     common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
     judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))  # names the metrics
-    if answer.status == "failed":
-        zero = dict.fromkeys(judged.metrics, 0.0)
-        return Scored(
-            **common,
-            value=0.0,
-            is_scored=False,
-            is_left_out=judged.is_left_out,
-            is_failed=True,
-            reason=answer.error or "failed",
-            metrics=zero,
-        )
+    is_failed, reason = answer.status == "failed", judged.reason if judged.is_scored else answer.error or judged.reason
     return Scored(
         **common,
-        value=judged.value,
-        extracted=judged.extracted,
-        reason=judged.reason if judged.is_scored else answer.error or judged.reason,
-        is_scored=judged.is_scored,
+        value=0.0 if is_failed else judged.value,
+        extracted=None if is_failed else judged.extracted,
+        reason=answer.error or "failed" if is_failed else reason,
+        is_scored=judged.is_scored and not is_failed,
         is_left_out=judged.is_left_out,
-        metrics=judged.metrics,
+        is_failed=is_failed,
+        metrics=dict.fromkeys(judged.metrics, 0.0) if is_failed else judged.metrics,
     )
 
 

@@ -30,17 +30,6 @@ MAX_FAILURES = 50
 _MAX_ERROR_CHARACTERS = 500
 
 
-class RowNumbers:
-    """Gives every row id a small number, the same for all policies."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def of(self, row_id: str) -> int:
-        """Return the number of a row."""
-        return self._numbers.setdefault(row_id, len(self._numbers))
-
-
 @dataclass(slots=True)
 class AnswerTally:
     """What is counted of the answers of one policy to one benchmark."""
@@ -388,13 +377,13 @@ def build_evaluation(run: RunInfo, answered: Iterable[Answered], scored: Iterabl
     Raises:
         ConfigError: a line's benchmark or policy is none of the run's, or a row is there twice for a policy.
     """
-    numbers = RowNumbers()
+    numbers: dict[str, int] = defaultdict(lambda: len(numbers))  # of rows by their ids, the same for all policies
     answers = {cell: AnswerTally() for cell in _cells(run)}
     scores = {cell: ScoreTally() for cell in _cells(run)}
     for answer in answered:
-        _of_line(answers, answer).add(numbers.of(answer.row_id), answer)
+        _of_line(answers, answer).add(numbers[answer.row_id], answer)
     for score in scored:
-        _of_line(scores, score).add(numbers.of(score.row_id), score)
+        _of_line(scores, score).add(numbers[score.row_id], score)
     infos = {info.name: info for info in run.benchmarks}
     for name in infos:
         tallies = [scores[name, policy] for policy in run.all_policies]

@@ -325,10 +325,9 @@ class PluginPolicy:
 
     def _check_word(self, where: str, name: str, value: object, allowed: Sequence[str | None]) -> None:
         if value not in allowed:
-            words = [word for word in allowed if word is not None]
-            expected = f"expected {', '.join(words)}{' or None' if None in allowed else ''}"
-            nearest = did_you_mean(value, words) if isinstance(value, str) else ""
-            raise self._error(f"{where}: {name} is {short(value)}; {expected}; write one of these{nearest}")
+            nearest = did_you_mean(value, filter(None, allowed)) if isinstance(value, str) else ""
+            words = ", ".join(map(str, allowed))
+            raise self._error(f"{where}: {name} is {short(value)}; expected {words}; write one of these{nearest}")
 
     def _raised(self, where: str, error: Exception) -> PluginError:
         _LOG.info("policy %s: %s failed", self._entry.name, where, exc_info=error)

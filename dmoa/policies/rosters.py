@@ -148,12 +148,12 @@ class KnapsackOptions(PolicyOptions):
 
     def check(self, config: Config) -> None:
         """Raise RequestError where a price is not known that a budget needs, or no agent of the pool fits the budgets."""
-        prices = {model: _price_of(config, model) for model in _models(self, config)}
-        unknown = [model for model, price in prices.items() if price is None]
+        bids = _bids(self, config)
+        unknown = [model for model, price, _ in bids if price is None]
         if self.price is not None and unknown:
             raise RequestError(f"policy: knapsack: price: llms.{unknown[0]}.price is not set; set it, or give a budget of gpus")
         most, space = (math.inf if limit is None else limit + _SLACK for limit in (self.price, self.gpus))
-        if all((price or 0.0) > most or config.llms[model].gpus > space for model, price in prices.items()):
+        if all((price or 0.0) > most or gpus > space for _, price, gpus in bids):
             raise RequestError("policy: knapsack: no agent fits the budget; raise gpus or price")
 
 
@@ -197,26 +197,22 @@ class KnapsackPolicy(_Wrapping):
         )
 
     def _chosen(self, worth: Sequence[float]) -> list[int]:
-        options, config = self._options, self._context.config
-        models = _models(options, config)
+        options, bids = self._options, _bids(self._options, self._context.config)
         return best_subset(
             worth,
-            price_A=[_price_of(config, model) or 0.0 for model in models],
-            model_A=models,
-            gpus={model: config.llms[model].gpus for model in models},
+            price_A=[price or 0.0 for _, price, _ in bids],
+            model_A=[model for model, _, _ in bids],
+            gpus={model: gpus for model, _, gpus in bids},
             most_price=options.price,
             most_gpus=options.gpus,
         )
 
 
-def _models(options: KnapsackOptions, config: Config) -> list[str]:
+def _bids(options: KnapsackOptions, config: Config) -> list[tuple[str, float | None, float]]:
+    """Return the model of each agent that takes part, its price, None where it is not known, and its GPUs."""
     model_of = {agent.name: agent.llm for agent in config.agents}
-    return [model_of[name] for name in options.agents]
-
-
-def _price_of(config: Config, model: str) -> float | None:
-    price = config.llms[model].price
-    return None if price is None else price.prompt_per_1m + price.completion_per_1m
+    prices = {name: llm.price.prompt_per_1m + llm.price.completion_per_1m for name, llm in config.llms.items() if llm.price}
+    return [(model, prices.get(model), config.llms[model].gpus) for model in map(model_of.__getitem__, options.agents)]
 
 
 def best_subset(

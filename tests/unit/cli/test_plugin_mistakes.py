@@ -62,7 +62,7 @@ def policy_file(
         ),
         (
             {"step": "return StepPlan(activations=(Activation(agent='adder'),), ends_with='done')"},
-            "stages, schedule or None; write one of these",
+            "stages, schedule, None; write one of these",
         ),
         (
             {"step": "return StepPlan(activations=('adder',))"},
