@@ -15,7 +15,7 @@ from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
 from dmoa.flat import flat
 from dmoa.policies.registry import LONGEST_SCHEDULE, has_schedule
 from dmoa.trace import replies_in_order
-from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage, total_price
+from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, TokenUsage, total_price
 from dmoa.validation import redact_text, storable
 
 
@@ -51,8 +51,7 @@ def _names(task: Task, policy: str) -> dict[str, str]:
 
 def answered(task: Task, policy: str, answer: Answer) -> Answered:
     """Return the record of an answer."""
-    calls: list[AgentReply | SummarizerRecord] = [reply for step in answer.steps for reply in step.replies]
-    calls += [step.summarizer for step in answer.steps]
+    calls = [call for step in answer.steps for call in step.calls]
     return Answered(
         **_names(task, policy),
         text=storable(answer.text),
@@ -69,7 +68,7 @@ def answered(task: Task, policy: str, answer: Answer) -> Answered:
         wall_ms=answer.wall_ms,
         gate_version=answer.gate_version,
         price=answer.price,
-        calls=sum(len(step.calls) for step in answer.steps),
+        calls=len(calls),
         bugs=sum(reply.is_bug for step in answer.steps for reply in step.replies),
     )
 

@@ -81,7 +81,8 @@ def _remarks(row: EvaluationRow) -> list[str]:
 def untrained_policies(evaluation: Evaluation) -> set[str]:
     """Return the policies that a gate without any training routed, by what answered and by what the run was begun with."""
     run = evaluation.config
-    versions = {"dmoa": {run.gate_version} if run.gate_version else set()}
+    by_it = [x for x in run.policies if x == "dmoa" or (x.partition(":")[0] == "knapsack" and ":rewards=" not in x)]
+    versions = {policy: {run.gate_version} if run.gate_version else set() for policy in by_it}
     versions |= {f"dmoa:{name}": {version} for name, version in run.gates.items()}
     for row in evaluation.rows:
         versions.setdefault(row.policy, set()).update(row.gate_versions)

@@ -446,33 +446,26 @@ def _svg(figure: Figure, name: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{prefix}" ', 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Colour:
-    """One series on a light and on a dark page."""
-
-    light: str
-    dark: str
-
-
 # Chosen farthest apart from one another as people with and without red, green or blue see them, 3:1 against their page (ours).
 _COLOURS = (
-    _Colour("#1971af", "#58afe1"),
-    _Colour("#af8a19", "#e1e132"),
-    _Colour("#3f4b0d", "#58710d"),
-    _Colour("#648afa", "#a326d4"),
-    _Colour("#320de1", "#7dede1"),
-    _Colour("#af1964", "#afa358"),
-    _Colour("#96640d", "#328a96"),
-    _Colour("#711996", "#8a7dfa"),
-    _Colour("#d4718a", "#e13264"),
-    _Colour("#fa19e1", "#96d48a"),
-    _Colour("#c819a3", "#d4bb0d"),
-    _Colour("#0d647d", "#d496a3"),
-    _Colour("#bb6458", "#26d4e1"),
-    _Colour("#8a0d4b", "#197196"),
-    _Colour("#4b7dd4", "#9664c8"),
-    _Colour("#715826", "#a38a0d"),
+    ("#1971af", "#58afe1"),
+    ("#af8a19", "#e1e132"),
+    ("#3f4b0d", "#58710d"),
+    ("#648afa", "#a326d4"),
+    ("#320de1", "#7dede1"),
+    ("#af1964", "#afa358"),
+    ("#96640d", "#328a96"),
+    ("#711996", "#8a7dfa"),
+    ("#d4718a", "#e13264"),
+    ("#fa19e1", "#96d48a"),
+    ("#c819a3", "#d4bb0d"),
+    ("#0d647d", "#d496a3"),
+    ("#bb6458", "#26d4e1"),
+    ("#8a0d4b", "#197196"),
+    ("#4b7dd4", "#9664c8"),
+    ("#715826", "#a38a0d"),
 )
+"""Of each series, on a light and on a dark page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -555,12 +555,11 @@ def _groups(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally])
         return
     for group, by_policy in sorted(by_group.items()):
         for policy, values in by_policy.items():
-            found = interval(values)
             yield GroupRow(
                 benchmark=benchmark,
                 policy=policy,
                 group=group,
                 n=len(values),
                 correct=sum(value == 1.0 for value in values),
-                **_ends(found),
+                **_ends(interval(values)),
             )

@@ -133,16 +133,17 @@ def begin_run(session: Session) -> RunInfo:
         session.say(f"going on with the run in {folder.root}")
         return _went_on(session, info)
     above = session.rows_of
-    if above is None:
-        benchmarks = [_benchmark_info(session, name) for name in session.benchmarks]
-    else:
-        benchmarks = read_record(above.run, RunInfo).benchmarks
-        for name in session.benchmarks:
-            write_lines(folder.tasks(name), above.read_tasks(name))
-            write_lines(folder.gold(name), above.read_gold(name))
+    benchmarks = _rows_above(session, above) if above else [_benchmark_info(session, name) for name in session.benchmarks]
     info = _run_info(session, benchmarks)
     write_whole(folder.run, _json(info))
     return info
+
+
+def _rows_above(session: Session, above: RunFolder) -> list[BenchmarkInfo]:
+    for name in session.benchmarks:
+        write_lines(session.folder.tasks(name), above.read_tasks(name))
+        write_lines(session.folder.gold(name), above.read_gold(name))
+    return read_record(above.run, RunInfo).benchmarks
 
 
 def _benchmark_info(session: Session, name: str) -> BenchmarkInfo:

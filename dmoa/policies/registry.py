@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, get_args
 
@@ -44,10 +44,6 @@ class PolicyContext:
     """For policies with parameters their checked record, whose `agents` are those that take part; None for the others."""
 
 
-def _everyone(config: Config) -> int:
-    return len(config.agents)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyEntry:
     """One policy: its name, one sentence, and how it is built for a query."""
@@ -55,7 +51,7 @@ class PolicyEntry:
     name: str
     summary: str
     build: Callable[[PolicyContext], Policy]
-    width: Callable[[Config], int] = _everyone
+    width: Callable[[Config], int] = lambda config: len(config.agents)
     """Most agents that one of its steps asks at once; evaluation lets in as many queries as engines have room for."""
     options: type[PolicyOptions] | None = None
     """Its parameters, as in `moa:layers=3:temperature=0.7`; None: it has none."""
@@ -208,7 +204,7 @@ def policy(
     name: str,
     summary: str,
     *,
-    width: Callable[[Config], int] = _everyone,
+    width: Callable[[Config], int] = lambda config: len(config.agents),
     options: type[PolicyOptions] | None = None,
     cost: str = "",
     reads: str = "",
@@ -254,7 +250,9 @@ class _Planned(BaseModel):
 
 
 def _plain(value: object) -> object:
-    return [asdict(x) if isinstance(x, Activation) else x for x in value] if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    return [{name: getattr(x, name) for name in Activation.__slots__} if isinstance(x, Activation) else x for x in value]
 
 
 class PluginPolicy:

@@ -10,7 +10,7 @@ import pytest
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, query_of_task
-from dmoa.evaluation.figures import Footnotes, curves, overall
+from dmoa.evaluation.figures import Footnotes, curves, overall, untrained_policies
 from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, EvaluateOptions, Matching, Task
 from dmoa.evaluation.repeats import mean_answer, merge_repeats
 from dmoa.evaluation.report import accuracy_against, pareto, render_report, routing
@@ -225,6 +225,15 @@ def test_a_row_that_the_deadline_cut_in_any_repeat_is_told() -> None:
     whole, cut = answered("gsm8k", 0, "chain"), answered("gsm8k", 0, "chain", stop_reason="deadline")
     failing = lost("gsm8k", 0, "chain", "DeadlineError: too late")
     assert [mean_answer(lines).is_late for lines in ([whole, cut], [whole, failing], [whole, whole])] == [True, True, False]
+
+
+def test_tables_say_whose_choice_an_untrained_gate_made() -> None:
+    """`knapsack` chooses its sub-pool by the pool's gate, which its answers do not name, unless rewards are given."""
+    policies = ("knapsack", "knapsack:inner=star:gpus=1", "knapsack:rewards=seen.jsonl", "moa")
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=policies, gate_version="untrained-abc")
+    lines = [answered("gsm8k", 0, policy, gate_version=None) for policy in policies]
+    found = build_evaluation(info, lines, [scored("gsm8k", 0, policy, 1.0) for policy in policies])
+    assert untrained_policies(found) == set(policies[:2])
 
 
 def test_tables_say_who_learnt_from_labels() -> None:
