@@ -135,9 +135,8 @@ class Orchestrator:
         if not state.summary:
             raise _no_answer(state, policy.name, reason)
         text, choices = ended(policy, state), tuple[Choice, ...]()
-        told = replace(
-            state, steps=(*state.steps[:-1], replace(state.steps[-1], summary=text))
-        )  # a search's best is not its last
+        # What a search ends with need not be its last summary.
+        told = replace(state, steps=(*state.steps[:-1], replace(state.steps[-1], summary=text)))
         written = None if query.final is None else await self._written(told, query.final, emit)
         is_late = query.final is not None and written is None
         if written is not None:

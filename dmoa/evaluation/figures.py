@@ -18,7 +18,7 @@ MISSING = "not finished: rows are still to be answered or judged"
 NOT_RUN = "did not run: every query failed, so there is no accuracy and no comparison"
 MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
 NOT_SCORED = "not one reply could be judged: 0 is not a measurement of right and wrong"
-LABELLED = "it learnt from labels, judged replies or outcomes; the others did not"
+LABELLED = "it learnt from labels: judged replies, or outcomes"
 MEMOISED = "part of the tokens came from the call cache: they are counted as if run, their seconds are not"
 
 

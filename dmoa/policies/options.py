@@ -70,7 +70,7 @@ class PolicyOptions(BaseModel):
                 raise RequestError(f"policy: {policy}: {seen}; name one of them{did_you_mean(name, pool)}")
         return options
 
-    def check(self, config: Any) -> None:
+    def check_pool(self, config: Any) -> None:
         """Raise RequestError where the pool of this `Config` cannot do what they ask."""
 
     @property

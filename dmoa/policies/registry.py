@@ -175,7 +175,7 @@ def check_words(entry: PolicyEntry, words: str | None, config: Config) -> Policy
     """
     options = entry.options_of(words, config) if entry.options else None
     if options is not None:
-        options.check(config)
+        options.check_pool(config)
     wrapped = getattr(options, "inner", None)
     if isinstance(wrapped, str):
         if wrapped not in POLICIES:

@@ -146,7 +146,7 @@ class KnapsackOptions(PolicyOptions):
             raise ValueError(f"{inner!r} asks the whole pool; name a policy with `agents`, such as majority_k")
         return inner
 
-    def check(self, config: Config) -> None:
+    def check_pool(self, config: Config) -> None:
         """Raise RequestError where a price is not known that a budget needs, or no agent of the pool fits the budgets."""
         bids = _bids(self, config)
         unknown = [model for model, price, _ in bids if price is None]

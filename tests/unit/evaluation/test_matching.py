@@ -245,7 +245,7 @@ def test_tables_say_who_learnt_from_labels() -> None:
     found = build_evaluation(info, lines, [scored("gsm8k", 0, policy, 1.0) for policy in policies])
     notes = Footnotes(found)
     (note,) = notes.all()
-    assert note.text == "it learnt from labels, judged replies or outcomes; the others did not"
+    assert note.text == "it learnt from labels: judged replies, or outcomes"
     assert [row.policy for row in found.rows if notes.marks(row)] == [by_file, by_rewards, "dmoa:told"]
 
 
