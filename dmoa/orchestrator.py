@@ -122,7 +122,8 @@ class Orchestrator:
                 raise RequestError(f"policy: {policy.name!r}: {fault}")
             previous = state.summary
             asked = await self._ask(state, plan, tell)
-            asked = replace(asked, replies=(*_replaced(lost, asked.replies), *asked.replies))
+            again = {reply.agent for reply in asked.replies}
+            asked = replace(asked, replies=(*(reply for reply in lost if reply.agent not in again), *asked.replies))
             if asked.is_outdated and time.perf_counter() - step_started < PATIENCE_S:
                 lost = asked.replies
                 await asyncio.sleep(ANEW_S)
@@ -134,7 +135,9 @@ class Orchestrator:
         if not state.summary:
             raise _no_answer(state, policy.name, reason)
         text, choices = ended(policy, state), tuple[Choice, ...]()
-        written = None if query.final is None else await self._written(state, query.final, emit)
+        # What a search ends with need not be its last summary.
+        told = replace(state, steps=(*state.steps[:-1], replace(state.steps[-1], summary=text)))
+        written = None if query.final is None else await self._written(told, query.final, emit)
         is_late = query.final is not None and written is None
         if written is not None:
             step, choices = written
@@ -324,12 +327,6 @@ class Orchestrator:
                 asked=state.query.text,
             )
         return rule or _spent(state) or (None if usable or self._goes_on(state, plan, step.replies) else "no_agent")
-
-
-def _replaced(lost: Sequence[AgentReply], replies: Sequence[AgentReply]) -> list[AgentReply]:
-    """Return those of the lost replies whose agents were not asked again when the step was decided anew."""
-    again = {reply.agent for reply in replies}
-    return [reply for reply in lost if reply.agent not in again]
 
 
 def _spent(state: QueryState, more: Sequence[AgentReply] = ()) -> StopReason | None:

@@ -18,7 +18,7 @@ from dmoa.dispatch import Dispatcher
 from dmoa.errors import RequestError
 from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
-from dmoa.protocols import AgentClient, Encoder, Engine, Policy, Router, Turn
+from dmoa.protocols import AgentClient, Encoder, Engine, Policy, Router, Turn, ended
 from dmoa.step_calls import AgentCard
 from dmoa.types import Activation, Event, Limits, Price, Query, QueryState, StepPlan, StepRecord, Stop
 
@@ -110,6 +110,10 @@ class AsksFirst:
         """`step` counts from 0. What the gate decided there stays recorded, and its state goes on."""
         self._policy, self._agents, self._step = policy, agents, step
         self.name = policy.name
+
+    def ended(self, state: QueryState) -> str:
+        """Return what the other policy makes of a query that is over."""
+        return ended(self._policy, state)
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return the other policy's plan, in the one step with the agents asked in place of its own.

@@ -79,14 +79,11 @@ def corrupted(reply: AgentReply, call: AgentCall, kind: Kind) -> AgentReply:
     """
     if reply.status != "ok":
         return reply
-    if kind == "saboteur":
-        return replace(reply, text="I leave this to the others.")
     if kind == "verbose":
         return replace(reply, text=f"{_FILLER * 20}\n{reply.text}\n{_FILLER * 20}")
-    text = f"The answer is {_wrong(reply, call, kind)}."
-    if kind == "injector":
-        return replace(reply, text=_INJECTION.format(text=text))
-    lie = replace(reply, text=text)
+    text = "I leave this to the others." if kind == "saboteur" else f"The answer is {_wrong(reply, call, kind)}."
+    text = _INJECTION.format(text=text) if kind == "injector" else text
+    lie = replace(reply, text=text, reasoning="", finish_reason="stop")  # the true thought would tell, and a true end discount it
     if kind == "confident_liar":
         tokens = max(1, reply.entropy.tokens)
         lie = replace(lie, entropy=EntropySum(sum_nats=_SURE_NATS * tokens, sq_sum=_SURE_NATS**2 * tokens, tokens=tokens))

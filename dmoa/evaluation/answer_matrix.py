@@ -7,7 +7,7 @@ step are compared by exact, paired replay, without asking anyone again. Shape le
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -56,13 +56,8 @@ class AnswerMatrix:
 
     def rows(self, indices: Sequence[int]) -> AnswerMatrix:
         """Return the matrix of some rows, in the order given."""
-        return AnswerMatrix(
-            benchmark=self.benchmark,
-            agents=self.agents,
-            tasks=tuple(self.tasks[i] for i in indices),
-            replies=tuple(self.replies[i] for i in indices),
-            value_RA=self.value_RA[list(indices)],
-        )
+        tasks, replies = tuple(self.tasks[i] for i in indices), tuple(self.replies[i] for i in indices)
+        return replace(self, tasks=tasks, replies=replies, value_RA=self.value_RA[list(indices)])
 
     def only(self, agents: Sequence[str]) -> AnswerMatrix:
         """Return the matrix of some agents, in the order given. Raises ConfigError for one that is not in it."""
@@ -70,13 +65,8 @@ class AnswerMatrix:
         if missing:
             raise ConfigError(f"agents: the matrix does not hold {', '.join(missing)}; name some of {', '.join(self.agents)}")
         columns = [self.agents.index(name) for name in agents]
-        return AnswerMatrix(
-            benchmark=self.benchmark,
-            agents=tuple(agents),
-            tasks=self.tasks,
-            replies=tuple(tuple(row[column] for column in columns) for row in self.replies),
-            value_RA=self.value_RA[:, columns],
-        )
+        replies = tuple(tuple(row[column] for column in columns) for row in self.replies)
+        return replace(self, agents=tuple(agents), replies=replies, value_RA=self.value_RA[:, columns])
 
 
 def matrix_policies(agents: Sequence[str]) -> tuple[str, ...]:

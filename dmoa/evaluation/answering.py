@@ -15,7 +15,7 @@ from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
 from dmoa.flat import flat
 from dmoa.policies.registry import LONGEST_SCHEDULE, has_schedule
 from dmoa.trace import replies_in_order
-from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage, total_price
+from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, TokenUsage, total_price
 from dmoa.validation import redact_text, storable
 
 
@@ -45,15 +45,15 @@ def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     return Query(trace_id=digest[:32], query_id=task.row_id, text=task.text, limits=limits, stages=task.stages, is_streamed=False)
 
 
+def _names(task: Task, policy: str) -> dict[str, str]:
+    return {"row_id": task.row_id, "benchmark": task.benchmark, "policy": policy, "group": task.group}
+
+
 def answered(task: Task, policy: str, answer: Answer) -> Answered:
     """Return the record of an answer."""
-    calls: list[AgentReply | SummarizerRecord] = [reply for step in answer.steps for reply in step.replies]
-    calls += [step.summarizer for step in answer.steps]
+    calls = [call for step in answer.steps for call in step.calls]
     return Answered(
-        row_id=task.row_id,
-        benchmark=task.benchmark,
-        policy=policy,
-        group=task.group,
+        **_names(task, policy),
         text=storable(answer.text),
         step_texts=tuple(storable(step.summary) for step in answer.steps),
         stop_reason=answer.stop_reason,
@@ -68,7 +68,7 @@ def answered(task: Task, policy: str, answer: Answer) -> Answered:
         wall_ms=answer.wall_ms,
         gate_version=answer.gate_version,
         price=answer.price,
-        calls=sum(len(step.calls) for step in answer.steps),
+        calls=len(calls),
         bugs=sum(reply.is_bug for step in answer.steps for reply in step.replies),
     )
 
@@ -78,10 +78,7 @@ def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float)
     replies = [reply for reply in error.replies if isinstance(reply, AgentReply)]
     said = tuple(reply.agent for reply in replies if reply.status == "ok")
     return Answered(
-        row_id=task.row_id,
-        benchmark=task.benchmark,
-        policy=policy,
-        group=task.group,
+        **_names(task, policy),
         error=storable(redact_text(str(error))),
         stop_reason="empty",
         finish_reason="length" if any(reply.finish_reason == "length" for reply in replies) else "stop",
@@ -98,10 +95,7 @@ def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float)
 def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answered:
     """Return the record of a query that has no answer."""
     return Answered(
-        row_id=task.row_id,
-        benchmark=task.benchmark,
-        policy=policy,
-        group=task.group,
+        **_names(task, policy),
         status="failed",
         error=storable(redact_text(f"{type(error).__name__}: {error}")),
         **flat(TokenUsage()),
@@ -114,25 +108,16 @@ def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) 
     """Judge one answer; a failed query scores 0 in every metric, whatever its text."""
     common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
     judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))  # names the metrics
-    if answer.status == "failed":
-        zero = dict.fromkeys(judged.metrics, 0.0)
-        return Scored(
-            **common,
-            value=0.0,
-            is_scored=False,
-            is_left_out=judged.is_left_out,
-            is_failed=True,
-            reason=answer.error or "failed",
-            metrics=zero,
-        )
+    is_failed, reason = answer.status == "failed", judged.reason if judged.is_scored else answer.error or judged.reason
     return Scored(
         **common,
-        value=judged.value,
-        extracted=judged.extracted,
-        reason=judged.reason if judged.is_scored else answer.error or judged.reason,
-        is_scored=judged.is_scored,
+        value=0.0 if is_failed else judged.value,
+        extracted=None if is_failed else judged.extracted,
+        reason=answer.error or "failed" if is_failed else reason,
+        is_scored=judged.is_scored and not is_failed,
         is_left_out=judged.is_left_out,
-        metrics=judged.metrics,
+        is_failed=is_failed,
+        metrics=dict.fromkeys(judged.metrics, 0.0) if is_failed else judged.metrics,
     )
 
 

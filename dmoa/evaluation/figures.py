@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dmoa.evaluation.results import Evaluation, EvaluationRow, PairedRow, RobustnessRow
 from dmoa.evaluation.statistics import wilson
-from dmoa.types import is_untrained
+from dmoa.types import is_untrained, supervision_of
 
 UNTRAINED = " (untrained gate)"
 """Follows the name of a policy whose gate nobody trained."""
@@ -18,6 +18,7 @@ MISSING = "not finished: rows are still to be answered or judged"
 NOT_RUN = "did not run: every query failed, so there is no accuracy and no comparison"
 MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
 NOT_SCORED = "not one reply could be judged: 0 is not a measurement of right and wrong"
+LABELLED = "it learnt from labels: judged replies, or outcomes"
 MEMOISED = "part of the tokens came from the call cache: they are counted as if run, their seconds are not"
 
 
@@ -70,6 +71,8 @@ def _remarks(row: EvaluationRow) -> list[str]:
         NOT_SCORED: row.did_run and row.n > 0 and row.num_scored == 0,
         FRACTIONAL: row.interval != "wilson",
         MISSING: row.missing > 0,
+        LABELLED: any(word.startswith(("data=", "rewards=")) for word in row.policy.split(":"))
+        or any(supervision_of(version) != "none" for version in row.gate_versions),
         MEMOISED: row.memoised_tokens > 0,
     }
     return [*remarks, *(text for text, holds in conditions.items() if holds)]
@@ -78,7 +81,8 @@ def _remarks(row: EvaluationRow) -> list[str]:
 def untrained_policies(evaluation: Evaluation) -> set[str]:
     """Return the policies that a gate without any training routed, by what answered and by what the run was begun with."""
     run = evaluation.config
-    versions = {"dmoa": {run.gate_version} if run.gate_version else set()}
+    by_it = [x for x in run.policies if x == "dmoa" or (x.partition(":")[0] == "knapsack" and ":rewards=" not in x)]
+    versions = {policy: {run.gate_version} if run.gate_version else set() for policy in by_it}
     versions |= {f"dmoa:{name}": {version} for name, version in run.gates.items()}
     for row in evaluation.rows:
         versions.setdefault(row.policy, set()).update(row.gate_versions)

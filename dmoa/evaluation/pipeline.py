@@ -259,9 +259,8 @@ def forget(folder: RunFolder, benchmarks: Sequence[str], policies: Sequence[str]
 
 
 def _mend_all(place: Callable[[str, str], Path], benchmarks: Sequence[str], policies: Sequence[str]) -> None:
-    for benchmark in benchmarks:
-        for policy in policies:
-            mend(place(benchmark, policy))
+    for cell in product(benchmarks, policies):
+        mend(place(*cell))
 
 
 def _writer(folder: RunFolder) -> AbstractContextManager[Any]:

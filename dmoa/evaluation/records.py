@@ -133,10 +133,15 @@ class Answered(TokenFields, _AnsweredHead):
     gate_version: str | None = None
     price: float | None = None
     """What all calls cost; None where that of one is not known."""
-    calls: int | None = None
-    """Calls of agents and the summarizer; None in lines of earlier versions."""
+    calls: int | float | None = None
+    """Calls of agents and the summarizer, of repeats the mean; None in lines of earlier versions."""
     bugs: int = 0
     """Calls, or the query itself, that failed because code is wrong: a tool's, an engine's or a policy's."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline ended it: failed, or with the answer of the steps before."""
+        return self.stop_reason == "deadline" or (self.error or "").startswith("DeadlineError")
 
 
 class Scored(FileRecord):

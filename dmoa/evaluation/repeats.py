@@ -41,7 +41,7 @@ def evaluate_repeatedly(session: Session, repeats: int) -> Evaluation:
             for number, part in enumerate(parts):
                 session.say(f"repeat {number + 1} of {repeats}")
                 asking = replace(session.asking, seed=session.asking.seed + number)
-                evaluate(replace(session, options=options, folder=part, asking=asking, open_ray=nullcontext))
+                evaluate(replace(session, options=options, folder=part, asking=asking, open_ray=nullcontext, rows_of=folder))
         return merge_repeats(folder, parts)
 
 
@@ -71,24 +71,21 @@ def _aligned(lines: Sequence[Iterator[Lines]]) -> Iterator[list[Lines]]:
 
 
 def mean_answer(lines: Sequence[Answered]) -> Answered:
-    """Return the first answer with the mean tokens, calls, time and price of all repeats, and all their bugs."""
+    """Return the first answer with the mean tokens, calls, time and price of all repeats, and all their bugs.
+
+    It is late where any was. A repeat that failed counts nothing, as everywhere.
+    """
     first = next((line for line in lines if line.status == "ok"), lines[0])
     usage = sum((line.usage for line in lines), TokenUsage())
     counts: dict[str, Any] = {name: round(count / len(lines)) for name, count in flat(usage).items()}
     for name in ("summarizer_tokens", "memoised_tokens"):
         counts[name] = round(_mean([getattr(line, name) for line in lines]))
-    # A repeat that failed counts nothing, as everywhere.
-    prices = [0.0 if line.status == "failed" else line.price for line in lines]
-    calls = [0 if line.status == "failed" else line.calls for line in lines]
-    known_prices, known_calls = ([value for value in found if value is not None] for found in (prices, calls))
+    for name in ("price", "calls"):
+        known = [0.0 if line.status == "failed" else getattr(line, name) for line in lines]
+        counts[name] = None if None in known else _mean(known)
+    counts |= {"stop_reason": "deadline"} if any(line.is_late for line in lines) else {}
     return first.model_copy(
-        update=counts
-        | {
-            "wall_ms": _mean([line.wall_ms for line in lines]),
-            "price": _mean(known_prices) if len(known_prices) == len(lines) else None,
-            "calls": round(_mean(known_calls)) if len(known_calls) == len(lines) else None,
-            "bugs": sum(line.bugs for line in lines),
-        }
+        update=counts | {"wall_ms": _mean([line.wall_ms for line in lines]), "bugs": sum(line.bugs for line in lines)}
     )
 
 

@@ -9,7 +9,7 @@ import io
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -446,33 +446,26 @@ def _svg(figure: Figure, name: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{prefix}" ', 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Colour:
-    """One series on a light and on a dark page."""
-
-    light: str
-    dark: str
-
-
 # Chosen farthest apart from one another as people with and without red, green or blue see them, 3:1 against their page (ours).
 _COLOURS = (
-    _Colour("#1971af", "#58afe1"),
-    _Colour("#af8a19", "#e1e132"),
-    _Colour("#3f4b0d", "#58710d"),
-    _Colour("#648afa", "#a326d4"),
-    _Colour("#320de1", "#7dede1"),
-    _Colour("#af1964", "#afa358"),
-    _Colour("#96640d", "#328a96"),
-    _Colour("#711996", "#8a7dfa"),
-    _Colour("#d4718a", "#e13264"),
-    _Colour("#fa19e1", "#96d48a"),
-    _Colour("#c819a3", "#d4bb0d"),
-    _Colour("#0d647d", "#d496a3"),
-    _Colour("#bb6458", "#26d4e1"),
-    _Colour("#8a0d4b", "#197196"),
-    _Colour("#4b7dd4", "#9664c8"),
-    _Colour("#715826", "#a38a0d"),
+    ("#1971af", "#58afe1"),
+    ("#af8a19", "#e1e132"),
+    ("#3f4b0d", "#58710d"),
+    ("#648afa", "#a326d4"),
+    ("#320de1", "#7dede1"),
+    ("#af1964", "#afa358"),
+    ("#96640d", "#328a96"),
+    ("#711996", "#8a7dfa"),
+    ("#d4718a", "#e13264"),
+    ("#fa19e1", "#96d48a"),
+    ("#c819a3", "#d4bb0d"),
+    ("#0d647d", "#d496a3"),
+    ("#bb6458", "#26d4e1"),
+    ("#8a0d4b", "#197196"),
+    ("#4b7dd4", "#9664c8"),
+    ("#715826", "#a38a0d"),
 )
+"""Of each series, on a light and on a dark page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -660,23 +653,18 @@ def _sections(evaluation: Evaluation) -> Iterator[_Section]:
     captions: dict[Measure, str] = {"seconds": lacks}
     against = [plot for name in others for plot in _drawn(accuracy_against(evaluation, name), caption=captions.get(name, ""))]
     yield _Section(heading="Accuracy against time and price", plots=against)
-    attacked = [
-        plot
-        for info in evaluation.config.benchmarks
-        for plot in _drawn(robustness(evaluation, info.name), title=info.title or info.name)
-    ]
-    yield _Section(heading="Accuracy against the share of adversaries", plots=attacked)
+    yield _Section(heading="Accuracy against the share of adversaries", plots=_by_benchmark(evaluation, robustness))
     yield _Section(heading="Whom the gate asks", plots=list(_routed(evaluation, gates, caption)))
     yield _Section(heading="Steps", plots=list(_drawn(steps(evaluation))))
     yield _Section(heading="Why queries ended", plots=list(_drawn(stop_reasons(evaluation))))
-    by_group = [
-        plot
-        for info in evaluation.config.benchmarks
-        for plot in _drawn(groups(evaluation, info.name), title=info.title or info.name)
-    ]
-    yield _Section(heading="Accuracy by group", plots=by_group)
+    yield _Section(heading="Accuracy by group", plots=_by_benchmark(evaluation, groups))
     rest = [policy for policy in evaluation.config.all_policies if policy not in gates]
     yield _Section(heading="Routing of the other policies", plots=list(_routed(evaluation, rest, caption)))
+
+
+def _by_benchmark(evaluation: Evaluation, draw: Callable[[Evaluation, str], str | None]) -> list[_Plot]:
+    drawn = ((info.title or info.name, draw(evaluation, info.name)) for info in evaluation.config.benchmarks)
+    return [plot for title, svg in drawn for plot in _drawn(svg, title=title)]
 
 
 def _routed(evaluation: Evaluation, policies: Sequence[str], caption: str) -> Iterator[_Plot]:

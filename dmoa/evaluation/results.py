@@ -21,24 +21,13 @@ from pydantic import model_validator
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, ResultRecord, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder, read_record
-from dmoa.evaluation.statistics import Method, compare_policies, holm, interval
+from dmoa.evaluation.statistics import Interval, Method, compare_policies, holm, interval
 from dmoa.flat import TokenFields, flat
 from dmoa.types import TokenUsage
 
 MAX_FAILURES = 50
 """Failed rows that are kept with their error, per benchmark and policy."""
 _MAX_ERROR_CHARACTERS = 500
-
-
-class RowNumbers:
-    """Gives every row id a small number, the same for all policies."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def of(self, row_id: str) -> int:
-        """Return the number of a row."""
-        return self._numbers.setdefault(row_id, len(self._numbers))
 
 
 @dataclass(slots=True)
@@ -50,7 +39,7 @@ class AnswerTally:
     usage: TokenUsage = field(default_factory=TokenUsage)
     summarizer_tokens: int = 0
     memoised_tokens: int = 0
-    calls: int = 0
+    calls: float = 0
     bugs: int = 0
     late: int = 0
     price: array[float] = field(default_factory=lambda: array("d"))
@@ -79,7 +68,7 @@ class AnswerTally:
         self.memoised_tokens += line.memoised_tokens
         self.calls += line.calls or 0
         self.bugs += line.bugs
-        self.late += line.stop_reason == "deadline" or (line.error or "").startswith("DeadlineError")
+        self.late += line.is_late
         self.wall_ms.append(line.wall_ms)
         if line.gate_version is not None:
             self.gate_versions.add(line.gate_version)
@@ -388,13 +377,13 @@ def build_evaluation(run: RunInfo, answered: Iterable[Answered], scored: Iterabl
     Raises:
         ConfigError: a line's benchmark or policy is none of the run's, or a row is there twice for a policy.
     """
-    numbers = RowNumbers()
+    numbers: dict[str, int] = defaultdict(lambda: len(numbers))  # of rows by their ids, the same for all policies
     answers = {cell: AnswerTally() for cell in _cells(run)}
     scores = {cell: ScoreTally() for cell in _cells(run)}
     for answer in answered:
-        _of_line(answers, answer).add(numbers.of(answer.row_id), answer)
+        _of_line(answers, answer).add(numbers[answer.row_id], answer)
     for score in scored:
-        _of_line(scores, score).add(numbers.of(score.row_id), score)
+        _of_line(scores, score).add(numbers[score.row_id], score)
     infos = {info.name: info for info in run.benchmarks}
     for name in infos:
         tallies = [scores[name, policy] for policy in run.all_policies]
@@ -509,10 +498,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         unscored=len(scores.unscored),
         failed=len(scores.failed),
         left_out=len(scores.left_out),
-        accuracy=found.value,
-        low=found.low,
-        high=found.high,
-        interval=found.method,
+        **_ends(found),
         **flat(answers.usage),
         summarizer_tokens=answers.summarizer_tokens,
         memoised_tokens=answers.memoised_tokens,
@@ -531,7 +517,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         is_generated=info.is_generated,
         chance=info.chance,
         deviation=info.deviation,
-        calls=answers.calls,
+        calls=round(answers.calls),
         asked=len(answers.seen),
         late=answers.late,
         bugs=answers.bugs,
@@ -539,6 +525,10 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         price_per_correct=judged * price / points if points and price is not None else None,
         did_run=did_run,
     )
+
+
+def _ends(found: Interval) -> dict[str, Any]:
+    return {"accuracy": found.value, "low": found.low, "high": found.high, "interval": found.method}
 
 
 def _paired(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> list[PairedRow]:
@@ -565,15 +555,11 @@ def _groups(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally])
         return
     for group, by_policy in sorted(by_group.items()):
         for policy, values in by_policy.items():
-            found = interval(values)
             yield GroupRow(
                 benchmark=benchmark,
                 policy=policy,
                 group=group,
                 n=len(values),
                 correct=sum(value == 1.0 for value in values),
-                accuracy=found.value,
-                low=found.low,
-                high=found.high,
-                interval=found.method,
+                **_ends(interval(values)),
             )

@@ -26,7 +26,7 @@ from dmoa.evaluation.pipeline import AnswerWorkers, answer_all, forget, score_al
 from dmoa.evaluation.records import BenchmarkInfo, EvaluateOptions, PoolInfo, RunInfo, pool_differences
 from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import Evaluation
-from dmoa.evaluation.run_folder import RunFolder, read_record, write_whole
+from dmoa.evaluation.run_folder import RunFolder, read_record, write_lines, write_whole
 from dmoa.plugins import Registry
 from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.provenance import code_revision, machine
@@ -58,6 +58,8 @@ class Session:
     """Programs and texts that are judged at the same time."""
     open_ray: Callable[[], AbstractContextManager[None]]
     """Connects to Ray for as long as the passes run; bad input is refused before that."""
+    rows_of: RunFolder | None = None
+    """The run whose rows a new one takes, whatever has become of their files; None: it prepares its own."""
     derive: Callable[[RunFolder], None] = lambda folder: None
     """Adds lines of policies that ask nobody, once all others are judged."""
 
@@ -130,10 +132,18 @@ def begin_run(session: Session) -> RunInfo:
         _check_same(session, info)
         session.say(f"going on with the run in {folder.root}")
         return _went_on(session, info)
-    benchmarks = [_benchmark_info(session, name) for name in session.benchmarks]
+    above = session.rows_of
+    benchmarks = _rows_above(session, above) if above else [_benchmark_info(session, name) for name in session.benchmarks]
     info = _run_info(session, benchmarks)
     write_whole(folder.run, _json(info))
     return info
+
+
+def _rows_above(session: Session, above: RunFolder) -> list[BenchmarkInfo]:
+    for name in session.benchmarks:
+        write_lines(session.folder.tasks(name), above.read_tasks(name))
+        write_lines(session.folder.gold(name), above.read_gold(name))
+    return read_record(above.run, RunInfo).benchmarks
 
 
 def _benchmark_info(session: Session, name: str) -> BenchmarkInfo:

@@ -54,18 +54,13 @@ class SinglePolicy:
     reads="A * steps * (steps - 1) / 2",
     first_step_only=True,
 )
-def build_dense(context: PolicyContext) -> DensePolicy:
-    """Return the policy of the pool's agents."""
-    return DensePolicy(agents=context.config.agent_names)
-
-
 class DensePolicy:
     """Asks all agents of the pool at every step; stopping is the pool's own."""
 
     name = "dense"
 
-    def __init__(self, *, agents: tuple[str, ...]) -> None:
-        self._agents = agents
+    def __init__(self, context: PolicyContext) -> None:
+        self._agents = context.config.agent_names
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask everyone, in the order of the pool."""
@@ -80,18 +75,13 @@ class DensePolicy:
     reads="steps * (steps - 1) / 2",
     first_step_only=True,
 )
-def build_random(context: PolicyContext) -> RandomPolicy:
-    """Return the policy of the pool's agents."""
-    return RandomPolicy(agents=context.config.agent_names)
-
-
 class RandomPolicy:
     """Asks one agent, drawn anew at every step; draws depend on the query's id and the step, so a repeated query repeats."""
 
     name = "random"
 
-    def __init__(self, *, agents: tuple[str, ...]) -> None:
-        self._agents = agents
+    def __init__(self, context: PolicyContext) -> None:
+        self._agents = context.config.agent_names
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Draw an order of all agents: the first is asked, the others stand in for lost ones."""

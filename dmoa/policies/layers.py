@@ -23,6 +23,10 @@ AGGREGATE = (
 )
 
 
+_NUMBERS = re.compile(r"(?:best|top) \d+|\d+(?:,\d{3})*(?:\.\d+)?", re.IGNORECASE)
+"""What a judge says in numbers; that it was asked for the best 2 names no answer, nor does a part of 12,345 or 1.5."""
+
+
 def aggregation(agents: Sequence[str], aggregator: str, answers: Sequence[str]) -> StepPlan:
     """Return the last step of a mixture: one agent writes the answer from what others said; it streams."""
     told = {"instruction": AGGREGATE if answers else "", "history": tuple(answers)}
@@ -208,8 +212,9 @@ class SmoaPolicy(Optioned):
 
 def chosen(words: str, answers: Sequence[str], keep: int) -> tuple[str, ...]:
     """Return the answers whose numbers, from 1, a judge names first; the first ones where it names none."""
-    named = dict.fromkeys(int(number) for number in re.findall(r"\d{1,3}", words) if 1 <= int(number) <= len(answers))
-    return tuple(answers[number - 1] for number in list(named)[:keep]) or tuple(answers[:keep])
+    places = {str(number): answer for number, answer in enumerate(answers, 1)}
+    named = [number for number in dict.fromkeys(_NUMBERS.findall(words)) if number in places]
+    return tuple(places[number] for number in named[:keep]) or tuple(answers[:keep])
 
 
 class FusionOptions(PolicyOptions):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -88,7 +88,7 @@ class MctsPolicy(Optioned):
         task, seen = (IMPROVE, (leaf.text,)) if leaf.text else ("", ())
         agent = agents[number % len(agents)]
         asked = Activation(agent=agent, instruction=task, history=seen, temperature=options.temperature, sample=number)
-        stand_ins = others(agents, agent, instruction=task, history=seen, temperature=options.temperature)
+        stand_ins = tuple(replace(asked, agent=name) for name in agents if name != agent)
         return StepPlan(activations=(asked,), reserves=stand_ins, fold="pass")
 
     def ended(self, state: QueryState) -> str:
@@ -126,7 +126,7 @@ def best_of(nodes: list[Node]) -> str:
 
 
 def rating_of(words: str) -> float:
-    """Return the rating that a text names first, 0..1; the middle where it names none from 0 to 10."""
-    found = re.search(r"(?<![\d.])\d{1,2}(?:\.\d+)?(?![\d.]*\d)", words)
+    """Return the rating that a text names first, the scale itself aside, 0..1; the middle where it names none from 0 to 10."""
+    found = re.search(r"(?<![\d.])\d{1,2}(?:\.\d+)?(?![\d.]*\d)", re.sub(r"\b0 ?(?:to|-) ?10\b", "", words))
     value = float(found[0]) if found else math.inf
     return value / 10 if value <= 10 else _UNRATED

@@ -70,6 +70,9 @@ class PolicyOptions(BaseModel):
                 raise RequestError(f"policy: {policy}: {seen}; name one of them{did_you_mean(name, pool)}")
         return options
 
+    def check_pool(self, config: Any) -> None:
+        """Raise RequestError where the pool of this `Config` cannot do what they ask."""
+
     @property
     def named(self) -> tuple[str, ...]:
         """Every agent that the parameters name: those that take part, and who has a role of its own."""

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, get_args
 
+from pydantic import BaseModel, Field, ValidationError
+
 from dmoa.config import Config
 from dmoa.core.features import Preset
 from dmoa.errors import DmoaError, PluginError, RequestError
 from dmoa.plugins import Registry, home_of
 from dmoa.policies.options import PolicyOptions, Staged
-from dmoa.protocols import Encoder, Policy, Router
-from dmoa.types import Fold, QueryState, StepPlan, Stop, StopReason
-from dmoa.validation import did_you_mean, short
+from dmoa.protocols import Encoder, Policy, Router, ended
+from dmoa.types import Activation, Fold, QueryState, StepPlan, Stop, StopReason
+from dmoa.validation import describe, did_you_mean, short
 
 _LOG = logging.getLogger("dmoa.policies")
 
@@ -42,10 +44,6 @@ class PolicyContext:
     """For policies with parameters their checked record, whose `agents` are those that take part; None for the others."""
 
 
-def _everyone(config: Config) -> int:
-    return len(config.agents)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyEntry:
     """One policy: its name, one sentence, and how it is built for a query."""
@@ -53,7 +51,7 @@ class PolicyEntry:
     name: str
     summary: str
     build: Callable[[PolicyContext], Policy]
-    width: Callable[[Config], int] = _everyone
+    width: Callable[[Config], int] = lambda config: len(config.agents)
     """Most agents that one of its steps asks at once; evaluation lets in as many queries as engines have room for."""
     options: type[PolicyOptions] | None = None
     """Its parameters, as in `moa:layers=3:temperature=0.7`; None: it has none."""
@@ -79,8 +77,8 @@ POLICIES: Registry[PolicyEntry] = Registry(
     builtin={
         "dmoa": "dmoa.policies.dmoa:build_dmoa",
         "single": "dmoa.policies.baselines:build_single",
-        "dense": "dmoa.policies.baselines:build_dense",
-        "random": "dmoa.policies.baselines:build_random",
+        "dense": "dmoa.policies.baselines:DensePolicy",
+        "random": "dmoa.policies.baselines:RandomPolicy",
         "selector": "dmoa.policies.baselines:build_selector",
         **{name: f"dmoa.policies.voting:build_{name}" for name in ("cot", "self_consistency", "best_of_n")},
         "majority_k": "dmoa.policies.voting:MajorityPolicy",
@@ -133,34 +131,34 @@ LONGEST_SCHEDULE = 200
 """More steps than any policy of ours plans: `mcts` with 64 simulations has 129."""
 
 
-def _wrapped(policy: str) -> str | None:
-    """Return the policy that one wraps, None where it wraps none."""
+def _innermost(policy: str) -> str:
+    """Return the name of the policy that one wraps, which says how far it goes; its own where it wraps none."""
     name, words = split_policy(policy)
     options = POLICIES[name].options if name in POLICIES else None
     inner = options.model_fields.get("inner") if options else None
     given = dict(word.partition("=")[::2] for word in (words or "").split(":"))
-    return None if inner is None else str(given.get("inner", inner.default))
+    return name if inner is None else _innermost(str(given.get("inner", inner.default)))
 
 
 def has_schedule(policy: str) -> bool:
-    """Tell whether a policy plans its own end, so that limits on steps can only cut it; one that wraps another is as that one."""
-    name, inner = split_policy(policy)[0], _wrapped(policy)
-    return (name in POLICIES and POLICIES[name].options is not None) if inner is None else has_schedule(inner)
+    """Tell whether a policy plans its own end, so that limits on steps can only cut it."""
+    name = _innermost(policy)
+    return name in POLICIES and POLICIES[name].options is not None
 
 
 def can_do_stages(policy: str) -> bool:
-    """Tell whether a policy can answer a query with stages, as far as is known; one that wraps another is as that one."""
-    name, inner = split_policy(policy)[0], _wrapped(policy)
-    return (name not in POLICIES or POLICIES[name].answers_at_once) if inner is None else can_do_stages(inner)
+    """Tell whether a policy can answer a query with stages, as far as is known."""
+    name = _innermost(policy)
+    return name not in POLICIES or POLICIES[name].answers_at_once
 
 
 def is_gated(policy: str) -> bool:
-    """Tell whether a policy may read a query's limit on agents, which is the gate's; one that wraps another is as that one.
+    """Tell whether a policy may read a query's limit on agents, which is the gate's.
 
     The other policies of ours ask as many agents as their parameters say; of a policy of somebody else's it is not known.
     """
-    name, inner = split_policy(policy)[0], _wrapped(policy)
-    return (name in ("dmoa", EXPLORING) or name not in POLICIES.builtin) if inner is None else is_gated(inner)
+    name = _innermost(policy)
+    return name in ("dmoa", EXPLORING) or name not in POLICIES.builtin
 
 
 def needs_labels(name: str) -> bool:
@@ -176,6 +174,8 @@ def check_words(entry: PolicyEntry, words: str | None, config: Config) -> Policy
     replies would be asked more than the query, once.
     """
     options = entry.options_of(words, config) if entry.options else None
+    if options is not None:
+        options.check_pool(config)
     wrapped = getattr(options, "inner", None)
     if isinstance(wrapped, str):
         if wrapped not in POLICIES:
@@ -204,25 +204,14 @@ def policy(
     name: str,
     summary: str,
     *,
-    width: Callable[[Config], int] = _everyone,
+    width: Callable[[Config], int] = lambda config: len(config.agents),
     options: type[PolicyOptions] | None = None,
     cost: str = "",
     reads: str = "",
     first_step_only: bool | None = None,
     answers_at_once: bool = True,
 ) -> Callable[[Build], Build]:
-    """Enter a policy under a name: its class, built from a `PolicyContext`, or a function that builds it.
-
-    Args:
-        summary: one sentence, which `dmoa policies` shows.
-        width: most agents that one of its steps asks at once.
-        options: the record of its parameters, which the context then holds; its own `width` counts.
-        cost: calls of one query, such as `layers * A + 1`; A: agents that take part.
-        reads: earlier texts that its prompts hold together, such as `layers * A * A`.
-        first_step_only: whether it asks each agent the query alone, once.
-        answers_at_once: whether its first step writes an answer.
-    """
-
+    """Enter a policy, its class, built from a `PolicyContext`, or a function that builds it, with what its `PolicyEntry` says."""
     about = partial(PolicyEntry, name=name, summary=summary, width=width, options=options, cost=cost, reads=reads)
 
     def enter(build: Build) -> Build:
@@ -242,10 +231,28 @@ def build_policy(name: str, context: PolicyContext) -> Policy:
             param="dmoa.policy",
             code="unknown_policy",
         )
-    entry = POLICIES[name]
-    context = replace(context, options=check_words(entry, context.agent, context.config))
-    built = entry.build(context) if name in POLICIES.builtin else PluginPolicy(entry, context)
+    built = built_from(POLICIES[name], replace(context, options=check_words(POLICIES[name], context.agent, context.config)))
     return built if name in _KNOW_STAGES else Staged(built)
+
+
+def built_from(entry: PolicyEntry, context: PolicyContext) -> Policy:
+    """Return the policy of an entry, whose mistakes, where it is not dmoa's own, are PluginErrors."""
+    return entry.build(context) if entry.name in POLICIES.builtin else PluginPolicy(entry, context)
+
+
+class _Planned(BaseModel):
+    """What a plan asks, whose records anybody may have filled."""
+
+    activations: tuple[Activation, ...]
+    reserves: tuple[Activation, ...]
+    explored: tuple[Activation, ...]
+    quorum: int | None = Field(ge=1)
+
+
+def _plain(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        return value
+    return [{name: getattr(x, name) for name in Activation.__slots__} if isinstance(x, Activation) else x for x in value]
 
 
 class PluginPolicy:
@@ -287,21 +294,38 @@ class PluginPolicy:
             raise self._error(f"{where} is {short(plan)}; expected a Stop, or a StepPlan that asks somebody")
         self._check_word(where, "fold", plan.fold, get_args(Fold))
         self._check_word(where, "ends_with", plan.ends_with, (*get_args(StopReason), None))
-        asked = dict.fromkeys(item.agent for item in (*plan.activations, *plan.reserves, *plan.explored))
-        unknown = [name for name in asked if name not in self._agents]
+        try:
+            planned = dict(_Planned.model_validate({name: _plain(getattr(plan, name)) for name in _Planned.model_fields}))
+        except ValidationError as error:
+            raise self._error(f"{where}: {describe(error)}; mend the plan") from None
+        asked = [*planned["activations"], *planned["explored"]]
+        unknown = [x.agent for x in dict.fromkeys((*asked, *planned["reserves"])) if x.agent not in self._agents]
         if unknown:
-            seen, allowed = ", ".join(map(repr, unknown)), ", ".join(self._agents)
+            seen, allowed = ", ".join(map(repr, dict.fromkeys(unknown))), ", ".join(self._agents)
             raise self._error(
                 f"{where}: agent {seen} is not in the pool; expected {allowed}{did_you_mean(unknown, self._agents)}"
             )
-        return plan
+        if len({(x.agent, x.sample) for x in asked}) < len(asked):  # else calls of one id, which draw the same words
+            asked = [replace(x, sample=sum(y.agent == x.agent for y in asked[:i])) for i, x in enumerate(asked)]
+            count = len(planned["activations"])
+            planned |= {"activations": tuple(asked[:count]), "explored": tuple(asked[count:])}
+        return replace(plan, **planned)
+
+    def ended(self, state: QueryState) -> str:
+        """Return the answer that the policy makes of a query that is over. Raises PluginError where that fails."""
+        try:
+            text = ended(self._policy, state)
+        except Exception as error:  # code of others
+            raise self._raised("ended", error) from error
+        if not isinstance(text, str):
+            raise self._error(f"ended is {short(text)}; expected the answer, a text")
+        return text
 
     def _check_word(self, where: str, name: str, value: object, allowed: Sequence[str | None]) -> None:
         if value not in allowed:
-            words = [word for word in allowed if word is not None]
-            expected = f"expected {', '.join(words)}{' or None' if None in allowed else ''}"
-            nearest = did_you_mean(value, words) if isinstance(value, str) else ""
-            raise self._error(f"{where}: {name} is {short(value)}; {expected}; write one of these{nearest}")
+            nearest = did_you_mean(value, filter(None, allowed)) if isinstance(value, str) else ""
+            words = ", ".join(map(str, allowed))
+            raise self._error(f"{where}: {name} is {short(value)}; expected {words}; write one of these{nearest}")
 
     def _raised(self, where: str, error: Exception) -> PluginError:
         _LOG.info("policy %s: %s failed", self._entry.name, where, exc_info=error)

@@ -16,15 +16,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from pydantic import Field, field_validator
 
+from dmoa.config import Config
 from dmoa.core.aggregate import answer_key
 from dmoa.errors import NoAgentError, RequestError
 from dmoa.policies.dmoa import build_dmoa
 from dmoa.policies.options import Count, PolicyOptions, ask
-from dmoa.policies.registry import POLICIES, PolicyContext, policy
+from dmoa.policies.registry import POLICIES, PolicyContext, built_from, policy
 from dmoa.policies.routers import judged_of
 from dmoa.protocols import Encoder, Policy, ended
 from dmoa.types import Activation, QueryState, StepPlan, Stop
 
+_SLACK = 1e-9
 _MOST_SEARCHED = 16
 """Agents of which every choice is tried."""
 _KEPT: WeakKeyDictionary[Encoder, dict[tuple[str, PolicyOptions], Any]] = WeakKeyDictionary()
@@ -43,7 +45,7 @@ def inner_policy(context: PolicyContext, name: str, agents: tuple[str, ...] | No
     entry = POLICIES[name]
     words = f"agents={'+'.join(agents or context.config.agent_names)}"
     options = entry.options_of(words, context.config) if entry.options else None
-    return entry.build(replace(context, agent=None, options=options))
+    return built_from(entry, replace(context, agent=None, options=options))
 
 
 class _Wrapping:
@@ -144,6 +146,16 @@ class KnapsackOptions(PolicyOptions):
             raise ValueError(f"{inner!r} asks the whole pool; name a policy with `agents`, such as majority_k")
         return inner
 
+    def check_pool(self, config: Config) -> None:
+        """Raise RequestError where a price is not known that a budget needs, or no agent of the pool fits the budgets."""
+        bids = _bids(self, config)
+        unknown = [model for model, price, _ in bids if price is None]
+        if self.price is not None and unknown:
+            raise RequestError(f"policy: knapsack: price: llms.{unknown[0]}.price is not set; set it, or give a budget of gpus")
+        most, space = (math.inf if limit is None else limit + _SLACK for limit in (self.price, self.gpus))
+        if all((price or 0.0) > most or gpus > space for _, price, gpus in bids):
+            raise RequestError("policy: knapsack: no agent fits the budget; raise gpus or price")
+
 
 @policy(
     "knapsack",
@@ -175,7 +187,7 @@ class KnapsackPolicy(_Wrapping):
 
     async def _worth(self, state: QueryState) -> dict[str, float]:
         if self._options.rewards is not None:
-            rows = judged_of(self._options.rewards, self._options.agents)[1]
+            rows = judged_of(self._options.rewards, self._options.agents, "rewards")[1]
             of_agent = {name: [row.reward for row in rows if row.agent == name] for name in self._options.agents}
             return {name: (sum(found) + 0.5) / (len(found) + 1) for name, found in of_agent.items()}
         plan = await self._gate.next_step(replace(state, steps=()))
@@ -185,24 +197,22 @@ class KnapsackPolicy(_Wrapping):
         )
 
     def _chosen(self, worth: Sequence[float]) -> list[int]:
-        options, config = self._options, self._context.config
-        model_of = {agent.name: agent.llm for agent in config.agents}
-        models = [model_of[name] for name in options.agents]
-        prices = [config.llms[model].price for model in models]
-        unknown = [model for model, price in zip(models, prices, strict=True) if price is None]
-        if options.price is not None and unknown:
-            raise RequestError(f"policy: knapsack: price: llms.{unknown[0]}.price is not set; set it, or give a budget of gpus")
-        found = best_subset(
+        options, bids = self._options, _bids(self._options, self._context.config)
+        return best_subset(
             worth,
-            price_A=[0.0 if price is None else price.prompt_per_1m + price.completion_per_1m for price in prices],
-            model_A=models,
-            gpus={model: config.llms[model].gpus for model in models},
+            price_A=[price or 0.0 for _, price, _ in bids],
+            model_A=[model for model, _, _ in bids],
+            gpus={model: gpus for model, _, gpus in bids},
             most_price=options.price,
             most_gpus=options.gpus,
         )
-        if not found:
-            raise RequestError("policy: knapsack: no agent fits the budget; raise gpus or price")
-        return found
+
+
+def _bids(options: KnapsackOptions, config: Config) -> list[tuple[str, float | None, float]]:
+    """Return the model of each agent that takes part, its price, None where it is not known, and its GPUs."""
+    model_of = {agent.name: agent.llm for agent in config.agents}
+    prices = {name: llm.price.prompt_per_1m + llm.price.completion_per_1m for name, llm in config.llms.items() if llm.price}
+    return [(model, prices.get(model), config.llms[model].gpus) for model in map(model_of.__getitem__, options.agents)]
 
 
 def best_subset(
@@ -218,7 +228,7 @@ def best_subset(
 
     Every subset is tried, of the `_MOST_SEARCHED` agents worth most of those that fit alone.
     """
-    price, space = (math.inf if most is None else most + 1e-9 for most in (most_price, most_gpus))
+    price, space = (math.inf if most is None else most + _SLACK for most in (most_price, most_gpus))
     alone = [a for a, model in enumerate(model_A) if price_A[a] <= price and gpus[model] <= space]
     tried = sorted(sorted(alone, key=lambda a: -worth_A[a])[:_MOST_SEARCHED])
     bits_SA = (np.arange(1, 2 ** len(tried))[:, None] >> np.arange(len(tried))) & 1

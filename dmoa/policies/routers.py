@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -26,6 +26,8 @@ from dmoa.protocols import Encoder
 from dmoa.reading import home_path, read_bounded
 from dmoa.types import FloatArray, QueryState, StepPlan, Stop
 from dmoa.validation import describe
+
+_router = partial(policy, cost="1", reads="0", first_step_only=True)
 
 
 class Judged(BaseModel):
@@ -42,32 +44,32 @@ class Judged(BaseModel):
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, changed_ns: int) -> tuple[Judged, ...]:
+def _read(field: str, path: Path, changed_ns: int) -> tuple[Judged, ...]:
     found = []
     for number, line in enumerate(read_bounded(path, most=1 << 28).decode().split("\n"), 1):
         if line.strip():
             try:
                 found.append(Judged.model_validate_json(line))
             except ValidationError as error:
-                raise RequestError(f"policy: data: {path}, line {number}: {describe(error)}; mend the line") from None
+                raise RequestError(f"policy: {field}: {path}, line {number}: {describe(error)}; mend the line") from None
     return tuple(found)
 
 
-def judged_of(data: str, agents: Sequence[str]) -> tuple[int, tuple[Judged, ...]]:
-    """Return when a file changed, and its judged replies, read once.
+def judged_of(data: str, agents: Sequence[str], field: str = "data") -> tuple[int, tuple[Judged, ...]]:
+    """Return when a file changed, and its judged replies, read once; `field` names it.
 
     Raises RequestError naming file and line, and where no line is of one of the agents that take part.
     """
     path = home_path(data).absolute()
     try:
         changed_ns = path.stat().st_mtime_ns
-        rows = _read(path, changed_ns)
+        rows = _read(field, path, changed_ns)
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"policy: data: cannot read {data!r}: {error}; give a file of JSON Lines") from error
+        raise RequestError(f"policy: {field}: cannot read {data!r}: {error}; give a file of JSON Lines") from error
     if not any(row.agent in agents for row in rows):
         seen = f"judges {', '.join(list(dict.fromkeys(row.agent for row in rows))[:8])}" if rows else "has no line"
         raise RequestError(
-            f"policy: data: {data!r} {seen}; expected replies of {', '.join(agents)}; name agents as the pool does"
+            f"policy: {field}: {data!r} {seen}; expected replies of {', '.join(agents)}; name agents as the pool does"
         )
     return changed_ns, rows
 
@@ -102,13 +104,10 @@ class _Ranked(ABC):
         """Return a score per agent, in the order of `options.agents`; the highest is asked."""
 
 
-@policy(
+@_router(
     "random_router",
     "One agent answers once, drawn evenly; no labels.",
     options=OneOptions,
-    cost="1",
-    reads="0",
-    first_step_only=True,
 )
 class RandomRouter(_Ranked):
     """As `random` with one step; the query's id decides, so a repeated query repeats."""
@@ -127,13 +126,10 @@ class BanditOptions(RouterOptions):
     """thompson: a draw of each agent's Beta posterior, prior 1, 1; ucb: mean + sqrt(2 ln N / n)."""
 
 
-@policy(
+@_router(
     "bandit",
     "One agent by its rewards so far, whatever the query: Thompson sampling or UCB1; labels: rewards of a file.",
     options=BanditOptions,
-    cost="1",
-    reads="0",
-    first_step_only=True,
 )
 class BanditRouter(_Ranked):
     """A bandit over agents whose history is the file; it learns no more while it answers, so a run repeats."""
@@ -224,13 +220,10 @@ class KnnOptions(RouterOptions):
     """Neighbours."""
 
 
-@policy(
+@_router(
     "knn_router",
     "The agent with the best mean reward on the k most similar queries; labels: rewards of a file.",
     options=KnnOptions,
-    cost="1",
-    reads="0",
-    first_step_only=True,
 )
 class KnnRouter(_Learnt):
     """Similarity is that of the sentence embeddings. Source: RouterBench, arXiv 2403.12031.
@@ -257,13 +250,10 @@ class LinearOptions(RouterOptions):
     """Weight of the squared weights."""
 
 
-@policy(
+@_router(
     "linear_router",
     "The agent of the highest reward by a ridge regression on the query's embedding; labels: rewards of a file.",
     options=LinearOptions,
-    cost="1",
-    reads="0",
-    first_step_only=True,
 )
 class LinearRouter(_Learnt):
     """One regression an agent, around its mean reward."""
@@ -291,13 +281,10 @@ class KmeansOptions(RouterOptions):
     """Of the first centres."""
 
 
-@policy(
+@_router(
     "kmeans",
     "The agent with the best mean reward in the query's cluster of embeddings; labels: rewards of a file.",
     options=KmeansOptions,
-    cost="1",
-    reads="0",
-    first_step_only=True,
 )
 class KmeansRouter(_Learnt):
     """Lloyd's algorithm from queries drawn by the seed; an agent's mean over all counts as one more of a cluster (ours)."""

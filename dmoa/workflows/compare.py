@@ -63,7 +63,7 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
         for defence in options.curve_defences:
             common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
             changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)} | shared
-            run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False)
+            run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False, rows_of=folder)
     return finish_run(folder)
 
 
@@ -100,7 +100,7 @@ def with_baselines(options: CompareOptions, config: Config | None = None) -> tup
     more = [name for name in fit if name not in named] if options.baselines else []
     is_paced = options.match in ("tokens", "calls", "price") and options.url is None
     reference, *others = (*given, *more)
-    raised = [f"{name}:k={MOST_SAMPLES}" if is_paced and name in _SAMPLING else name for name in others]
+    raised = [f"{x}:k={MOST_SAMPLES}" if is_paced and split_policy(x)[0] in _SAMPLING and ":k=" not in x else x for x in others]
     return tuple(dict.fromkeys((reference, *raised)))
 
 

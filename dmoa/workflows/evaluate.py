@@ -56,6 +56,8 @@ def run_evaluation(
     options = options.model_copy(update={"policies": policies})
     check_policies(options.policies, config, tuple(options.gates))
     check_stages(options.policies, names)
+    if config is not None and not (options.address or os.environ.get("RAY_ADDRESS")):  # else they lie where the workers are
+        check_labels(options.policies, config)
     if config is not None and options.defence is not None:
         summarizer = config.summarizer.model_copy(update={"defence": options.defence})
         config = config.model_copy(update={"summarizer": summarizer})
@@ -199,6 +201,17 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
         raise RequestError(f"--gates: {', '.join(idle)} is in no policy; add dmoa:{idle[0]} to --policies, or leave it out")
 
 
+def check_labels(policies: Sequence[str], config: Config) -> None:
+    """Read the files of judged replies that policies of ours name. Raises RequestError for one that cannot be learnt from."""
+    from dmoa.policies.routers import judged_of
+
+    for name, words in map(split_policy, policies):
+        found = POLICIES[name].options_of(words, config) if name in POLICIES.builtin and POLICIES[name].options else None
+        for field in ("data", "rewards"):
+            if found is not None and (file := getattr(found, field, None)) is not None:
+                judged_of(file, found.agents, field)
+
+
 def build_evaluation(
     options: EvaluateOptions,
     config: Config | None,
@@ -258,7 +271,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     if adversaries is not None:
         adversaries.of(config.agent_names)  # more than there are agents are refused here, not in a worker
     used = {agent.llm for agent in config.agents}
-    widest = options.limits(limits_for(config)).max_agents
+    widest = options.limits(limits_for(config)).max_agents or len(config.agents)  # the gate's limit, which no other policy reads
     widths = {policy: width_of(policy, config) for policy in options.policies}
     gates = {name: folder.absolute() for name, folder in options.gates.items()}
     return AnswerWorkers(
@@ -272,7 +285,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
         ),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
-        widths={policy: width if widest is None else min(width, widest) for policy, width in widths.items()},
+        widths={policy: min(width, widest) if split_policy(policy)[0] == "dmoa" else width for policy, width in widths.items()},
         num_gpus=pool_gpus(config),
         env=ENGINE_ENV,
     )

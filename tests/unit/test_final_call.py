@@ -23,6 +23,7 @@ from dmoa.types import (
     Answer,
     FinalCall,
     FinishReason,
+    QueryState,
     Sampling,
     StepRecord,
     TextDelta,
@@ -103,6 +104,35 @@ async def test_agents_work_without_tools_and_the_chosen_one_gets_them() -> None:
     )
     assert answer.choices[0].tool_calls == calls
     assert (answer.text, answer.choices[0].finish_reason, answer.finish_reason) == ("", "tool_calls", "stop")
+
+
+async def test_the_final_call_is_told_the_answer_that_the_policy_ended_with() -> None:
+    """A search that a budget cut: its best answer is the first of two, by `two`; its last is by `one`."""
+
+    class Search(Schedule):
+        def ended(self, state: QueryState) -> str:
+            return state.steps[0].summary
+
+    agents = FakeAgents({"two": (Say(text="It is 19."), Say(text='{"n": 19}')), "one": Say(text="It is 20.")})
+    cards = {name: card(name, abilities=NATIVE) for name in ("one", "two")}
+    loop = Orchestrator(
+        dispatcher=Dispatcher(agents=agents, cards=cards, router=None, is_select=True),
+        summarizer=SelectSummarizer(),
+        summarizer_sampling=Sampling(),
+        is_select=True,
+    )
+    asked = replace(query(budget_calls=2, max_steps=9), final=FinalCall(schema=FORM))
+    answer = await answer_of(loop, asked, Search(asks("two", fold="pass"), asks("one", fold="pass")))
+    assert answer.stop_reason == "budget_calls"
+    assert [call.agent for call in agents.calls] == ["two", "one", "two"], "the author of the answer writes it"
+    assert (
+        agents.calls[-1]
+        .messages[-1]
+        .content.startswith(
+            "What is 12 + 7?\n\nWork so far, step 1:\nIt is 19.\n\nWork so far, step 2:\nIt is 19.\n\nAnswer the question above."
+        )
+    )
+    assert [step.summary for step in answer.steps[:2]] == ["It is 19.", "It is 20."], "what the steps came to is kept"
 
 
 async def test_the_final_call_is_a_step_and_counts() -> None:

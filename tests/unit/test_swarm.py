@@ -13,9 +13,9 @@ from dmoa.agents.pool import build_local, build_pool_gate
 from dmoa.config import Config, LlmConfig
 from dmoa.errors import RequestError
 from dmoa.routing import LocalRouter
-from dmoa.swarm import Swarm, abilities_of, limits_for
-from dmoa.testing import FakeAgents, Lose, Say
-from dmoa.types import Answer, Limits, Query, StepRecord, TextDelta
+from dmoa.swarm import AsksFirst, Swarm, abilities_of, limits_for
+from dmoa.testing import FakeAgents, Lose, Say, Schedule, answer_of, asks, orchestrator_of, query
+from dmoa.types import Answer, Limits, Query, QueryState, StepRecord, TextDelta
 
 
 def pool(placement: str = "shared", **changes: Any) -> Config:
@@ -162,3 +162,14 @@ def test_abilities_are_the_engines_and_those_of_its_options() -> None:
     )
     assert abilities_of(parsed) - abilities_of(plain) == {"tools"}
     assert {"schema", "tool_prompt", "logprobs"} <= abilities_of(plain)
+
+
+async def test_a_branch_ends_as_its_policy_does() -> None:
+    class Search(Schedule):
+        def ended(self, state: QueryState) -> str:
+            return state.steps[0].summary
+
+    agents = FakeAgents({"a": Say(text="It is 19."), "b": Say(text="It is 20.")})
+    branched = AsksFirst(Search(asks("a", fold="pass")), ("b",), 1)
+    answer = await answer_of(orchestrator_of(agents, "ab"), query(max_steps=2), branched)
+    assert ([step.summary for step in answer.steps], answer.text) == (["It is 19.", "It is 20."], "It is 19.")

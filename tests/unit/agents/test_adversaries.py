@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dmoa.agents.adversaries import KINDS, AdversarialAgents, Adversaries, Kind, corrupted
+from dmoa.core.aggregate import select_contribution
 from dmoa.core.answers import extract_answer
 from dmoa.errors import ConfigError
 from dmoa.policies.dmoa import DmoaPolicy
@@ -56,6 +57,20 @@ def test_entropy_and_tokens_are_the_true_reply_s_but_for_confidence() -> None:
         assert found.usage == true.usage
         assert found.entropy.mean_nats == pytest.approx(0.001 if kind == "confident_liar" else 1.5)
     assert extract_answer(corrupted(true, call(), "verbose").text) == "19"
+
+
+def test_what_an_adversary_says_is_whole_and_its_true_thought_is_not_told() -> None:
+    """A lie that counted as cut would lose to every finished reply."""
+    true = replace(said("a", Say(text="The answer is", finish_reason="length")), reasoning="12 + 7 is 19.")
+    for kind in KINDS:
+        found = corrupted(true, call(), kind)
+        assert (found.finish_reason, found.reasoning) == (("length", "12 + 7 is 19.") if kind == "verbose" else ("stop", "")), (
+            kind
+        )
+    lies = [replace(corrupted(true, call(name), "colluding"), agent=name) for name in "ab"]
+    chosen = select_contribution([*lies, said("c", Say(text="The answer is 19."))], asked="What is 12 + 7?")
+    assert chosen is not None
+    assert chosen.is_agreed
 
 
 async def test_honest_agents_and_lost_ones_are_left_alone_and_streams_come_in_one_piece() -> None:

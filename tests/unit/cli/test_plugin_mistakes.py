@@ -62,7 +62,30 @@ def policy_file(
         ),
         (
             {"step": "return StepPlan(activations=(Activation(agent='adder'),), ends_with='done')"},
-            "stages, schedule or None; write one of these",
+            "stages, schedule, None; write one of these",
+        ),
+        (
+            {"step": "return StepPlan(activations=('adder',))"},
+            "activations.0 is 'adder'; expected a dictionary or an instance of Act",
+        ),
+        (
+            {"step": "return StepPlan(activations=Activation(agent='adder'))"},
+            "next_step of step 1: activations is Activation(agent",
+        ),
+        (
+            {"step": "return StepPlan(activations=(Activation(agent='adder', history='19'),))"},
+            "next_step of step 1: activations.0.history is '19'; expected a valid tuple; mend the plan",
+        ),
+        (
+            {"step": "return StepPlan(activations=(Activation(agent='adder'),), quorum=0)"},
+            "quorum is 0; expected a number greater",
+        ),
+        (
+            {
+                "step": "return StepPlan(activations=(Activation(agent='adder'),), fold='pass', ends_with='single')\n"
+                "    def ended(self, state):\n        return len(state.steps)"
+            },
+            "ended is 1; expected the answer, a text",
         ),
         ({"init": "context.nothing"}, "building it raised AttributeError(\"'PolicyContext' object has no attribute 'nothing'\")"),
     ],

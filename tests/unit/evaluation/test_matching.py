@@ -10,12 +10,13 @@ import pytest
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, query_of_task
-from dmoa.evaluation.figures import curves, overall
-from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, Matching, Task
+from dmoa.evaluation.figures import Footnotes, curves, overall, untrained_policies
+from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, EvaluateOptions, Matching, Task
 from dmoa.evaluation.repeats import mean_answer, merge_repeats
 from dmoa.evaluation.report import accuracy_against, pareto, render_report, routing
 from dmoa.evaluation.results import build_evaluation, read_evaluation
 from dmoa.evaluation.run import finish_run
+from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES
 from dmoa.testing import (
     Fail,
@@ -36,7 +37,8 @@ from dmoa.testing import (
 from dmoa.testing import failed as lost
 from dmoa.types import Limits, Price
 from dmoa.workflows.compare import against, check_curve, remarks, run_comparison, share_of_budget, taken, with_baselines
-from dmoa.workflows.console import Common
+from dmoa.workflows.console import Bars, Common
+from dmoa.workflows.evaluate import build_evaluation as build_evaluation_of
 from dmoa.workflows.evaluate import check_policies, expand_policies
 
 TASK = Task(row_id="gsm8k/test/1", benchmark="gsm8k", text="?")
@@ -77,6 +79,9 @@ COMMON = Common(config=None, overrides=(), verbosity=0, json_path=None)
         ({"curve": "0..3"}, "--adversaries is 3, and the pool has 2 agents"),
         ({"match": "price"}, r"--match is price, and llms\.s has no price"),
         ({"policies": "bandit:data=/a b.jsonl"}, "holds white space"),
+        ({"policies": "dmoa,knn_router:data=lost.jsonl"}, "policy: data: cannot read 'lost.jsonl'"),
+        ({"policies": "dmoa,knapsack:rewards=lost.jsonl"}, "policy: rewards: cannot read 'lost.jsonl'"),
+        ({"policies": f"dmoa,gptswarm:seed=1:data={__file__}"}, r"policy: data: .*test_matching\.py, line 1: "),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_hours_of_work(values: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -84,6 +89,15 @@ def test_what_cannot_be_compared_is_said_before_hours_of_work(values: dict[str, 
     with pytest.raises(DmoaError, match=said):
         run_comparison(options, scripted_pool(("a", "b")), COMMON, "dmoa compare")
     assert not (tmp_path / "run").exists()
+
+
+def test_under_a_budget_of_agents_the_gates_queries_alone_take_fewer_places(tmp_path: Path) -> None:
+    """`--budget cpu` has the gate ask two; the others go on asking as many at once as ever, and take as many places."""
+    policies = ("dmoa", "dense", "moa", "self_consistency:k=9", "single")
+    options = EvaluateOptions(benchmarks=("arith",), policies=policies, budget="cpu", out=tmp_path / "run")
+    with Bars(-1) as bars:
+        made = build_evaluation_of(options, scripted_pool("abcde"), ("arith",), RunFolder(tmp_path / "run"), COMMON, bars, "")
+    assert made.workers.widths == {"dmoa": 2, "dense": 5, "moa": 5, "self_consistency:k=9": 9, "single": 1}
 
 
 def test_a_matched_budget_lowers_the_limits_of_its_benchmark_alone() -> None:
@@ -173,8 +187,6 @@ def test_repeats_are_one_run_of_means(tmp_path: Path) -> None:
         )
         for number in (0, 1)
     ]
-    from dmoa.evaluation.run_folder import RunFolder
-
     found = merge_repeats(RunFolder(tmp_path), parts)
     row = found.rows[0]
     assert (row.n, row.accuracy, row.correct, row.prompt_tokens, row.price, row.calls) == (2, 0.75, 1, 30, 1.0, 4)
@@ -192,6 +204,49 @@ def test_a_repeat_that_failed_counts_nothing_and_hides_nothing_of_the_others() -
     assert (found.status, found.calls, found.price, found.usage.total) == ("ok", 2, pytest.approx(0.3), 74)
     assert mean_answer([*lines[:2], answered("gsm8k", 0, "dmoa")]).calls is None, "an older line does not say"
     assert mean_answer([lost("gsm8k", 0, "dmoa")] * 2).status == "failed"
+
+
+def test_calls_of_repeats_are_their_mean_and_not_the_nearest_whole_number_of_each_row() -> None:
+    """Two rows of 1 and 2 calls: 1.5 a query, and half of a budget of 3."""
+    lines = [mean_answer([answered("gsm8k", row, "dmoa", calls=calls) for calls in (1, 2)]) for row in (0, 1)]
+    info = run_info(
+        [BenchmarkInfo(name="gsm8k", rows=2)],
+        policies=("dmoa",),
+        match="calls",
+        budgets={"gsm8k": {"budget_calls": 3}},
+        repeats=2,
+    )
+    found = build_evaluation(info, lines, [scored("gsm8k", row, "dmoa", 1.0) for row in (0, 1)])
+    (row,) = found.rows
+    assert (row.calls, taken(row)[1], share_of_budget(found, row)) == (3, "1.5", "50 %")
+
+
+def test_a_row_that_the_deadline_cut_in_any_repeat_is_told() -> None:
+    whole, cut = answered("gsm8k", 0, "chain"), answered("gsm8k", 0, "chain", stop_reason="deadline")
+    failing = lost("gsm8k", 0, "chain", "DeadlineError: too late")
+    assert [mean_answer(lines).is_late for lines in ([whole, cut], [whole, failing], [whole, whole])] == [True, True, False]
+
+
+def test_tables_say_whose_choice_an_untrained_gate_made() -> None:
+    """`knapsack` chooses its sub-pool by the pool's gate, which its answers do not name, unless rewards are given."""
+    policies = ("knapsack", "knapsack:inner=star:gpus=1", "knapsack:rewards=seen.jsonl", "moa")
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=policies, gate_version="untrained-abc")
+    lines = [answered("gsm8k", 0, policy, gate_version=None) for policy in policies]
+    found = build_evaluation(info, lines, [scored("gsm8k", 0, policy, 1.0) for policy in policies])
+    assert untrained_policies(found) == set(policies[:2])
+
+
+def test_tables_say_who_learnt_from_labels() -> None:
+    by_file, by_rewards = "knn_router:data=seen.jsonl:k=3", "knapsack:rewards=seen.jsonl"
+    policies = (by_file, by_rewards, "dmoa", "dmoa:told", "moa")
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=policies)
+    versions = {"dmoa": "abc", "dmoa:told": "outcomes-20-abc"}
+    lines = [answered("gsm8k", 0, policy, gate_version=versions.get(policy)) for policy in policies]
+    found = build_evaluation(info, lines, [scored("gsm8k", 0, policy, 1.0) for policy in policies])
+    notes = Footnotes(found)
+    (note,) = notes.all()
+    assert note.text == "it learnt from labels: judged replies, or outcomes"
+    assert [row.policy for row in found.rows if notes.marks(row)] == [by_file, by_rewards, "dmoa:told"]
 
 
 def test_the_table_says_what_each_policy_took_and_how_it_differs_from_the_reference() -> None:
@@ -311,6 +366,8 @@ def test_baselines_are_added_once() -> None:
     assert policies() == ("dmoa", "self_moa", "self_consistency:k=16", "single")
     assert policies(match="latency") == ("dmoa", "self_moa", "self_consistency", "single")
     assert policies(policies="self_consistency,best_of_n:k=3", baselines=False) == ("self_consistency", "best_of_n:k=3")
+    named = policies(policies="dmoa,self_consistency:a,best_of_n:temperature=1:b,self_consistency:a:k=3", baselines=False)
+    assert named[1:] == ("self_consistency:a:k=16", "best_of_n:temperature=1:b:k=16", "self_consistency:a:k=3")
     assert "single" not in policies(policies="dmoa,single:a")
     assert policies(policies="dense", baselines=False) == ("dense",)
 

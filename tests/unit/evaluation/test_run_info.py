@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dmoa.evaluation.run import check_level, evaluate, plugin_pairs
 from dmoa.evaluation.run_folder import RunFolder, read_record
 from dmoa.policies.registry import POLICIES
 from dmoa.testing import scripted_pool
+from dmoa.workflows.compare import run_curve
 from dmoa.workflows.console import Bars, Common
 from dmoa.workflows.evaluate import build_evaluation
 from tests.unit.evaluation.samples import row, write_rows
@@ -149,6 +150,42 @@ def test_repeats_are_one_run_that_is_kept_and_goes_on(tmp_path: Path) -> None:
         run(3, resume=True)
     with pytest.raises(ConfigError, match="nobody answers"):
         run(2, resume=True)
+
+
+@pytest.mark.contract  # asks git for the revision
+@pytest.mark.parametrize("place", ["repeat-1", "curve/1-none"])
+def test_the_runs_in_a_run_have_its_rows_though_their_file_has_changed(place: str, tmp_path: Path) -> None:
+    """Killed before its second part began, it goes on with a file that was edited meanwhile."""
+    folder, part = RunFolder(tmp_path / "out"), RunFolder(tmp_path / "out" / place)
+    path = write_rows(tmp_path / "data", "gsm8k", "test.jsonl", [row("gsm8k")])
+    more: dict[str, Any] = {"repeats": 2} if place == "repeat-1" else {"curve": (1,), "kind": "saboteur"}
+    common = Common(config=None, overrides=(), verbosity=-1, json_path=None)
+
+    def run(open_ray: Any, *, resume: bool) -> None:
+        names = ("gsm8k",)
+        options = CompareOptions(
+            benchmarks=names, data_dir=tmp_path / "data", out=folder.root, resume=resume, track="none", **more
+        )
+        if resume and options.curve:
+            run_curve(options, scripted_pool(), common, "dmoa compare")
+        with Bars(-1) as bars:
+            made = build_evaluation(options, scripted_pool(), names, folder, common, bars, "dmoa compare")
+        evaluate_repeatedly(replace(made, open_ray=open_ray), options.repeats)
+
+    def nowhere() -> AbstractContextManager[None]:
+        raise ConfigError("--address: nobody answers")
+
+    with pytest.raises(ConfigError, match="nobody answers"):
+        run(nowhere, resume=False)
+    path.write_text(json.dumps(row("gsm8k", question="Ada has 4 pots. How many?")) + "\n", encoding="utf-8")
+    damaged = part.answers("gsm8k", "dmoa")  # ends it before Ray is needed
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a Answered record"):
+        run(nullcontext, resume=True)
+    assert part.tasks("gsm8k").read_bytes() == folder.tasks("gsm8k").read_bytes()
+    assert part.gold("gsm8k").read_bytes() == folder.gold("gsm8k").read_bytes()
+    assert read_record(part.run, RunInfo).benchmarks == read_record(folder.run, RunInfo).benchmarks
 
 
 def test_an_engine_may_lie_elsewhere_and_not_be_another() -> None:

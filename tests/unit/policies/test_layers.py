@@ -72,6 +72,14 @@ def test_a_judge_that_names_nothing_lets_the_first_through() -> None:
     assert chosen("3 and 3 and 9 and 1", ("x", "y", "z"), 2) == ("z", "x")
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["3,1", "[3] [1]", "The best 2 answers are 3 and 1.", "3 (it says 2.5, or 12,200, or 2024), then 1.", "Top 2: #3, #1"],
+)
+def test_a_judge_names_answers_and_not_how_many_it_was_asked_for_nor_what_they_say(words: str) -> None:
+    assert chosen(words, ("x", "y", "z"), 2) == ("z", "x")
+
+
 async def test_fusion_asks_a_panel_and_its_judge_sees_all_of_it_in_an_order_of_the_querys_own() -> None:
     _, calls = await run("fusion:judge=d")
     assert [line.split()[0] for line in schedule_of(calls)] == ["a.0", "b.0", "c.0", "d.1"]

@@ -250,6 +250,19 @@ async def test_shadows_are_calls_that_a_budget_of_calls_counts() -> None:
     assert await asked_of(agents, 4, budget_calls=3) == ["abc"] * 4
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [("price=1", r"llms\.s\.price is not set"), ("gpus=0", None), ("agents=a:gpus=1", None)]
+)
+def test_a_budget_that_no_agent_fits_is_said_before_any_query(words: str, said: str | None) -> None:
+    config = context_of("knapsack").config
+    if said is None:
+        check_words(POLICIES["knapsack"], words, config)
+        llms = {name: llm.model_copy(update={"gpus": 2.0}) for name, llm in config.llms.items()}
+        config, said = config.model_copy(update={"llms": llms}), "no agent fits the budget; raise gpus or price"
+    with pytest.raises(RequestError, match=f"^policy: knapsack: .*{said}"):
+        check_words(POLICIES["knapsack"], words, config)
+
+
 @pytest.mark.parametrize(("inner", "said"), [("mao", "'mao' is not known"), ("dense", "'dense' asks the whole pool")])
 def test_what_a_wrapped_policy_cannot_be_is_said_before_any_query(inner: str, said: str) -> None:
     with pytest.raises(RequestError, match=f"policy: knapsack: inner.*{said}"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dmoa.policies.mcts import rating_of
-from dmoa.types import AgentCall
+from dmoa.testing import query
+from dmoa.types import AgentCall, AgentReply
 from tests.unit.policies.schedules import Says, check_cost, run, schedule_of
 
 
@@ -33,8 +34,20 @@ async def test_without_exploration_the_best_branch_alone_grows() -> None:
     assert schedule_of(calls)[4:] == ["a.4~2 <- b.2~1", "d.5 <- a.4~2", "b.6~3 <- b.2~1", "d.7 <- b.6~3", "d.8 <- b.2~1"]
 
 
+async def test_stand_ins_draw_words_of_their_own() -> None:
+    """b stands in for a where all four first answers are asked the same, with a client's seed."""
+
+    def says(call: AgentCall) -> str | AgentReply | None:
+        return AgentReply(agent="a", status="failed", error="broken") if call.agent == "a" else sure(call)
+
+    policy = "mcts:agents=a+b:rater=c:simulations=4:children=4"
+    _, calls = await run(policy, says, query(max_steps=50, sampling={"seed": 7}))
+    assert [call.sampling.seed for call in calls if call.agent == "b"] == [7, 8, 9, 10]
+
+
 def test_ratings_are_read_from_words() -> None:
     words = {"7": 0.7, "I say 10 of 10.": 1.0, "8.5/10": 0.85, "none": 0.5, "100": 0.5, "11": 0.5, "0": 0.0}
+    words |= {"On a scale from 0 to 10: 7": 0.7, "From 0-10 I give 9": 0.9, "0 or 10": 0.0}
     assert {text: rating_of(text) for text in words} == pytest.approx(words)
 
 

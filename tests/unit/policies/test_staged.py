@@ -10,7 +10,7 @@ from dmoa.errors import RequestError
 from dmoa.policies.options import ask
 from dmoa.policies.registry import POLICIES, PolicyContext, can_do_stages, policy
 from dmoa.testing import query
-from dmoa.types import AgentCall, AgentReply, QueryState, Stage, StepPlan, Stop
+from dmoa.types import Activation, AgentCall, AgentReply, QueryState, Stage, StepPlan, Stop
 from dmoa.workflows.evaluate import check_stages, expand_policies
 from tests.unit.policies.schedules import run, schedule_of
 
@@ -34,6 +34,29 @@ async def test_a_policy_of_a_file_is_asked_at_every_stage() -> None:
     finally:
         del POLICIES["once"]
     assert (answer.stop_reason, len(answer.steps), len(calls)) == ("stages", 2, 4)
+
+
+@pytest.mark.parametrize("name", ["twice", "capacity_aware:inner=twice"])
+async def test_samples_of_a_policy_of_a_file_are_calls_of_their_own_and_it_is_told_of_the_end(name: str) -> None:
+    @policy("twice", "Asks one agent twice.")
+    class Twice:
+        name = "twice"
+
+        def __init__(self, context: PolicyContext) -> None:
+            pass
+
+        async def next_step(self, state: QueryState) -> StepPlan | Stop:
+            return StepPlan(activations=(Activation(agent="a"), Activation(agent="a")), fold="vote", ends_with="single")
+
+        def ended(self, state: QueryState) -> str:
+            return f"ended after {len(state.steps[0].replies)}"
+
+    try:
+        answer, calls = await run(name, asked=query(sampling={"seed": 7}))
+    finally:
+        del POLICIES["twice"]
+    assert answer.text == "ended after 2"
+    assert [(call.call_id[-3:], call.sampling.seed) for call in calls] == [("0/a", 7), ("a~1", 8)]
 
 
 @pytest.mark.parametrize("name", ["selector", "symbolic", "group_chat", "capacity_aware:inner=group_chat"])
