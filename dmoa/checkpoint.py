@@ -76,8 +76,9 @@ class Checkpoint(BaseModel):
     pool_fingerprint: str
     trained_on: dict[str, Any] | None = None
     """Rollouts behind the weights; null: untrained."""
-    supervision: str = "none"
-    """What the training was told of how good replies are: none, or outcomes(N), with so many outcomes of the user's."""
+    supervision: str = Field(default="none", pattern=r"^(none|outcomes\([0-9]{1,18}\))$")
+    """What the training was told of how good replies are: none, or outcomes(N), with so many outcomes of the user's; part of the
+    version, which names a folder."""
     label_model: dict[str, Any] | None = None
     """With score posterior, what of the label model is no array; its arrays lie beside the weights."""
     metrics: dict[str, float] = Field(default_factory=dict)

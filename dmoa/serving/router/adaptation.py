@@ -171,12 +171,12 @@ class Adaptation:
         self._base: tuple[int, int] = (0, 0)
         self._kept = self._load()
         self._contexts = Contexts(self._kept.contexts)
-        # A router that starts anew hears of all queries once more.
-        self._counted_unix_s = 0.0 if self._kept.trial is None else self._kept.trial.counted_unix_s
-        if self._kept.trial is not None:  # those that begin are counted from 0 again, and what is heard of is set beside it
-            self._kept.trial.heard, self._kept.trial.lost = {}, {}
-        if self._kept.trial is not None and not self._fits(self._kept.trial):
-            self._end("withdrawn", self._kept.trial.candidate, "a version of the trial is gone")
+        self._counted_unix_s = 0.0
+        if (trial := self._kept.trial) is not None:
+            self._counted_unix_s = trial.counted_unix_s  # a router that starts anew hears of all queries once more
+            trial.heard, trial.lost = {}, {}  # those that begin are counted from 0 again, and what is heard of is set beside it
+        if trial is not None and not self._fits(trial):
+            self._end("withdrawn", trial.candidate, "another version is current, or one of the trial is gone")
         self._resume()
         if frozen is not None or (self._kept.frozen is not None and self._kept.trial is not None):
             self.freeze(frozen or "")  # the router before this one may have died before the trial was ended
@@ -220,8 +220,12 @@ class Adaptation:
         return kept
 
     def _fits(self, trial: Trial) -> bool:
-        here = {trial.control, trial.candidate}
-        return self._versions.version in here and all(self._state.load_version(version) is not None for version in here)
+        """Tell whether a trial goes on; the router may have died between the writes of an update, or of the trial's end."""
+        current = self._versions.version
+        if current in trial.line:  # the update after it never became current
+            trial.candidate = current
+        is_tried = current == trial.candidate or (current == trial.control and self.mode != "on")
+        return is_tried and all(self._state.load_version(version) for version in (trial.control, trial.candidate))
 
     def _resume(self) -> None:
         """Go on with the tests of the trial, if there is one."""
@@ -259,7 +263,8 @@ class Adaptation:
         self._kept.contexts = self._contexts.state()
         self._kept.events = self._kept.events[-MAX_EVENTS:]
         self._saved_unix_s = self._clock()
-        self._state.save(self._kept.model_dump(mode="json"), FILE)
+        with self._state.patience():  # what was decided holds, and is served
+            self._state.save(self._kept.model_dump(mode="json"), FILE)
 
     def _note(self, action: str, version: str, note: str, **more: Any) -> None:
         entry = {"version": version, "action": action, "previous": self._versions.version, "note": note[:500]}
@@ -304,7 +309,7 @@ class Adaptation:
     def freeze(self, note: str = "") -> Change | None:
         """Take no offer from now on, and end the trial: the version before it goes on alone.
 
-        Raises CheckpointError, OSError where the trial cannot be ended; no offer is taken then either.
+        Raises CheckpointError where the trial cannot be ended; no offer is taken then either.
         """
         if self._kept.frozen is None:
             self._kept.frozen = note or "by an operator"
@@ -608,7 +613,7 @@ class Adaptation:
         note = f"update {trial.update} after {trial.queries.get('candidate', 0)} queries: {'; '.join(words)}"
         self._kept.cooldown_until_unix_s = self._clock() + self._guards.cooldown_s
         self._count("rolled_back", list(named))
-        change = self._versions.rollback(trial.control, note) if trial.control != self._versions.version else None
+        change = self._back(trial, note)
         self._end("rolled back", trial.candidate, note)
         self._save()
         return change
@@ -648,9 +653,14 @@ class Adaptation:
         trial = self._kept.trial
         if trial is None:
             return None
-        change = self._versions.rollback(trial.control, why) if trial.control != self._versions.version else None
+        change = self._back(trial, why)
         self._end("withdrawn", trial.candidate, why)
         return change
+
+    def _back(self, trial: Trial, why: str) -> Change | None:
+        """Make the control current, also where the place cannot be written now."""
+        with self._state.patience():
+            return self._versions.rollback(trial.control, why) if trial.control != self._versions.version else None
 
     def _end(self, action: str, version: str, note: str) -> None:
         trial = self._kept.trial

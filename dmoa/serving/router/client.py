@@ -191,7 +191,7 @@ class RemoteRouter:
 
     def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         """Tell the actor; while it is away the agent is masked here for a short while."""
-        self._masked_until[agent] = time.monotonic() + max(MASKED_S, masked_s)
+        self._masked_until[agent] = max(self._masked_until.get(agent, 0.0), time.monotonic() + max(MASKED_S, masked_s))
         self._tried.discard(agent)
         self._spawn(self._tell(agent, reason, masked_s))
 

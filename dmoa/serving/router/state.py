@@ -12,7 +12,8 @@ import json
 import logging
 import posixpath
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +57,15 @@ class RouterState:
         self.is_patient = is_patient
         self.lost: str | None = None
         """What the place lacks, for as long as it is not written back; None: it is whole."""
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Let what cannot be written be so later, in this block."""
+        before, self.is_patient = self.is_patient, True
+        try:
+            yield
+        finally:
+            self.is_patient = before
 
     def save_version(self, gate: Gate, record: Checkpoint) -> None:
         """Keep a version; one that is already there is left alone, because its name is its content."""
@@ -105,7 +115,11 @@ class RouterState:
     def remember(self, version: str) -> None:
         """Keep the files of the current version in memory too, in place of the one before."""
         if self._remembered(version) is None:
-            head, *parts = version.encode(), *self.read_version(version).values()
+            try:
+                head, *parts = version.encode(), *self.read_version(version).values()
+            except OSError as error:  # a copy: what is current hangs on `save` alone
+                _LOG.warning("gate %s is not remembered: %s", version, error)
+                return
             sizes = " ".join(str(len(part)) for part in parts).encode()
             self._memory["version"] = b"\n".join((head, sizes, b"".join(parts)))
 
@@ -158,11 +172,14 @@ class RouterState:
                 self._fs.delete_file(found.path)
 
     def save(self, state: dict[str, Any], name: str = "state.json") -> None:
-        """Keep the state: current version, history, fingerprint; under another name that of adaptation. Raises OSError."""
+        """Keep the state: current version, history, fingerprint; under another name that of adaptation.
+
+        Raises OSError: then the one before holds. With the first file it is kept; the copies may come later.
+        """
         serial = self._serials.get(name, 0) + 1
         data = json.dumps({**state, _SERIAL: serial}).encode()
-        for place in (name, name + _LAST):
-            self._put(place, data)
+        self._put(name, data)
+        self._put_soon(name + _LAST, data)
         self._serials[name] = serial
         self._memory[name] = data
 

@@ -242,8 +242,8 @@ class GateVersions:
             "history": [one.model_dump(mode="json") for one in kept],
         }
         self._state.save(state)
-        self._state.remember(record.version)
         self._history, self.gate, self.version = kept, gate, record.version
+        self._state.remember(record.version)
         if len(kept) < len(history):
             self.drop_old()
 
@@ -287,8 +287,9 @@ class GateVersions:
         self._state.save_version(gate, record)
 
     def adopt(self, gate: Gate, record: Checkpoint, note: str) -> Change:
-        """Make a gate current that `check` gave, because it passed the guards."""
-        return self._change(gate, record, "adapted", note, None)
+        """Make a gate current that `check` gave and `keep` kept, because it passed the guards; the state may be written later."""
+        with self._state.patience():
+            return self._change(gate, record, "adapted", note, None)
 
     def rollback(self, version: str | None, note: str) -> Change:
         """Make an earlier version current again, by default the one before the current one.

@@ -269,6 +269,22 @@ async def test_an_agent_that_failed_while_the_actor_is_away_is_tried_by_one_quer
     assert await masked(3) == [False] * 3
 
 
+async def test_a_shorter_report_does_not_end_a_longer_one(
+    pair: tuple[FakeActor, RemoteRouter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, router = pair
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    await settle(router)
+    actor.is_away = True
+    for masked_s in (30.0, 0.0):
+        router.report_unavailable("b", "its last replies came too late", masked_s)
+    now += MASKED_S + 1
+    assert (await router.route(ASK)).masked == ("b",)
+    now += 30.0
+    assert (await router.route(ASK)).masked == ()
+
+
 async def test_where_all_failed_while_the_actor_is_away_they_are_tried_soon(
     pair: tuple[FakeActor, RemoteRouter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
