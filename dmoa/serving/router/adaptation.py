@@ -280,7 +280,7 @@ class Adaptation:
         kept, trial = self._kept, self._kept.trial
         arms = {
             name: {"pairs": arm.whole.pairs, "worse_by": round(arm.whole.mean, 4), "evidence": round(arm.evidence, 3)}
-            for name, arm in self._arms.items()
+            for name, arm in list(self._arms.items())  # a thread may change them
         }
         return {
             "mode": self.mode,

@@ -297,7 +297,7 @@ class RemoteRouter:
                     if version is not None and version not in self._weights:
                         await self._fetch(version)
                 local.follow(view)
-            except (RayError, TimeoutError, RoutingError) as error:
+            except (RayError, TimeoutError, DmoaError) as error:  # weights that cannot be read among them
                 _LOG.warning("router is not followed (%s): asking it", type(error).__name__)
                 self._view, self._view_until = None, 0.0
                 await asyncio.sleep(self.away_s)

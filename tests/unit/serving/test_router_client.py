@@ -498,6 +498,18 @@ async def test_a_version_that_an_ingress_does_not_hold_is_the_routers_to_decide(
     assert decided.gate_version == unseen != held
 
 
+async def test_an_ingress_goes_on_following_after_weights_that_it_cannot_read(following: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = following
+    router.away_s = 0.01
+    version = actor.install()
+    (actor._folder / version / "gate.json").write_text("{}")
+    async with asyncio.timeout(20):
+        while version not in router._weights:  # noqa: ASYNC110 -- no event tells
+            await asyncio.sleep(0.005)
+    actor.install()
+    await follows(router, actor._local.view)
+
+
 async def test_an_ingress_that_loses_the_router_goes_on_and_follows_it_again(
     following: tuple[FakeActor, RemoteRouter],
 ) -> None:
