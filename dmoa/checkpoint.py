@@ -97,25 +97,14 @@ def describe_gate(gate: Gate, *, fingerprint: str, trained_on: dict[str, Any] | 
 def _fields(gate: Gate, *, is_trained: bool, supervision: str) -> dict[str, Any]:
     """Return the fields of a record that follow from the gate itself."""
     spec = gate.spec
-    return {
+    own, sizes, activation = (
+        {name: getattr(spec, name) for name in names.split()}
+        for names in ("preset head temperature score", "hidden embedding_dim input_dim", "rule mass max_agents cascade theta")
+    )
+    return own | {
         "version": _prefix(is_trained, supervision) + weights_version(gate),
-        "preset": spec.preset,
-        "head": spec.head,
-        "sizes": {
-            "hidden": spec.hidden,
-            "embedding_dim": spec.embedding_dim,
-            "input_dim": spec.input_dim,
-            "agents": len(spec.agents),
-        },
-        "temperature": spec.temperature,
-        "activation": {
-            "rule": spec.rule,
-            "mass": spec.mass,
-            "max_agents": spec.max_agents,
-            "cascade": spec.cascade,
-            "theta": spec.theta,
-        },
-        "score": spec.score,
+        "sizes": sizes | {"agents": len(spec.agents)},
+        "activation": activation,
         "label_model": None if gate.label_model is None else gate.label_model.numbers(),
         "agents": list(spec.agents),
         "spec": spec.to_json(),

@@ -142,7 +142,7 @@ class GateKernel:
 
 
 class MemorylessKernel:
-    """The same in place of `GateKernel` for the cores `linear` and `mlp`: `hidden_BH` is not read, `next_BH` is 0."""
+    """The same in place of `GateKernel` for the cores `linear` and `mlp`: `hidden_BH` is not read, `next_BH` is zeros."""
 
     def __init__(self, gate: Gate, batch_size: int) -> None:
         spec = gate.spec
@@ -158,13 +158,9 @@ class MemorylessKernel:
                 self._head = _head_linear(gate, input_pad, batch_size)
         self._x = torch.zeros(batch_size, input_pad)
         self.x_BX: FloatArray = self._x.numpy()[:, : spec.input_dim]
-        """Input rows [B, X]."""
         self.hidden_BH: FloatArray = np.zeros((batch_size, spec.hidden), dtype=np.float32)
-        """State rows before the step [B, H]; not read."""
         self.next_BH: FloatArray = np.zeros((batch_size, spec.hidden), dtype=np.float32)
-        """State rows after the step [B, H]: zeros."""
         self.logits_BA: FloatArray = self._head.out_BN[:, : len(spec.agents)]
-        """Logits [B, A]; overwritten by the next run."""
 
     def run(self) -> None:
         """Take one step of every row."""
