@@ -122,13 +122,8 @@ class GateKernel:
     def _combine(self) -> None:
         """next = n + z (h - n), n = tanh(input_n + r state_n); sigmoid(a) as (tanh(a/2) + 1)/2, a halved in the weights."""
         width = self._new.shape[1]
-        input_B3H, state_B3H, gates, new, after = (
-            self._input.out_BN,
-            self._state.out_BN,
-            self._gates,
-            self._new,
-            self._next_padded,
-        )
+        input_B3H, state_B3H = self._input.out_BN, self._state.out_BN
+        gates, new, after = self._gates, self._new, self._next_padded
         np.add(input_B3H[:, : 2 * width], state_B3H[:, : 2 * width], out=gates)
         np.tanh(gates, out=gates)
         gates += 1.0
@@ -322,18 +317,9 @@ class Decider:
         self, active: ActivationBatch, left_out: list[list[int]], next_BH: FloatArray, limits: list[int], contexts: list[int]
     ) -> list[RouteDecision]:
         agents, theta = self.spec.agents, self.spec.theta
+        found = (array.tolist() for array in (active.ranking_BA, active.k_B, active.mass_B))
         # Padding rows end with left_out and contexts, the shortest of these.
-        rows = zip(
-            left_out,
-            contexts,
-            active.probability_BA,
-            active.ranking_BA.tolist(),
-            active.k_B.tolist(),
-            active.mass_B.tolist(),
-            next_BH,
-            limits,
-            strict=False,
-        )
+        rows = zip(left_out, contexts, active.probability_BA, *found, next_BH, limits, strict=False)
         return [
             RouteDecision(
                 gate_version=self.version,

@@ -289,9 +289,8 @@ class Adaptation:
             "cooldown_s": round(self._cooldown_left_s(), 1),
             "anchor": kept.anchor,
             "held_back": len(self._held),
-            "trial": None
-            if trial is None
-            else {
+            "trial": trial
+            and {
                 "control": trial.control,
                 "candidate": trial.candidate,
                 "update": trial.update,

@@ -92,7 +92,7 @@ class RouterState:
             return found
         self._say_lost(f"gate {version}: {why}")
         for name, data in remembered.items():
-            self._put_soon(f"versions/{version}/{name}", data)
+            self._put(f"versions/{version}/{name}", data, soon=True)
         return read_files(remembered, f"gate {version}")
 
     def _load_version(self, version: str) -> tuple[Gate, Checkpoint] | None:
@@ -179,7 +179,7 @@ class RouterState:
         serial = self._serials.get(name, 0) + 1
         data = json.dumps({**state, _SERIAL: serial}).encode()
         self._put(name, data)
-        self._put_soon(name + _LAST, data)
+        self._put(name + _LAST, data, soon=True)
         self._serials[name] = serial
         self._memory[name] = data
 
@@ -212,14 +212,14 @@ class RouterState:
             state_of = "older than it was" if is_whole else "gone"
             self._say_lost(damage or f"router state {self._path(name)!r}: it is {state_of}")
             for place in (name, name + _LAST):
-                self._put_soon(place, data)
+                self._put(place, data, soon=True)
         self._memory[name] = data
         return state
 
     def heal(self) -> None:
         """Write back what the place had lost, where that works by now."""
         for name, data in list(self._unsaved.items()):
-            self._put_soon(name, data)
+            self._put(name, data, soon=True)
         if self.lost is not None and not self._unsaved:
             _LOG.warning("%s holds its state again", self.place)
             self.lost = None
@@ -228,19 +228,13 @@ class RouterState:
         self.lost = self.lost or what
         _LOG.warning("%s; the last that was kept elsewhere takes its place", what)
 
-    def _put(self, name: str, data: bytes) -> None:
-        """Write a file. Raises OSError, unless patient."""
-        if self.is_patient:
-            self._put_soon(name, data)
-        else:
-            write_at(self._fs, self._path(name), data)
-            self._unsaved.pop(name, None)
-
-    def _put_soon(self, name: str, data: bytes) -> None:
-        """Write a file, or note that it is still to be written."""
+    def _put(self, name: str, data: bytes, *, soon: bool = False) -> None:
+        """Write a file; where it cannot be written, raise OSError, or while patient, or `soon`, note that it still is to be."""
         try:
             write_at(self._fs, self._path(name), data)
         except OSError as error:
+            if not (soon or self.is_patient):
+                raise
             if name not in self._unsaved:
                 _LOG.warning("cannot write %s: %s; it is tried again", self._path(name), error)
             self._unsaved[name] = data
