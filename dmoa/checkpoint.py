@@ -211,18 +211,20 @@ def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint
 
 def _restore(record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
     """Build the gate; raises CheckpointError, ConfigError or RuntimeError where record and tensors do not fit."""
-    # Copies, which lie as torch likes them; the gate itself takes no memory before the file is known to hold all of it.
-    mine = {name: one for name, one in tensors.items() if record.label_model is None or not name.startswith(_JUDGE)}
-    own = {name: one.to(torch.float32, copy=True) for name, one in mine.items()}
-    if bad := next((name for name, one in (tensors | own).items() if not one.isfinite().all()), None):
-        raise CheckpointError(f"gate.safetensors: {bad} holds NaN or infinity; expected finite numbers")
-    arrays = {name.removeprefix(_JUDGE): tensor.numpy() for name, tensor in tensors.items() if name.startswith(_JUDGE)}
+    own = {name: one for name, one in tensors.items() if record.label_model is None or not name.startswith(_JUDGE)}
+    for name, one in tensors.items():
+        wanted = torch.float32 if name in own else torch.float64
+        if one.dtype != wanted or not one.isfinite().all():  # widened, others would take up to eight times their memory
+            seen = "NaN or infinity" if one.dtype == wanted else one.dtype
+            raise CheckpointError(f"gate.safetensors: {name} holds {seen}; expected finite numbers of {wanted}")
+    arrays = {name.removeprefix(_JUDGE): tensor.numpy() for name, tensor in tensors.items() if name not in own}
     label_model = None if record.label_model is None else LabelModel.from_arrays(arrays, record.label_model)
     with torch.device("meta"):
         gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"), label_model=label_model)
     if label_model is not None and label_model.num_agents != len(gate.spec.agents):
         raise CheckpointError(f"label model: of {label_model.num_agents} agents; expected {len(gate.spec.agents)}")
-    gate.load_state_dict(own, assign=True)
+    # Copies, which lie as torch likes them; the gate itself takes no memory before the file is known to hold all of it.
+    gate.load_state_dict({name: one.clone() for name, one in own.items()}, assign=True)
     expected = _fields(gate, is_trained=not record.version.startswith(UNTRAINED), supervision=record.supervision)
     for name, value in expected.items():
         seen = getattr(record, name)

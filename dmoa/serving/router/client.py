@@ -124,10 +124,8 @@ class RemoteRouter:
     async def route(self, request: RouteRequest) -> RouteDecision:
         """Decide one step. Raises NoAgentError, RoutingError, PoolChangedError."""
         if self._follows and (request.gate_version or self._current) in self._weights:
-            try:
+            with contextlib.suppress(RoutingError):  # the router may know a version to fall back on
                 return await self._decide_here(request)
-            except RoutingError:  # the router may know a version to fall back on
-                pass
         if (began := time.monotonic()) >= self._away_until:
             is_trial = self._is_away
             if is_trial:
