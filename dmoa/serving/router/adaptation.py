@@ -385,11 +385,10 @@ class Adaptation:
             return self._told("refused", reasons, verdicts, record.version), None
         if self.mode == "observe":
             self._count("observed")
-            self._note(
-                "observed", record.version, f"update {said.update}: {_would(shadow)}", shadow=shadow.model_dump(mode="json")
-            )
+            words = _would(shadow)
+            self._note("observed", record.version, f"update {said.update}: {words}", shadow=shadow.model_dump(mode="json"))
             self._save()
-            return self._told("observed", [_would(shadow)], verdicts, record.version), None
+            return self._told("observed", [words], verdicts, record.version), None
         return self._take(gate, record, said, verdicts)
 
     def _closed(self, said: Evidence) -> tuple[str, str] | None:
@@ -495,6 +494,9 @@ class Adaptation:
             )
             self._begun.clear()
             self._resume()
+            return
+        if version == trial.control:  # which is known already
+            self._end("withdrawn", trial.candidate, f"update {said.update} goes back to the gate before it")
             return
         trial.candidate, trial.update, trial.shift = version, said.update, trial.shift or said.shift
         trial.line = [*trial.line, version][-MAX_LINE:]

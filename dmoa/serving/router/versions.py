@@ -323,8 +323,7 @@ class GateVersions:
 
 
 def _entry(version: str, action: Action, previous: str | None, note: str = "") -> HistoryEntry:
-    note = note[:MAX_NOTE_CHARACTERS]
-    return HistoryEntry(version=version, action=action, previous=previous, note=note, unix_s=time.time())
+    return HistoryEntry(version=version, action=action, previous=previous, note=note[:MAX_NOTE_CHARACTERS], unix_s=time.time())
 
 
 def _line(history: Sequence[HistoryEntry]) -> list[str]:

@@ -606,6 +606,14 @@ def test_what_an_operator_makes_current_is_served_though_the_end_of_the_trial_ca
     assert (found.versions.version, found.router.current, found.adaptation.split) == (change.version, change.version, None)
 
 
+def test_an_update_that_goes_back_to_the_control_ends_the_trial(root: Path) -> None:
+    found = swarm(root, "on", canary_queries=5)
+    good = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)
+    assert found.offer(found.files(range(4)), 2)["version"] == good  # what was installed first
+    assert (found.versions.version, found.router.current, found.adaptation.split) == (good, good, None)
+
+
 class _Dies(BaseException):
     pass
 
