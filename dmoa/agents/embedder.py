@@ -268,10 +268,7 @@ def _packs(texts: Sequence[list[int]]) -> list[list[list[int]]]:
 
 
 def size_class(texts: Sequence[str]) -> int:
-    """Return a number for the length of texts: those of one class wait for each other, and so for none of twice their length.
-
-    A text of a megabyte takes a minute of a core, for which nobody else is to wait.
-    """
+    """Return a number for the length of texts: those of one class wait for each other alone; a megabyte takes a minute."""
     return (sum(map(len, texts)) // _SHORT_CHARS).bit_length()
 
 

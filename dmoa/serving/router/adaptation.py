@@ -1,8 +1,8 @@
 """Learning while serving, on the router's side: offered gates are judged, tried on a share of the queries, installed, taken back.
 
 Apart from Ray, and not for two threads at once. What was decided is kept in `adaptation.json` under `router.state_uri`, whole,
-then renamed, before anybody hears of it: the number of the last update that was taken (none is taken twice), the trial that
-runs, whether learning is frozen, and what happened. A router that dies comes back with all of it.
+then renamed, before anybody hears of it, or later where it cannot be written: the number of the last update that was taken (none
+is taken twice), the trial that runs, whether learning is frozen, and what happened. A router that dies comes back with all of it.
 
 A trial compares two versions on new queries that chance gives to the one or the other (by a hash of the trace id). `canary`: the
 candidate has `canary_share` of them until it passed or failed. `on`: the candidate is current at once, and the version before,
