@@ -76,8 +76,9 @@ class Checkpoint(BaseModel):
     pool_fingerprint: str
     trained_on: dict[str, Any] | None = None
     """Rollouts behind the weights; null: untrained."""
-    supervision: str = "none"
-    """What the training was told of how good replies are: none, or outcomes(N), with so many outcomes of the user's."""
+    supervision: str = Field(default="none", pattern=r"^(none|outcomes\([0-9]{1,18}\))$")
+    """What the training was told of how good replies are: none, or outcomes(N), with so many outcomes of the user's; part of the
+    version, which names a folder."""
     label_model: dict[str, Any] | None = None
     """With score posterior, what of the label model is no array; its arrays lie beside the weights."""
     metrics: dict[str, float] = Field(default_factory=dict)
@@ -96,25 +97,14 @@ def describe_gate(gate: Gate, *, fingerprint: str, trained_on: dict[str, Any] | 
 def _fields(gate: Gate, *, is_trained: bool, supervision: str) -> dict[str, Any]:
     """Return the fields of a record that follow from the gate itself."""
     spec = gate.spec
-    return {
+    own, sizes, activation = (
+        {name: getattr(spec, name) for name in names.split()}
+        for names in ("preset head temperature score", "hidden embedding_dim input_dim", "rule mass max_agents cascade theta")
+    )
+    return own | {
         "version": _prefix(is_trained, supervision) + weights_version(gate),
-        "preset": spec.preset,
-        "head": spec.head,
-        "sizes": {
-            "hidden": spec.hidden,
-            "embedding_dim": spec.embedding_dim,
-            "input_dim": spec.input_dim,
-            "agents": len(spec.agents),
-        },
-        "temperature": spec.temperature,
-        "activation": {
-            "rule": spec.rule,
-            "mass": spec.mass,
-            "max_agents": spec.max_agents,
-            "cascade": spec.cascade,
-            "theta": spec.theta,
-        },
-        "score": spec.score,
+        "sizes": sizes | {"agents": len(spec.agents)},
+        "activation": activation,
         "label_model": None if gate.label_model is None else gate.label_model.numbers(),
         "agents": list(spec.agents),
         "spec": spec.to_json(),
@@ -221,18 +211,20 @@ def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint
 
 def _restore(record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
     """Build the gate; raises CheckpointError, ConfigError or RuntimeError where record and tensors do not fit."""
-    # Copies, which lie as torch likes them; the gate itself takes no memory before the file is known to hold all of it.
-    mine = {name: one for name, one in tensors.items() if record.label_model is None or not name.startswith(_JUDGE)}
-    own = {name: one.to(torch.float32, copy=True) for name, one in mine.items()}
-    if bad := next((name for name, one in (tensors | own).items() if not one.isfinite().all()), None):
-        raise CheckpointError(f"gate.safetensors: {bad} holds NaN or infinity; expected finite numbers")
-    arrays = {name.removeprefix(_JUDGE): tensor.numpy() for name, tensor in tensors.items() if name.startswith(_JUDGE)}
+    own = {name: one for name, one in tensors.items() if record.label_model is None or not name.startswith(_JUDGE)}
+    for name, one in tensors.items():
+        wanted = torch.float32 if name in own else torch.float64
+        if one.dtype != wanted or not one.isfinite().all():  # widened, others would take up to eight times their memory
+            seen = "NaN or infinity" if one.dtype == wanted else one.dtype
+            raise CheckpointError(f"gate.safetensors: {name} holds {seen}; expected finite numbers of {wanted}")
+    arrays = {name.removeprefix(_JUDGE): tensor.numpy() for name, tensor in tensors.items() if name not in own}
     label_model = None if record.label_model is None else LabelModel.from_arrays(arrays, record.label_model)
     with torch.device("meta"):
         gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"), label_model=label_model)
     if label_model is not None and label_model.num_agents != len(gate.spec.agents):
         raise CheckpointError(f"label model: of {label_model.num_agents} agents; expected {len(gate.spec.agents)}")
-    gate.load_state_dict(own, assign=True)
+    # Copies, which lie as torch likes them; the gate itself takes no memory before the file is known to hold all of it.
+    gate.load_state_dict({name: one.clone() for name, one in own.items()}, assign=True)
     expected = _fields(gate, is_trained=not record.version.startswith(UNTRAINED), supervision=record.supervision)
     for name, value in expected.items():
         seen = getattr(record, name)

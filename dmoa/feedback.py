@@ -35,8 +35,6 @@ OUTCOMES = "outcomes.jsonl"
 """Beside it, in the format of `dmoa train --outcomes`."""
 MARK = "traffic/"
 """What the query_id of a recorded query begins with; its trace id follows."""
-
-
 MAX_CONTEXTS = 16
 """Groups of similar queries that are told apart; further kinds join the nearest."""
 SAME_CONTEXT = 0.3

@@ -137,6 +137,7 @@ class LateReplies:
 
     def __init__(self) -> None:
         self._in_a_row: Counter[str] = Counter()
+        self._masked_at_s: dict[str, float] = {}
         self._usual_s: dict[str, float] = {}
         self._recent_s: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
@@ -160,14 +161,21 @@ class LateReplies:
         self._recent_s[agent].append(latency_s)
         self._usual_s[agent] = 0.8 * self._usual_s.get(agent, latency_s) + 0.2 * latency_s
 
-    def late(self, agent: str, waited_s: float) -> float:
-        """Note a reply that came too late; return for how long the agent is to be masked, 0: it is not."""
+    def late(self, agent: str, begun_s: float, now_s: float) -> float:
+        """Note a reply that came too late; return for how long the agent is to be masked, 0: it is not.
+
+        One of a call that was under way when it was masked last tells nothing new, however many those are.
+        """
         usual_s = self._usual_s.get(agent)
-        if waited_s < (UNKNOWN_LATE_S if usual_s is None else max(LEAST_LATE_S, LATE_FACTOR * usual_s)):
+        least_s = UNKNOWN_LATE_S if usual_s is None else max(LEAST_LATE_S, LATE_FACTOR * usual_s)
+        if now_s - begun_s < least_s or begun_s < self._masked_at_s.get(agent, begun_s):
             return 0.0
         self._in_a_row[agent] += 1
         over = self._in_a_row[agent] - MAX_LATE
-        return 0.0 if over < 0 else min(LONGEST_MASK_S, 2.0**over)
+        if over < 0:
+            return 0.0
+        self._masked_at_s[agent] = now_s
+        return min(LONGEST_MASK_S, 2.0**over)
 
 
 class AgentCaller:
@@ -215,7 +223,7 @@ class AgentCaller:
             status, error = "overloaded", str(busy)
         except TimeoutError:
             status, error = "late", "the deadline passed before the reply"
-            masked_s = self.late_replies.late(call.agent, asyncio.get_running_loop().time() - begun_s)
+            masked_s = self.late_replies.late(call.agent, begun_s, asyncio.get_running_loop().time())
             if masked_s and self._router is not None:
                 self._router.report_unavailable(call.agent, f"its last replies came too late, {MAX_LATE} or more", masked_s)
         latency_ms = (time.perf_counter() - started) * 1e3

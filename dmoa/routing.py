@@ -61,7 +61,9 @@ class LocalRouter:
         self._previous: str | None = None
         self._reload = reload
         self._routed_by: RoutedBy = routed_by
-        self._masked: frozenset[str] = frozenset()
+        self.masked: frozenset[str] = frozenset()
+        """Agents that are left out of every decision."""
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self.cold: frozenset[str] = frozenset()
         """Agents known to have no replica running: decisions name them and are otherwise what they would be."""
         self._pending: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]] = []
@@ -83,26 +85,17 @@ class LocalRouter:
         return self._current
 
     @property
-    def masked(self) -> frozenset[str]:
-        """Agents that are left out of every decision."""
-        return self._masked
-
-    @masked.setter
-    def masked(self, agents: frozenset[str]) -> None:
-        self._masked = agents
-
-    @property
     def view(self) -> RouterView:
         """What decisions hang on here."""
         return RouterView(
-            current=self.current, beside=self._beside, beside_below=self._beside_below, masked=self._masked, cold=self.cold
+            current=self.current, beside=self._beside, beside_below=self._beside_below, masked=self.masked, cold=self.cold
         )
 
     def follow(self, view: RouterView) -> None:
         """Decide from now on as the router whose view it is, with versions that can be reloaded. Raises RoutingError as `use`."""
         self.use(view.current)
         self.share(view.beside)
-        self._beside_below, self._masked, self.cold = view.beside_below, view.masked, view.cold
+        self._beside_below, self.masked, self.cold = view.beside_below, view.masked, view.cold
 
     def take_decided(self) -> Decided:
         """Return what was counted since the last call, without inputs."""
@@ -160,16 +153,20 @@ class LocalRouter:
         return decider
 
     def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
-        """Mask an agent until `restore` is called, which with `masked_s` is then."""
+        """Mask an agent until `restore` is called, which with `masked_s` is then; of several reports the longest counts."""
         if masked_s:
-            asyncio.get_running_loop().call_later(masked_s, self.restore, agent)
-        if agent not in self._masked:
+            loop, timer = asyncio.get_running_loop(), self._timers.get(agent)
+            if timer is None or timer.when() < loop.time() + masked_s:
+                if timer is not None:
+                    timer.cancel()
+                self._timers[agent] = loop.call_later(masked_s, self.restore, agent)
+        if agent not in self.masked:
             _LOG.warning("agent %s masked: %s", agent, redact_text(reason))
-        self._masked |= {agent}
+        self.masked |= {agent}
 
     def restore(self, agent: str) -> None:
         """Let an agent take part again."""
-        self._masked -= {agent}
+        self.masked -= {agent}
 
     async def route(self, request: RouteRequest) -> RouteDecision:
         """Decide one step, in one padded batch with the requests that wait at the same moment."""
@@ -209,18 +206,18 @@ class LocalRouter:
     def decide(self, requests: list[RouteRequest], version: str | None = None) -> list[RouteDecision]:
         """Decide a batch with one gate version, by default the one that its requests name.
 
-        Non-finite output of a version falls back to the last good one. Raises NoAgentError, RoutingError.
+        A request alone whose version gives non-finite output falls back to the last good one. Raises NoAgentError, RoutingError.
         """
         decider = self._decider(version or requests[0].gate_version)
         is_beside = decider.version == self._beside
         try:
-            decisions = decider.decide(requests, self._masked)
+            decisions = decider.decide(requests, self.masked)
         except RoutingError:
             good = self._current if is_beside else self._previous
-            if good is None or decider.version == good:
+            if good is None or decider.version == good or len(requests) > 1:  # whose fault it is the others must not feel
                 raise
             _LOG.exception("gate %s failed; falling back to %s", decider.version, good)
-            decisions = self._decider(good).decide(requests, self._masked)
+            decisions = self._decider(good).decide(requests, self.masked)
         self.num_batches += 1
         self.num_decisions += len(requests)
         for decision in decisions:

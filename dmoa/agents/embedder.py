@@ -10,10 +10,13 @@ import asyncio
 import hashlib
 import logging
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ class MiniLmEncoder:
         self._model = SentenceTransformer(str(model_dir), device="cpu", local_files_only=True)
         self._model.eval()
         self._bert = _bert_of(self._model, in_bfloat16=is_quick and has_bfloat16(), together=is_quick)
+        self._model.tokenizer("", split_special_tokens=True)  # sets it, as no two threads may at once
         self._chunk_tokens = int(self._model.max_seq_length) - 2  # word pieces besides [CLS] and [SEP]
         self._cache_size = cache_size
         self._cache: OrderedDict[bytes, FloatArray] = OrderedDict()
@@ -88,11 +92,16 @@ class MiniLmEncoder:
 
         from dmoa.core.inference import one_thread
 
-        # On one thread, and as many as before after it: an engine in the same process sets its own.
-        with self._model_lock, one_thread(), torch.inference_mode():
-            chunks = [self._chunks(text) for text in texts]
-            rows = iter(self._bert([torch.tensor(chunk) for some in chunks for chunk in some]))
-            return [_mean([next(rows).numpy().copy() for _ in some]) for some in chunks]
+        chunks, rows = [self._chunks(text) for text in texts], list[FloatArray]()
+        packs = _packs([chunk for some in chunks for chunk in some])
+        for number, pack in enumerate(packs):
+            if number:
+                time.sleep(_PAUSE_S)
+            # On one thread, and as many as before after it: an engine in the same process sets its own.
+            with self._model_lock, one_thread(), torch.inference_mode():
+                rows += [row.numpy().copy() for row in self._bert(list(map(torch.tensor, pack)))]
+        ends = np.cumsum([0, *map(len, chunks)])
+        return [_mean(rows[start:end]) for start, end in pairwise(ends)]
 
     def _chunks(self, text: str) -> list[list[int]]:
         # It refuses lone surrogates, which JSON can carry. Split, so that a text which names a special token, [SEP], holds none.
@@ -119,17 +128,17 @@ class _Turn:
 
 
 class AsyncEncoder:
-    """Implements `protocols.Encoder` over a `MiniLmEncoder`: one worker thread, so the event loop never waits for torch.
+    """Implements `protocols.Encoder` over a `MiniLmEncoder`: worker threads, so the event loop never waits for torch.
 
-    Texts that arrive while the thread is busy are merged into its next turn; remembered texts need no turn at all.
+    One works for each `size_class`. Texts that arrive while it is busy are merged into its next turn; remembered texts need none.
     """
 
     def __init__(self, encoder: MiniLmEncoder) -> None:
         self._encoder = encoder
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dmoa-encoder")
+        self._workers = defaultdict[int, ThreadPoolExecutor](partial(ThreadPoolExecutor, 1, "dmoa-encoder"))
         self._lock = threading.Lock()
-        self._open: list[_Turn] = []
-        """At most one: the turn that has not begun."""
+        self._open: dict[int, _Turn] = {}
+        """By class, the turn that has not begun."""
 
     async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
         """Return one float32 [D] per text, in order: unit length, or zeros for a text without word pieces."""
@@ -137,19 +146,20 @@ class AsyncEncoder:
         found = [row for row in known if row is not None]
         if len(found) == len(texts):
             return found
+        size = size_class(texts)
         with self._lock:
-            if not self._open:
-                self._open.append(_Turn(texts=[], rows=self._executor.submit(self._run_turn)))
-            turn = self._open[0]
+            if size not in self._open:
+                self._open[size] = _Turn(texts=[], rows=self._workers[size].submit(self._run_turn, size))
+            turn = self._open[size]
             start = len(turn.texts)
             turn.texts.extend(texts)
         # Shielded: a waiter that is cancelled must not cancel the turn that others share.
         rows = await asyncio.shield(asyncio.wrap_future(turn.rows))
         return list(rows[start : start + len(texts)])
 
-    def _run_turn(self) -> FloatArray:
+    def _run_turn(self, size: int) -> FloatArray:
         with self._lock:
-            turn = self._open.pop()
+            turn = self._open.pop(size)
         return self._encoder.encode(turn.texts)
 
 
@@ -188,6 +198,10 @@ _PROBE = [101, 2129, 2116, 18108, 2024, 2187, 1029, 102]
 _TOLERANCE = 1e-5
 _PACK = 512
 """Word pieces of a pass at most, beyond one text: for few the reading of the weights takes longer than the products."""
+_PAUSE_S = 5e-4
+"""Between the passes of a long text, in which those of other texts begin."""
+_SHORT_CHARS = 4000
+"""Texts below this are of the lowest class."""
 
 
 class _Bert:
@@ -242,14 +256,20 @@ class _Bert:
             x = norm_out(narrow(functional.gelu(widen(x))) + x)
         return [functional.normalize(part.mean(0), dim=0) for part in x.split(lengths)]
 
-    def in_packs(self, texts: Sequence[Any]) -> list[Any]:
-        """Return the embeddings of any number of texts, those of short ones by few passes."""
-        packs: list[list[Any]] = []
-        for ids in texts:
-            if not packs or sum(map(len, packs[-1])) + len(ids) > _PACK:
-                packs.append([])
-            packs[-1].append(ids)
-        return [row for pack in packs for row in self(pack)]
+
+def _packs(texts: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Return texts of word pieces by passes, many short ones to each."""
+    packs: list[list[list[int]]] = []
+    for ids in texts:
+        if not packs or sum(map(len, packs[-1])) + len(ids) > _PACK:
+            packs.append([])
+        packs[-1].append(ids)
+    return packs
+
+
+def size_class(texts: Sequence[str]) -> int:
+    """Return a number for the length of texts: those of one class wait for each other alone; a megabyte takes a minute."""
+    return (sum(map(len, texts)) // _SHORT_CHARS).bit_length()
 
 
 def _bert_of(model: Any, *, in_bfloat16: bool, together: bool = False) -> Callable[[Sequence[Any]], list[Any]]:
@@ -276,4 +296,4 @@ def _bert_of(model: Any, *, in_bfloat16: bool, together: bool = False) -> Callab
     if apart > (_TOLERANCE * 1e3 if in_bfloat16 else _TOLERANCE):
         _LOG.warning("encoder: the quick numbers are %.1e from the model's, which is run as it is", apart)
         return whole
-    return quick.in_packs if agree else lambda texts: [row for ids in texts for row in quick([ids])]
+    return quick if agree else lambda texts: [row for ids in texts for row in quick([ids])]

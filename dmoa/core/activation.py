@@ -23,6 +23,9 @@ LEFT_TOLERANCE = 1e-4
 COUNT_TOLERANCE = 1e-4
 """exp(H) of n equal agents is n up to rounding; this keeps the ceiling from giving n + 1."""
 
+MAX_STEEPNESS = 1e30
+"""Most of 1 / T: times infinity the most probable agent's 0 would be NaN."""
+
 
 class ActivationBatch(NamedTuple):
     """Who is active, one row per query."""
@@ -44,7 +47,7 @@ def probabilities(logits_BA: FloatArray, available_BA: BoolArray, temperature: f
     """
     p_BA = np.where(available_BA, logits_BA, np.float32(-np.inf))
     p_BA -= np.maximum.reduce(p_BA, axis=1, keepdims=True)
-    p_BA *= np.float32(1.0 / temperature)
+    p_BA *= np.float32(min(1.0 / temperature, MAX_STEEPNESS))
     np.exp(p_BA, out=p_BA)
     p_BA /= np.add.reduce(p_BA, axis=1, keepdims=True)
     return p_BA

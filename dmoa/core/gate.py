@@ -28,6 +28,8 @@ from dmoa.validation import is_finite, short
 
 Rule = Literal["top_mass", "fixed", "effective_count"]
 MAX_EMBEDDING_DIM = 65_536
+_NEWER = {"core", "anchors", "fitted_left", "agent_price"}
+"""Fields of a spec that older ones lack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,25 +107,15 @@ class GateSpec:
 
         What has a default is left out at it: versions are hashes of this, and older ones lack the newer fields.
         """
-        tree: dict[str, Any] = {**dataclasses.asdict(self), "agents": list(self.agents)}
-        if self.core == "gru":
-            del tree["core"]
-        if self.fitted_left is None:
-            del tree["fitted_left"]
-        if self.agent_price == AGENT_PRICE:
-            del tree["agent_price"]
-        if self.anchors is None:
-            del tree["anchors"]
-        else:
-            tree["anchors"] = list(self.anchors)
-        return tree
+        newer = {field.name: field.default for field in dataclasses.fields(self) if field.name in _NEWER}
+        tree = {name: list(value) if type(value) is tuple else value for name, value in dataclasses.asdict(self).items()}
+        return {name: value for name, value in tree.items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> GateSpec:
         """Build the spec from `to_json`'s dictionary. Raises CheckpointError for any key or value that does not fit."""
         names = {field.name for field in dataclasses.fields(cls)}
-        optional = {"core", "anchors", "fitted_left", "agent_price"}
-        for word, keys in (("unknown", set(tree) - names), ("missing", names - optional - set(tree))):
+        for word, keys in (("unknown", set(tree) - names), ("missing", names - _NEWER - set(tree))):
             if keys:
                 raise CheckpointError(
                     f"gate spec: {word} keys {sorted(keys)}; expected exactly {sorted(names)}; "

@@ -99,9 +99,3 @@ def read_classes(texts: Sequence[str | None], are_cut: Sequence[bool], asked: st
 def context_part(input_X: FloatArray, preset: Preset) -> FloatArray:
     """Return of gate inputs [.., X] the embeddings alone, which label models read contexts from."""
     return input_X if preset == "paper" else input_X[..., :-FEEDBACK_FEATURES]
-
-
-def in_context(model: LabelModel, context_D: FloatArray) -> LabelModel:
-    """Return the model of one query's context alone: what its decisions carry."""
-    (context,) = model.context(context_D[None].astype(np.float64), 1)
-    return model.in_context(int(context))

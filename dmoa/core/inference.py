@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from dmoa.core.activation import ActivationBatch, activate
 from dmoa.core.gate import Gate
-from dmoa.core.in_step import context_part, in_context
+from dmoa.core.in_step import context_part
+from dmoa.core.sequential import AGENT_PRICE
 from dmoa.errors import NoAgentError, RoutingError
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
 
@@ -122,13 +122,8 @@ class GateKernel:
     def _combine(self) -> None:
         """next = n + z (h - n), n = tanh(input_n + r state_n); sigmoid(a) as (tanh(a/2) + 1)/2, a halved in the weights."""
         width = self._new.shape[1]
-        input_B3H, state_B3H, gates, new, after = (
-            self._input.out_BN,
-            self._state.out_BN,
-            self._gates,
-            self._new,
-            self._next_padded,
-        )
+        input_B3H, state_B3H = self._input.out_BN, self._state.out_BN
+        gates, new, after = self._gates, self._new, self._next_padded
         np.add(input_B3H[:, : 2 * width], state_B3H[:, : 2 * width], out=gates)
         np.tanh(gates, out=gates)
         gates += 1.0
@@ -142,7 +137,7 @@ class GateKernel:
 
 
 class MemorylessKernel:
-    """The same in place of `GateKernel` for the cores `linear` and `mlp`: `hidden_BH` is not read, `next_BH` is 0."""
+    """The same in place of `GateKernel` for the cores `linear` and `mlp`: `hidden_BH` is not read, `next_BH` is zeros."""
 
     def __init__(self, gate: Gate, batch_size: int) -> None:
         spec = gate.spec
@@ -158,13 +153,9 @@ class MemorylessKernel:
                 self._head = _head_linear(gate, input_pad, batch_size)
         self._x = torch.zeros(batch_size, input_pad)
         self.x_BX: FloatArray = self._x.numpy()[:, : spec.input_dim]
-        """Input rows [B, X]."""
         self.hidden_BH: FloatArray = np.zeros((batch_size, spec.hidden), dtype=np.float32)
-        """State rows before the step [B, H]; not read."""
         self.next_BH: FloatArray = np.zeros((batch_size, spec.hidden), dtype=np.float32)
-        """State rows after the step [B, H]: zeros."""
         self.logits_BA: FloatArray = self._head.out_BN[:, : len(spec.agents)]
-        """Logits [B, A]; overwritten by the next run."""
 
     def run(self) -> None:
         """Take one step of every row."""
@@ -220,9 +211,10 @@ class Decider:
         self._kernel = kernel_of(gate, batch_size)
         self._index = {name: i for i, name in enumerate(gate.spec.agents)}
         self._anchors = gate.spec.anchors if gate.spec.score == "anchored" else None
-        self._label_model = gate.label_model
-        is_led = self._label_model is not None and self._label_model.lead_C.any()
-        self._competence_CA = self._label_model.competence() if self._label_model is not None and is_led else None
+        self._label_model = model = gate.label_model
+        self._models = [None] if model is None else [model.in_context(context) for context in range(len(model.ability_CA))]
+        self._agent_price = AGENT_PRICE if model is None else gate.spec.agent_price
+        self._competence_CA = model.competence() if model is not None and model.lead_C.any() else None
         self._has_cascade = gate.spec.cascade and (gate.spec.theta is not None or gate.label_model is not None)
 
     def decide(self, requests: Sequence[RouteRequest], masked: frozenset[str] = frozenset()) -> list[RouteDecision]:
@@ -252,8 +244,9 @@ class Decider:
         kernel.run()
         if not np.isfinite(kernel.logits_BA).all():
             raise self._not_finite(requests)
+        contexts = self._contexts(requests)
         if self._competence_CA is not None:
-            self._led(requests)
+            self._led(contexts)
         active = activate(
             kernel.logits_BA,
             available_BA,
@@ -263,31 +256,25 @@ class Decider:
             max_agents_B=max_agents_B,
         )
         limit_B = max_agents_B if self._has_cascade else active.k_B
-        return self._judged(requests, self._records(active, left_out, kernel.next_BH.copy(), limit_B.tolist()))
+        return self._records(active, left_out, kernel.next_BH.copy(), limit_B.tolist(), contexts)
 
-    def _led(self, requests: Sequence[RouteRequest]) -> None:
+    def _contexts(self, requests: Sequence[RouteRequest]) -> list[int]:
+        """Return the label model's context of each query, one by one; 0 where there is no model."""
+        model, preset = self._label_model, self.spec.preset
+        if model is None:
+            return [0] * len(requests)
+        inputs = (context_part(request.input_X, preset)[None].astype(np.float64) for request in requests)
+        return [int(model.context(context_1D, 1)[0]) for context_1D in inputs]
+
+    def _led(self, contexts: Sequence[int]) -> None:
         """Let competences rank the agents in contexts that outcomes speak of and the gate does not know (`core/told`)."""
         model, competence_CA = self._label_model, self._competence_CA
         assert model is not None
         assert competence_CA is not None
-        for logits_A, request in zip(self._kernel.logits_BA, requests, strict=False):
-            context_D = context_part(request.input_X, self.spec.preset)
-            (context,) = model.context(context_D[None].astype(np.float64), 1)
+        for logits_A, context in zip(self._kernel.logits_BA, contexts, strict=False):
             lead = float(model.lead_C[context])
             if lead > 0:
                 logits_A[:] = (1 - lead) * logits_A + lead * self.spec.temperature * competence_CA[context]
-
-    def _judged(self, requests: Sequence[RouteRequest], decisions: list[RouteDecision]) -> list[RouteDecision]:
-        """Return the decisions with the label model, if there is one, in the context of each query."""
-        model = self._label_model
-        if model is None:
-            return decisions
-        contexts = (context_part(request.input_X, self.spec.preset) for request in requests)
-        price = self.spec.agent_price
-        return [
-            replace(decision, label_model=in_context(model, context_D), agent_price=price)
-            for decision, context_D in zip(decisions, contexts, strict=True)
-        ]
 
     def _left_out(self, masked: frozenset[str], unavailable: tuple[str, ...]) -> list[int]:
         """Return the indices of the unavailable agents in pool order."""
@@ -327,20 +314,12 @@ class Decider:
         return RoutingError(f"route: gate {self.version} gave NaN or infinity; go back to the last good version")
 
     def _records(
-        self, active: ActivationBatch, left_out: list[list[int]], next_BH: FloatArray, limits: list[int]
+        self, active: ActivationBatch, left_out: list[list[int]], next_BH: FloatArray, limits: list[int], contexts: list[int]
     ) -> list[RouteDecision]:
         agents, theta = self.spec.agents, self.spec.theta
-        # Padding rows end with left_out, the shortest of these.
-        rows = zip(
-            left_out,
-            active.probability_BA,
-            active.ranking_BA.tolist(),
-            active.k_B.tolist(),
-            active.mass_B.tolist(),
-            next_BH,
-            limits,
-            strict=False,
-        )
+        found = (array.tolist() for array in (active.ranking_BA, active.k_B, active.mass_B))
+        # Padding rows end with left_out and contexts, the shortest of these.
+        rows = zip(left_out, contexts, active.probability_BA, *found, next_BH, limits, strict=False)
         return [
             RouteDecision(
                 gate_version=self.version,
@@ -355,6 +334,8 @@ class Decider:
                 limit=min(limit, len(agents) - len(indices)),
                 anchors=self._anchors,
                 max_agents=self.spec.max_agents,
+                label_model=self._models[context],
+                agent_price=self._agent_price,
             )
-            for indices, probability_A, ranking, k, mass, next_H, limit in rows
+            for indices, context, probability_A, ranking, k, mass, next_H, limit in rows
         ]

@@ -197,6 +197,9 @@ def clusters(distinct_UD: Array, num_clusters: int, rng: np.random.Generator) ->
 
 
 def squared_distances(x_UD: Array, centre_CD: Array) -> Array:
+    if len(x_UD) == 1:
+        distance_C: Array = ((x_UD - centre_CD) ** 2).sum(axis=1)
+        return distance_C[None]
     # Centre by centre: rows that are centres are exactly 0 away, and there is no array of all three dimensions.
     distance_UC: Array = np.stack([((x_UD - centre_D) ** 2).sum(axis=1) for centre_D in centre_CD], axis=1)
     return distance_UC

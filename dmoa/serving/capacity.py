@@ -6,7 +6,9 @@ GPUs are those of the nodes of a running Ray, or of this machine. Starts from `p
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -137,10 +139,7 @@ def local_supply() -> Supply:
             f"this machine has {count} GPU(s) that torch cannot use ({' '.join(str(error).split())[:300]}); mend the driver, "
             "hide them by CUDA_VISIBLE_DEVICES= , or name a cluster by --address"
         ) from error
-    groups: dict[tuple[str, int], int] = {}
-    for device in devices:
-        key = (str(device.name), int(device.total_memory))
-        groups[key] = groups.get(key, 0) + 1
+    groups = Counter((str(device.name), int(device.total_memory)) for device in devices)
     # Kinds of one machine are nodes of their own here: a replica over two kinds is nothing to plan with.
     nodes = [
         GpuNode(name="this machine", gpus=count, kinds=(kind_of_device(name),), asked_bytes=memory)
@@ -584,12 +583,9 @@ def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str
 def _adapter_bytes(config: Config) -> dict[str, int]:
     """Return the sizes of the adapters' files by name; those that are not there are `check_files`' to report."""
     found: dict[str, int] = {}
-    for agent in callable_agents(config):
-        if agent.adapter and agent.adapter not in found:
-            try:
-                found[agent.adapter] = (resolve_adapter(agent.adapter) / "adapter_model.safetensors").stat().st_size
-            except ConfigError:
-                continue
+    for name in {agent.adapter for agent in callable_agents(config) if agent.adapter}:
+        with suppress(ConfigError):
+            found[name] = (resolve_adapter(name) / "adapter_model.safetensors").stat().st_size
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from dmoa.agents.embedder import size_class
 from dmoa.agents.pool import build_encoder
 from dmoa.config import Config
 from dmoa.errors import AgentUnavailableError
@@ -47,7 +48,7 @@ def bind_encoder(config: Config) -> Any:
 
 
 MAX_CALLS = 2
-"""Calls of one ingress at a time: one that is worked on, and one that waits for it; texts that come meanwhile share the next."""
+"""Calls of one ingress at a time, for one size of texts: one is worked on, one waits; what comes meanwhile is the next."""
 
 
 class _Call:
@@ -60,7 +61,7 @@ class _Call:
 
 
 class _Line:
-    """Those who ask in one event loop, of which there may be several, one after the other or in threads."""
+    """Those who ask for texts of one size in one event loop, of which there may be several, one after the other or in threads."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -78,7 +79,8 @@ class ServeEncoder:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._cache: OrderedDict[bytes, FloatArray] = OrderedDict()
-        self._line: _Line | None = None
+        self._lines: dict[int, _Line] = {}
+        """By the size of what is asked for."""
 
     async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
         """Return one embedding per text, asking only for those not seen before. Raises AgentUnavailableError."""
@@ -96,9 +98,10 @@ class ServeEncoder:
 
     async def _asked(self, texts: dict[bytes, str]) -> dict[bytes, FloatArray]:
         """Return what the next call brings, of which these texts are a part; it ends with the last who waits for it."""
-        loop, line = asyncio.get_running_loop(), self._line
+        loop, size = asyncio.get_running_loop(), size_class(list(texts.values()))
+        line = self._lines.get(size)
         if line is None or line.loop is not loop:
-            line = self._line = _Line(loop)
+            line = self._lines[size] = _Line(loop)
         call = line.next = line.next or _Call()
         call.texts |= texts
         call.num_waiting += 1

@@ -153,7 +153,8 @@ async def test_a_router_killed_in_the_middle_of_a_canary_comes_back_with_it(runn
     assert {(await asyncio.to_thread(running.ask))["gate_version"] for _ in range(8)} == {current}
     await asyncio.to_thread(running.router, "thaw")
     _, history = await asyncio.to_thread(running.router, "history")
-    assert [entry["action"] for entry in history["history"]][-4:] == ["canary", "freeze", "withdrawn", "thaw"]
+    actions = [entry["action"] for entry in history["history"]]
+    assert actions[-6:] == ["canary", "refused", "freeze", "withdrawn", "refused", "thaw"]
     metrics = (await asyncio.to_thread(httpx.get, f"{running.url}/metrics", timeout=60)).text
     assert 'dmoa_router_offers_total{state="canary"} 1.0' in metrics
 

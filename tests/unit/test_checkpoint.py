@@ -163,6 +163,17 @@ def reshape_tensor(folder: Path) -> None:
     save_file(tensors, str(folder / "gate.safetensors"))
 
 
+def cast(name: str, kind: torch.dtype) -> Callable[[Path], None]:
+    """Put a tensor of another type in a weight's place, or beside the weights."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(str(folder / "gate.safetensors"))
+        tensors[name] = tensors.get(name, torch.zeros(9)).to(kind)
+        save_file(tensors, str(folder / "gate.safetensors"))
+
+    return damage
+
+
 def write(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
@@ -201,6 +212,18 @@ def not_a_number(folder: Path) -> None:
     save(folder, gate, describe_gate(gate, fingerprint=record.pool_fingerprint, trained_on={"seed": 0}))
 
 
+def supervised_by(words: str) -> Callable[[Path], None]:
+    """Weights whose version is right, and begins with a supervision's name: it names the folder that a router keeps them in."""
+
+    def damage(folder: Path) -> None:
+        gate, record = load(folder)
+        version = f"{words}-{weights_version(gate)}"
+        edit(folder, version=version, supervision=words, trained_on={"supervision": words})
+        assert record.version != version
+
+    return damage
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (drop("gate.safetensors"), "gate.safetensors"),
     "no record": (drop("gate.json"), "gate.json"),
@@ -210,6 +233,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "record no JSON object": (write("gate.json", "[1]"), "gate.json"),
     "record too deep": (write("gate.json", "[" * 100_000), "a checkpoint is a folder with"),
     "weights that are NaN": (not_a_number, "gate.safetensors: head_bias holds NaN or infinity"),
+    "a version that leads out of its folder": (supervised_by("../../../elsewhere"), "supervision is '../../../elsewhere'"),
+    "a version in a folder of its own": (supervised_by("a/b"), "supervision is 'a/b'"),
+    "a version without a name": (supervised_by(""), "supervision is ''"),
+    "weights of bytes": (cast("head_bias", torch.int8), "head_bias holds torch.int8; expected finite numbers of torch.float32"),
+    "bytes that are no weights": (cast("more", torch.uint8), "more holds torch.uint8; expected finite numbers of torch.float32"),
     "a header of 1 GB": (header(b"{}", 1 << 30), "gate.safetensors: its header claims 1073741824 bytes"),
     "a header of a million tensors": (
         header(b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(40_000)) + b"}"),

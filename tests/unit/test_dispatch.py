@@ -258,12 +258,19 @@ def test_late_replies_in_a_row_mask_an_agent_each_time_for_longer() -> None:
     late = LateReplies()
     for _ in range(3):
         late.answered("a", 0.5)
-    assert [late.late("a", 1.4) for _ in range(5)] == [0.0] * 5  # less than three times what it usually takes: not its fault
-    assert [late.late("a", 1.6) for _ in range(10)] == [0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
-    assert [late.late("b", 9.0) for _ in range(5)] == [0.0] * 5  # of b nobody knows how long it takes
-    assert [late.late("b", 10.0) for _ in range(3)] == [0.0, 0.0, 1.0]
+    rows = [100.0 * number for number in range(10)]
+    assert [late.late("a", at, at + 1.4) for at in rows[:5]] == [0.0] * 5  # less than three times what it usually takes
+    assert [late.late("a", at, at + 1.6) for at in rows] == [0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert [late.late("b", at, at + 9.0) for at in rows[:5]] == [0.0] * 5  # of b nobody knows how long it takes
+    assert [late.late("b", at, at + 10.0) for at in rows[:3]] == [0.0, 0.0, 1.0]
     late.answered("a", 0.5)
-    assert late.late("a", 4.0) == 0.0
+    assert late.late("a", 2000.0, 2004.0) == 0.0
+
+
+def test_calls_that_were_late_together_mask_an_agent_once() -> None:
+    late = LateReplies()
+    assert [late.late("a", 0.1 * number, 20.0 + 0.1 * number) for number in range(20)] == [0.0, 0.0, 1.0] + [0.0] * 17
+    assert late.late("a", 21.5, 41.5) == 2.0  # one that began after that
 
 
 def test_an_agent_that_answers_pings_and_nothing_else_is_masked_for_a_while() -> None:

@@ -211,6 +211,34 @@ async def test_one_bad_request_does_not_spoil_the_others(bad: RouteRequest, erro
     assert router.num_decisions == 2
 
 
+async def test_what_one_request_makes_of_a_gate_does_not_send_the_others_to_another_gate() -> None:
+    router = router_of(fixed_gate(P2, core="linear"))
+    steep = fixed_gate(P1, core="linear")
+    with torch.no_grad():
+        steep.head_weight.fill_(10.0)
+    router.install("v2", steep)
+    huge = RouteRequest(input_X=np.full(X, 3e38, np.float32))  # times 10 it is infinite, and 0 for the gate before
+    decided = await asyncio.gather(router.route(ASK), router.route(huge), router.route(ASK))
+    assert [one.gate_version for one in decided] == ["v2", "v1", "v2"]
+
+
+def test_an_agent_is_masked_for_as_long_as_the_longest_report_says() -> None:
+    router, masked = router_of(fixed_gate(P1)), []
+
+    async def work() -> None:
+        for seconds in (1.0, 30.0, 2.0):
+            router.report_unavailable("a", "its last replies came too late", seconds)
+        for pause_s in (1.5, 27.5, 2.0):
+            await asyncio.sleep(pause_s)
+            masked.append("a" in router.masked)
+        router.report_unavailable("a", "again", 1.0)
+        await asyncio.sleep(1.5)
+        masked.append("a" in router.masked)
+
+    jumping(work())
+    assert masked == [True, True, False, False]
+
+
 async def test_an_error_while_fetching_a_version_reaches_those_who_wait() -> None:
     def reload(version: str) -> Gate | None:
         raise OSError("bucket is gone")

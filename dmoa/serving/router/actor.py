@@ -86,16 +86,16 @@ class RouterActor:
         self._started_unix_s = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watcher: asyncio.Task[None] | None = None
-        self._probing: set[str] = set()
+        self._probing: dict[str, float] = {}  # agent -> when it may be tried
         self._changing = asyncio.Lock()
         self._judge_at = 0.0
         self._recent: deque[FloatArray] = deque(maxlen=MAX_RECENT)
-        served = self._before_restart()
+        served = served_before_restart(app)
         if served is None:
             ClusterMemory.forget(app)  # what another deployment of this name has left
             self._configure(Config.model_validate_json(config_json), configured)
         else:
-            self._come_back(*served)
+            self._come_back(Config.model_validate(served["config"]), served["configured"])
 
     def _come_back(self, config: Config, configured: str | None) -> None:
         """Serve after a crash what was served before; Ray never restarts an actor whose constructor raises."""
@@ -107,11 +107,6 @@ class RouterActor:
                 time.sleep(COME_BACK_S)
             else:
                 return
-
-    def _before_restart(self) -> tuple[Config, str | None] | None:
-        """Return what a crashed actor served last; None: it is no such actor."""
-        served = served_before_restart(self._app)
-        return None if served is None else (Config.model_validate(served["config"]), served["configured"])
 
     def _begin(self) -> None:
         """Begin to watch the app; also after a restart, when nobody but queries calls."""
@@ -294,6 +289,7 @@ class RouterActor:
         until = time.monotonic() + LOOK_S
         while (view := self._local.view) == seen and time.monotonic() < until:  # noqa: ASYNC110 -- much may change it
             await asyncio.sleep(LOOK_AGAIN_S)
+        check_version(version, self._pool_version)  # the pool may have changed meanwhile
         return pack_record(view)
 
     async def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
@@ -301,29 +297,30 @@ class RouterActor:
         if agent not in self._config.agent_names:
             return
         self._local.report_unavailable(agent, reason)
-        if agent not in self._probing:
-            self._probing.add(agent)
-            self._spawn(self._probe(agent, masked_s))
+        is_probed, until_s = agent in self._probing, time.monotonic() + masked_s
+        self._probing[agent] = max(until_s, self._probing.get(agent, until_s))
+        if not is_probed:
+            self._spawn(self._probe(agent))
 
-    async def _probe(self, agent: str, masked_s: float = 0.0) -> None:
-        interval = self._config.router.probe_interval_s
-        await asyncio.sleep(masked_s)
-        while True:
-            await asyncio.sleep(interval)
-            if agent not in self._config.agent_names:  # a new configuration does without it
-                self._probing.discard(agent)
-                return
-            if agent not in deployment_names(self._config):  # it is called from the ingress, which no ping could tell more of
-                break
-            try:
-                async with asyncio.timeout(10 * interval):
-                    await self._agents.ping(agent)
-                break
-            except (DmoaError, TimeoutError):
-                continue
-        self._probing.discard(agent)
+    async def _probe(self, agent: str) -> None:
+        is_back = is_gone = False
+        while not is_back or self._probing[agent] > time.monotonic():
+            interval = self._config.router.probe_interval_s
+            await asyncio.sleep(max(interval, self._probing[agent] - time.monotonic()))
+            is_gone = agent not in self._config.agent_names  # a new configuration does without it
+            # One that is called from the ingress no ping could tell more of.
+            is_back = is_gone or agent not in deployment_names(self._config) or await self._answers(agent, 10 * interval)
+        del self._probing[agent]
         self._local.restore(agent)
-        _LOG.info("agent %s is back", agent)
+        _LOG.info("agent %s is %s", agent, "gone" if is_gone else "back")
+
+    async def _answers(self, agent: str, within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                await self._agents.ping(agent)
+        except (DmoaError, TimeoutError):
+            return False
+        return True
 
     async def weights(self, version: str) -> dict[str, bytes]:
         """Return the files of a version's checkpoint, by name, for an ingress to hold."""

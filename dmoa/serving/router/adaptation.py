@@ -1,8 +1,8 @@
 """Learning while serving, on the router's side: offered gates are judged, tried on a share of the queries, installed, taken back.
 
 Apart from Ray, and not for two threads at once. What was decided is kept in `adaptation.json` under `router.state_uri`, whole,
-then renamed, before anybody hears of it: the number of the last update that was taken (none is taken twice), the trial that
-runs, whether learning is frozen, and what happened. A router that dies comes back with all of it.
+then renamed, before anybody hears of it, or later where it cannot be written: the number of the last update that was taken (none
+is taken twice), the trial that runs, whether learning is frozen, and what happened. A router that dies comes back with all of it.
 
 A trial compares two versions on new queries that chance gives to the one or the other (by a hash of the trace id). `canary`: the
 candidate has `canary_share` of them until it passed or failed. `on`: the candidate is current at once, and the version before,
@@ -171,12 +171,12 @@ class Adaptation:
         self._base: tuple[int, int] = (0, 0)
         self._kept = self._load()
         self._contexts = Contexts(self._kept.contexts)
-        # A router that starts anew hears of all queries once more.
-        self._counted_unix_s = 0.0 if self._kept.trial is None else self._kept.trial.counted_unix_s
-        if self._kept.trial is not None:  # those that begin are counted from 0 again, and what is heard of is set beside it
-            self._kept.trial.heard, self._kept.trial.lost = {}, {}
-        if self._kept.trial is not None and not self._fits(self._kept.trial):
-            self._end("withdrawn", self._kept.trial.candidate, "a version of the trial is gone")
+        self._counted_unix_s = 0.0
+        if (trial := self._kept.trial) is not None:
+            self._counted_unix_s = trial.counted_unix_s  # a router that starts anew hears of all queries once more
+            trial.heard, trial.lost = {}, {}  # those that begin are counted from 0 again, and what is heard of is set beside it
+        if trial is not None and not self._fits(trial):
+            self._end("withdrawn", trial.candidate, "another version is current, or one of the trial is gone")
         self._resume()
         if frozen is not None or (self._kept.frozen is not None and self._kept.trial is not None):
             self.freeze(frozen or "")  # the router before this one may have died before the trial was ended
@@ -220,8 +220,12 @@ class Adaptation:
         return kept
 
     def _fits(self, trial: Trial) -> bool:
-        here = {trial.control, trial.candidate}
-        return self._versions.version in here and all(self._state.load_version(version) is not None for version in here)
+        """Tell whether a trial goes on; the router may have died between the writes of an update, or of the trial's end."""
+        current = self._versions.version
+        if current in trial.line:  # the update after it never became current
+            trial.candidate = current
+        is_tried = current == trial.candidate or (current == trial.control and self.mode != "on")
+        return is_tried and all(self._state.load_version(version) for version in (trial.control, trial.candidate))
 
     def _resume(self) -> None:
         """Go on with the tests of the trial, if there is one."""
@@ -259,7 +263,8 @@ class Adaptation:
         self._kept.contexts = self._contexts.state()
         self._kept.events = self._kept.events[-MAX_EVENTS:]
         self._saved_unix_s = self._clock()
-        self._state.save(self._kept.model_dump(mode="json"), FILE)
+        with self._state.patience():  # what was decided holds, and is served
+            self._state.save(self._kept.model_dump(mode="json"), FILE)
 
     def _note(self, action: str, version: str, note: str, **more: Any) -> None:
         entry = {"version": version, "action": action, "previous": self._versions.version, "note": note[:500]}
@@ -275,7 +280,7 @@ class Adaptation:
         kept, trial = self._kept, self._kept.trial
         arms = {
             name: {"pairs": arm.whole.pairs, "worse_by": round(arm.whole.mean, 4), "evidence": round(arm.evidence, 3)}
-            for name, arm in self._arms.items()
+            for name, arm in list(self._arms.items())  # a thread may change them
         }
         return {
             "mode": self.mode,
@@ -284,9 +289,8 @@ class Adaptation:
             "cooldown_s": round(self._cooldown_left_s(), 1),
             "anchor": kept.anchor,
             "held_back": len(self._held),
-            "trial": None
-            if trial is None
-            else {
+            "trial": trial
+            and {
                 "control": trial.control,
                 "candidate": trial.candidate,
                 "update": trial.update,
@@ -304,7 +308,7 @@ class Adaptation:
     def freeze(self, note: str = "") -> Change | None:
         """Take no offer from now on, and end the trial: the version before it goes on alone.
 
-        Raises CheckpointError, OSError where the trial cannot be ended; no offer is taken then either.
+        Raises CheckpointError where the trial cannot be ended; no offer is taken then either.
         """
         if self._kept.frozen is None:
             self._kept.frozen = note or "by an operator"
@@ -381,11 +385,10 @@ class Adaptation:
             return self._told("refused", reasons, verdicts, record.version), None
         if self.mode == "observe":
             self._count("observed")
-            self._note(
-                "observed", record.version, f"update {said.update}: {_would(shadow)}", shadow=shadow.model_dump(mode="json")
-            )
+            words = _would(shadow)
+            self._note("observed", record.version, f"update {said.update}: {words}", shadow=shadow.model_dump(mode="json"))
             self._save()
-            return self._told("observed", [_would(shadow)], verdicts, record.version), None
+            return self._told("observed", [words], verdicts, record.version), None
         return self._take(gate, record, said, verdicts)
 
     def _closed(self, said: Evidence) -> tuple[str, str] | None:
@@ -491,6 +494,9 @@ class Adaptation:
             )
             self._begun.clear()
             self._resume()
+            return
+        if version == trial.control:  # which is known already
+            self._end("withdrawn", trial.candidate, f"update {said.update} goes back to the gate before it")
             return
         trial.candidate, trial.update, trial.shift = version, said.update, trial.shift or said.shift
         trial.line = [*trial.line, version][-MAX_LINE:]
@@ -608,7 +614,7 @@ class Adaptation:
         note = f"update {trial.update} after {trial.queries.get('candidate', 0)} queries: {'; '.join(words)}"
         self._kept.cooldown_until_unix_s = self._clock() + self._guards.cooldown_s
         self._count("rolled_back", list(named))
-        change = self._versions.rollback(trial.control, note) if trial.control != self._versions.version else None
+        change = self._back(trial, note)
         self._end("rolled back", trial.candidate, note)
         self._save()
         return change
@@ -648,9 +654,14 @@ class Adaptation:
         trial = self._kept.trial
         if trial is None:
             return None
-        change = self._versions.rollback(trial.control, why) if trial.control != self._versions.version else None
+        change = self._back(trial, why)
         self._end("withdrawn", trial.candidate, why)
         return change
+
+    def _back(self, trial: Trial, why: str) -> Change | None:
+        """Make the control current, also where the place cannot be written now."""
+        with self._state.patience():
+            return self._versions.rollback(trial.control, why) if trial.control != self._versions.version else None
 
     def _end(self, action: str, version: str, note: str) -> None:
         trial = self._kept.trial

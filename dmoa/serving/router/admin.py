@@ -83,7 +83,7 @@ class RouterAdmin:
         return status
 
     def weights(self, version: str) -> dict[str, bytes]:
-        """Return the files of a version's checkpoint. Raises CheckpointError for one that is not kept, DmoaError."""
+        """Return the files of a version's checkpoint. Raises DmoaError, also for one that is not kept."""
         files: dict[str, bytes] = self._call("weights", version)
         return files
 

@@ -124,10 +124,8 @@ class RemoteRouter:
     async def route(self, request: RouteRequest) -> RouteDecision:
         """Decide one step. Raises NoAgentError, RoutingError, PoolChangedError."""
         if self._follows and (request.gate_version or self._current) in self._weights:
-            try:
+            with contextlib.suppress(RoutingError):  # the router may know a version to fall back on
                 return await self._decide_here(request)
-            except RoutingError:  # the router may know a version to fall back on
-                pass
         if (began := time.monotonic()) >= self._away_until:
             is_trial = self._is_away
             if is_trial:
@@ -191,7 +189,7 @@ class RemoteRouter:
 
     def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         """Tell the actor; while it is away the agent is masked here for a short while."""
-        self._masked_until[agent] = time.monotonic() + max(MASKED_S, masked_s)
+        self._masked_until[agent] = max(self._masked_until.get(agent, 0.0), time.monotonic() + max(MASKED_S, masked_s))
         self._tried.discard(agent)
         self._spawn(self._tell(agent, reason, masked_s))
 
@@ -297,7 +295,7 @@ class RemoteRouter:
                     if version is not None and version not in self._weights:
                         await self._fetch(version)
                 local.follow(view)
-            except (RayError, TimeoutError, RoutingError) as error:
+            except (RayError, TimeoutError, DmoaError) as error:  # weights that cannot be read among them
                 _LOG.warning("router is not followed (%s): asking it", type(error).__name__)
                 self._view, self._view_until = None, 0.0
                 await asyncio.sleep(self.away_s)

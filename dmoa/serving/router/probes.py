@@ -5,7 +5,7 @@ A JSON Lines file: `{"input": [X floats], "right": {"agent": 0 or 1, ...}}` a qu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,7 @@ class Probes:
         verdict = guards.not_worse(
             "known_answers", ((old_RA - new_RA) * right_RA).sum(axis=1), margin=margin, error_rate=error_rate
         )
-        return Verdict(
-            guard=verdict.guard,
-            passed=verdict.passed,
-            value=verdict.value,
-            bound=verdict.bound,
-            words=f"{verdict.words} (uses probe labels)",
-        )
+        return replace(verdict, words=f"{verdict.words} (uses probe labels)")
 
 
 def read_probes(place: str) -> Probes:

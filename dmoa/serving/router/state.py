@@ -12,7 +12,8 @@ import json
 import logging
 import posixpath
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,15 @@ class RouterState:
         self.lost: str | None = None
         """What the place lacks, for as long as it is not written back; None: it is whole."""
 
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Let what cannot be written be so later, in this block."""
+        before, self.is_patient = self.is_patient, True
+        try:
+            yield
+        finally:
+            self.is_patient = before
+
     def save_version(self, gate: Gate, record: Checkpoint) -> None:
         """Keep a version; one that is already there is left alone, because its name is its content."""
         if self._exists(f"versions/{record.version}/gate.json"):
@@ -82,7 +92,7 @@ class RouterState:
             return found
         self._say_lost(f"gate {version}: {why}")
         for name, data in remembered.items():
-            self._put_soon(f"versions/{version}/{name}", data)
+            self._put(f"versions/{version}/{name}", data, soon=True)
         return read_files(remembered, f"gate {version}")
 
     def _load_version(self, version: str) -> tuple[Gate, Checkpoint] | None:
@@ -105,7 +115,11 @@ class RouterState:
     def remember(self, version: str) -> None:
         """Keep the files of the current version in memory too, in place of the one before."""
         if self._remembered(version) is None:
-            head, *parts = version.encode(), *self.read_version(version).values()
+            try:
+                head, *parts = version.encode(), *self.read_version(version).values()
+            except OSError as error:  # a copy: what is current hangs on `save` alone
+                _LOG.warning("gate %s is not remembered: %s", version, error)
+                return
             sizes = " ".join(str(len(part)) for part in parts).encode()
             self._memory["version"] = b"\n".join((head, sizes, b"".join(parts)))
 
@@ -158,11 +172,14 @@ class RouterState:
                 self._fs.delete_file(found.path)
 
     def save(self, state: dict[str, Any], name: str = "state.json") -> None:
-        """Keep the state: current version, history, fingerprint; under another name that of adaptation. Raises OSError."""
+        """Keep the state: current version, history, fingerprint; under another name that of adaptation.
+
+        Raises OSError: then the one before holds. With the first file it is kept; the copies may come later.
+        """
         serial = self._serials.get(name, 0) + 1
         data = json.dumps({**state, _SERIAL: serial}).encode()
-        for place in (name, name + _LAST):
-            self._put(place, data)
+        self._put(name, data)
+        self._put(name + _LAST, data, soon=True)
         self._serials[name] = serial
         self._memory[name] = data
 
@@ -195,14 +212,14 @@ class RouterState:
             state_of = "older than it was" if is_whole else "gone"
             self._say_lost(damage or f"router state {self._path(name)!r}: it is {state_of}")
             for place in (name, name + _LAST):
-                self._put_soon(place, data)
+                self._put(place, data, soon=True)
         self._memory[name] = data
         return state
 
     def heal(self) -> None:
         """Write back what the place had lost, where that works by now."""
         for name, data in list(self._unsaved.items()):
-            self._put_soon(name, data)
+            self._put(name, data, soon=True)
         if self.lost is not None and not self._unsaved:
             _LOG.warning("%s holds its state again", self.place)
             self.lost = None
@@ -211,19 +228,13 @@ class RouterState:
         self.lost = self.lost or what
         _LOG.warning("%s; the last that was kept elsewhere takes its place", what)
 
-    def _put(self, name: str, data: bytes) -> None:
-        """Write a file. Raises OSError, unless patient."""
-        if self.is_patient:
-            self._put_soon(name, data)
-        else:
-            write_at(self._fs, self._path(name), data)
-            self._unsaved.pop(name, None)
-
-    def _put_soon(self, name: str, data: bytes) -> None:
-        """Write a file, or note that it is still to be written."""
+    def _put(self, name: str, data: bytes, *, soon: bool = False) -> None:
+        """Write a file; where it cannot be written, raise OSError, or while patient, or `soon`, note that it still is to be."""
         try:
             write_at(self._fs, self._path(name), data)
         except OSError as error:
+            if not (soon or self.is_patient):
+                raise
             if name not in self._unsaved:
                 _LOG.warning("cannot write %s: %s; it is tried again", self._path(name), error)
             self._unsaved[name] = data

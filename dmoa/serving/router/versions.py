@@ -121,9 +121,8 @@ def _decide(gate: Gate, version: str, inputs: Sequence[FloatArray]) -> Decisions
 def _check(decision: RouteDecision, version: str) -> None:
     probability_A, count = decision.probability_A, len(decision.agents)
     is_valid = (
-        bool(np.isfinite(probability_A).all())
-        and bool(np.isfinite(decision.hidden_H).all())
-        and abs(float(probability_A.sum()) - 1.0) <= _SUM_TOLERANCE
+        bool(np.isfinite(decision.hidden_H).all())
+        and abs(float(probability_A.sum()) - 1.0) <= _SUM_TOLERANCE  # which NaN is not
         and sorted(decision.ranking) == list(range(count))
         and 1 <= decision.k <= count
     )
@@ -242,8 +241,8 @@ class GateVersions:
             "history": [one.model_dump(mode="json") for one in kept],
         }
         self._state.save(state)
-        self._state.remember(record.version)
         self._history, self.gate, self.version = kept, gate, record.version
+        self._state.remember(record.version)
         if len(kept) < len(history):
             self.drop_old()
 
@@ -287,8 +286,9 @@ class GateVersions:
         self._state.save_version(gate, record)
 
     def adopt(self, gate: Gate, record: Checkpoint, note: str) -> Change:
-        """Make a gate current that `check` gave, because it passed the guards."""
-        return self._change(gate, record, "adapted", note, None)
+        """Make a gate current that `check` gave and `keep` kept, because it passed the guards; the state may be written later."""
+        with self._state.patience():
+            return self._change(gate, record, "adapted", note, None)
 
     def rollback(self, version: str | None, note: str) -> Change:
         """Make an earlier version current again, by default the one before the current one.
@@ -323,8 +323,7 @@ class GateVersions:
 
 
 def _entry(version: str, action: Action, previous: str | None, note: str = "") -> HistoryEntry:
-    note = note[:MAX_NOTE_CHARACTERS]
-    return HistoryEntry(version=version, action=action, previous=previous, note=note, unix_s=time.time())
+    return HistoryEntry(version=version, action=action, previous=previous, note=note[:MAX_NOTE_CHARACTERS], unix_s=time.time())
 
 
 def _line(history: Sequence[HistoryEntry]) -> list[str]:

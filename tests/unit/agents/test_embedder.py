@@ -227,6 +227,17 @@ class TestMiniLm:
         finally:
             torch.set_num_threads(before)
 
+    async def test_a_long_text_lets_others_pass(self, encoder: MiniLmEncoder) -> None:
+        front = AsyncEncoder(encoder)
+        texts = [LONG * times for times in (16, 4)]
+        longest, longer = (asyncio.create_task(front.embed([text])) for text in texts)
+        await asyncio.sleep(0)
+        await front.embed(["Who is next?"])
+        assert not longer.done()
+        rows = await longer
+        assert not longest.done()
+        np.testing.assert_array_equal(np.stack([*await longest, *rows]), encoder.encode(texts))
+
     async def test_the_async_front_gives_the_same_rows(self, encoder: MiniLmEncoder) -> None:
         rows = await AsyncEncoder(encoder).embed([*TEXTS, "", TEXTS[0]])
         np.testing.assert_array_equal(np.stack(rows), encoder.encode([*TEXTS, "", TEXTS[0]]))

@@ -80,6 +80,17 @@ def test_effective_count_by_hand() -> None:
     assert effective_count(p_BA).tolist() == [2, 1]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
+def test_a_temperature_near_zero_takes_the_most_probable_agent(temperature: float) -> None:
+    logits_BA = np.array([[0.1, 0.3, -9.0, 9.0]], np.float32)
+    available_BA = np.array([[True, True, True, False]])
+    active = activate(
+        logits_BA, available_BA, temperature=temperature, rule="top_mass", mass_left=0.2, max_agents_B=np.array([4])
+    )
+    assert (active.probability_BA.tolist(), active.ranking_BA[0, 0], active.k_B.tolist()) == ([[0.0, 1.0, 0.0, 0.0]], 1, [1])
+
+
 def test_temperature_by_hand() -> None:
     """exp(0.2 / 0.1) = 7.389: probabilities 0.8808 and 0.1192."""
     p_BA = probabilities(np.array([[0.2, 0.0]], dtype=np.float32), np.ones((1, 2), dtype=bool), 0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pickle
 
 import numpy as np
@@ -18,6 +19,7 @@ from dmoa.core.inference import Decider, product_apart, product_together, rows_a
 from dmoa.errors import NoAgentError, RoutingError
 from dmoa.types import RouteDecision, RouteRequest
 from tests.examples import examples
+from tests.unit.core.test_label_model import by_hand
 
 
 def make_gate(num_agents: int = 5, seed: int = 0, **changes: object) -> Gate:
@@ -207,6 +209,27 @@ def test_anchors_travel_where_the_score_is_anchored() -> None:
     for score, expected in (("anchored", anchors), ("raw", None)):
         gate = make_gate(3, score=score, anchors=anchors)
         assert Decider(gate, "v").decide([make_request(gate.spec, 1)])[0].anchors == expected
+
+
+def test_each_query_gets_the_label_model_of_its_own_context() -> None:
+    """Contexts are told by the nearest centre; gates without a model decide the same, and carry none."""
+    generator = np.random.default_rng(3)
+    gate, bare = (make_gate(3, cascade=False) for _ in range(2))
+    one = by_hand([0.8, 0.6, 0.7])
+    rows = {name: np.tile(getattr(one, name), (4, 1)) for name in ("doubt_slope_CA", "doubt_CA", "length_mean_CA")}
+    centre_CD = generator.standard_normal((4, 2 * gate.spec.embedding_dim))
+    ability_CA = generator.standard_normal((4, 3))
+    gate.label_model = dataclasses.replace(
+        one, **rows, centre_CD=centre_CD, ability_CA=ability_CA, reliance_C=np.ones(4), lead_C=np.zeros(4)
+    )
+    requests = [make_request(gate.spec, seed) for seed in range(20)]
+    found = zip(requests, *(Decider(one, "v").decide(requests) for one in (gate, bare)), strict=True)
+    for request, decided, plain in found:
+        query_D = request.input_X[: 2 * gate.spec.embedding_dim].astype(np.float64)
+        nearest = min(range(4), key=lambda c: math.dist(query_D, centre_CD[c]))
+        assert decided.label_model.ability_CA.tolist() == [ability_CA[nearest].tolist()]
+        assert (decided.agent_price, plain.label_model) == (gate.spec.agent_price, None)
+        assert same_bits(decided, plain)
 
 
 def test_state_travels_with_the_query() -> None:

@@ -579,6 +579,89 @@ def test_learning_is_frozen_though_the_trial_cannot_be_ended(root: Path, monkeyp
     assert (found.versions.version, found.adaptation.split) == (good, None)  # now it has ended
 
 
+def in_the_way(root: Path, *names: str) -> None:
+    """Let files of the state be written no more."""
+    for name in names:
+        (root / name).unlink()
+        (root / name / "in the way").mkdir(parents=True)
+
+
+def test_a_worse_gate_is_taken_back_though_nothing_can_be_written(root: Path) -> None:
+    found = swarm(root, "on", warm=40, canary_queries=500, skip=("drift", "distance", "held_back", "load"))
+    good, found.broken = found.versions.version, ("code",)
+    found.offer(found.files((3, 3, 3, 3)), 1)
+    in_the_way(root, FILE, "state.json")
+    until(found, "rolled back", 120)
+    assert (found.versions.version, found.router.current, found.adaptation.split) == (good, good, None)
+
+
+@pytest.mark.parametrize("mode", ["canary", "on"])
+def test_what_an_operator_makes_current_is_served_though_the_end_of_the_trial_cannot_be_written(root: Path, mode: str) -> None:
+    found = swarm(root, mode)
+    found.offer(found.files(HOME, seed=1), 1)
+    in_the_way(root, FILE)
+    change = found.versions.install(found.files(HOME, seed=2), "", [])
+    found.adaptation.operated()
+    found.took(change)
+    assert (found.versions.version, found.router.current, found.adaptation.split) == (change.version, change.version, None)
+
+
+def test_an_update_that_goes_back_to_the_control_ends_the_trial(root: Path) -> None:
+    found = swarm(root, "on", canary_queries=5)
+    good = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)
+    assert found.offer(found.files(range(4)), 2)["version"] == good  # what was installed first
+    assert (found.versions.version, found.router.current, found.adaptation.split) == (good, good, None)
+
+
+class _Dies(BaseException):
+    pass
+
+
+class _Mortal(dict[str, bytes]):
+    """The cluster's memory, at which the router dies when a file of the state is written: it is remembered last."""
+
+    at = ""
+
+    def __setitem__(self, name: str, data: bytes) -> None:
+        if name == self.at:
+            raise _Dies
+        super().__setitem__(name, data)
+
+
+def dies(found: LearningSwarm, at: str) -> None:
+    memory = _Mortal()
+    memory.at = at
+    found.versions._state._memory = memory
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_update_that_never_became_current_is_not_tried(root: Path, updates: int) -> None:
+    """The router dies when the ledger and the trial are kept: that update is lost, and the one before it is tried on."""
+    found = swarm(root, "on")
+    for update in range(1, updates):
+        found.offer(found.files(HOME, seed=update), update)
+    before, split = found.versions.version, found.adaptation.split
+    dies(found, FILE)
+    with pytest.raises(_Dies):
+        found.offer(found.files(HOME, seed=updates), updates)
+    found.start()
+    assert (found.versions.version, found.router.current, found.adaptation.status()["ledger"]) == (before, before, updates)
+    assert found.adaptation.split == split
+
+
+def test_what_an_operator_took_back_is_not_tried_again(root: Path) -> None:
+    """The router dies when the version before the trial is current, and the end of the trial is not kept yet."""
+    found = swarm(root, "on")
+    good = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)
+    dies(found, "state.json")
+    with pytest.raises(_Dies):
+        found.adaptation.rollback(None, "by hand")
+    found.start()
+    assert (found.versions.version, found.adaptation.split) == (good, None)
+
+
 def test_the_version_that_is_to_become_the_control_is_kept_over_a_restart(root: Path) -> None:
     found = swarm(root, "on", warm=40, canary_queries=5, skip=("drift", "distance", "held_back", "load"))
     pending = found.offer(found.files(HOME, seed=1), 1)["version"]

@@ -143,6 +143,30 @@ async def test_nobody_waits_for_an_embedding_any_more() -> None:
     await until(lambda: running.is_cancelled)
 
 
+async def test_short_texts_do_not_wait_for_long_ones() -> None:
+    asked: list[list[str]] = []
+
+    class Encoder:
+        def __init__(self) -> None:
+            self.embed = self
+
+        def remote(self, texts: list[str]) -> Any:
+            asked.append(texts)
+            return response_of(Done([np.float32([len(texts[0])])]) if texts == ["Hi"] else Running())
+
+    encoder = ServeEncoder(Encoder())  # type: ignore[arg-type]
+    waiting = []
+    for letter in "abcd":  # more than there are places
+        waiting.append(asyncio.create_task(encoder.embed([letter * 500_000])))
+        await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        assert (await encoder.embed(["Hi"]))[0][0] == 2.0
+    assert len(asked) == 3
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
 async def test_texts_that_come_while_the_encoder_works_are_asked_for_together() -> None:
     asked: list[list[str]] = []
     ends: list[concurrent.futures.Future[Any]] = []

@@ -269,6 +269,22 @@ async def test_an_agent_that_failed_while_the_actor_is_away_is_tried_by_one_quer
     assert await masked(3) == [False] * 3
 
 
+async def test_a_shorter_report_does_not_end_a_longer_one(
+    pair: tuple[FakeActor, RemoteRouter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, router = pair
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    await settle(router)
+    actor.is_away = True
+    for masked_s in (30.0, 0.0):
+        router.report_unavailable("b", "its last replies came too late", masked_s)
+    now += MASKED_S + 1
+    assert (await router.route(ASK)).masked == ("b",)
+    now += 30.0
+    assert (await router.route(ASK)).masked == ()
+
+
 async def test_where_all_failed_while_the_actor_is_away_they_are_tried_soon(
     pair: tuple[FakeActor, RemoteRouter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +496,18 @@ async def test_a_version_that_an_ingress_does_not_hold_is_the_routers_to_decide(
     router._weights.pop(unseen, None)
     decided = await router.route(RouteRequest(input_X=ASK.input_X, gate_version=unseen))
     assert decided.gate_version == unseen != held
+
+
+async def test_an_ingress_goes_on_following_after_weights_that_it_cannot_read(following: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = following
+    router.away_s = 0.01
+    version = actor.install()
+    (actor._folder / version / "gate.json").write_text("{}")
+    async with asyncio.timeout(20):
+        while version not in router._weights:  # noqa: ASYNC110 -- no event tells
+            await asyncio.sleep(0.005)
+    actor.install()
+    await follows(router, actor._local.view)
 
 
 async def test_an_ingress_that_loses_the_router_goes_on_and_follows_it_again(

@@ -24,8 +24,10 @@ from dmoa.agents.pool import build_pool_gate, fingerprint
 from dmoa.checkpoint import FILES, describe_gate
 from dmoa.config import Config
 from dmoa.core.gate import Gate, GateSpec, init_gate
-from dmoa.errors import CheckpointError
-from dmoa.routing import build_gate
+from dmoa.errors import CheckpointError, PoolChangedError
+from dmoa.routing import Decided, build_gate
+from dmoa.serving.actors import pack_record, unpack_record
+from dmoa.serving.rollover import pool_version
 from dmoa.serving.router.actor import RouterActor
 from dmoa.serving.router.state import RouterState
 from dmoa.serving.router.versions import MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, _line
@@ -410,6 +412,19 @@ def test_a_state_that_cannot_be_written_changes_nothing(root: Path, tmp_path: Pa
     assert not [path for path in root.rglob("*") if path.name.endswith(".draft")]
 
 
+def test_a_copy_that_cannot_be_written_does_not_part_what_is_said_from_what_is_kept(root: Path, tmp_path: Path) -> None:
+    state = RouterState(root.as_uri())
+    found = GateVersions(state, pool(), None)
+    (root / "state.json.last").unlink()
+    (root / "state.json.last" / "in the way").mkdir(parents=True)
+    changed = found.install(files_of(trained(tmp_path, 1)), "", [])
+    assert found.version == changed.version == opened(root).version
+    assert "state.json.last" in str(state.lost)
+    shutil.rmtree(root / "state.json.last")
+    state.heal()
+    assert (state.lost, json.loads((root / "state.json.last").read_text())["current"]) == (None, changed.version)
+
+
 class _Cluster:
     """A cluster's key-value store."""
 
@@ -447,6 +462,35 @@ async def test_a_deploy_with_another_place_serves_the_gate_that_was_installed(tm
     await actor.install(files_of(trained(tmp_path, 1)))
     current = await actor.configure(there.model_dump_json())
     assert (current == version_of(tmp_path / "checkpoint-1"), len(await actor.history())) == (is_same_pool, 1 + is_same_pool)
+
+
+@pytest.mark.usefixtures("cluster")
+async def test_an_agent_stays_masked_for_as_long_as_the_longest_report_says(tmp_path: Path) -> None:
+    llms = {"tiny": {"model": "scripted:x", "engine": "scripted", "placement": "ingress"}}
+    config = pool(llms=llms, router={"state_uri": tmp_path.as_uri(), "probe_interval_s": 0.1})
+    actor = RouterActor(config.model_dump_json(), "app", watch_interval_s=60.0)
+    began, reports = asyncio.get_running_loop().time(), ((0.0, 0.05), (0.0, 1.0), (0.5, 0.05))
+    for masked_s, other_s in reports:
+        await actor.report_unavailable("adder", "its last replies came too late", masked_s)
+        await actor.report_unavailable("sorter", "its last replies came too late", other_s)
+    async with asyncio.timeout(5):
+        while (await actor.status()).masked:
+            left = (await actor.status()).masked
+            await asyncio.sleep(0.02)
+    assert left == ("sorter",)
+    assert asyncio.get_running_loop().time() - began >= 1.0
+
+
+@pytest.mark.usefixtures("cluster")
+async def test_an_ingress_of_the_pool_before_is_not_told_of_the_new_ones_gate(tmp_path: Path) -> None:
+    config, other = (pool({"seed": seed}, router={"state_uri": tmp_path.as_uri(), "decide": "ingress"}) for seed in (1, 2))
+    actor = RouterActor(config.model_dump_json(), "app", watch_interval_s=60.0)
+    seen = unpack_record(await actor.look(pack_record((None, Decided())), pool_version(config)))
+    waiting = asyncio.create_task(actor.look(pack_record((seen, Decided())), pool_version(config)))
+    await asyncio.sleep(0)
+    await actor.configure(other.model_dump_json())
+    with pytest.raises(PoolChangedError):
+        await waiting
 
 
 @pytest.mark.usefixtures("cluster")
