@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -307,7 +307,6 @@ def load_disjoint(
     for split in required:
         if not splits[split].rows:
             raise ConfigError(f"{name}: no rows for {split} in {', '.join(splits[split].sources)}; give a larger file")
-    check_disjoint({split: loaded.rows for split, loaded in splits.items()})
     return Disjoint(splits=splits, dropped=dropped)
 
 
@@ -338,23 +337,6 @@ def drop_overlaps(splits: Mapping[Split, Loaded]) -> tuple[dict[Split, Loaded], 
 
 def _text_key(row: Row) -> str:
     return unicodedata.normalize("NFKC", " ".join(row.task.text.split())).casefold()
-
-
-def check_disjoint(splits: Mapping[Split, Collection[Row]]) -> None:
-    """Makes sure that no row is in two splits.
-
-    Raises:
-        ConfigError: one is; names it and the splits.
-    """
-    seen: dict[str, Split] = {}
-    for split, rows in splits.items():
-        for row in rows:
-            other = seen.setdefault(row.row_hash, split)
-            if other != split:
-                raise ConfigError(
-                    f"row {row.task.row_id} is in {other} and in {split}: what is learned there would be asked here; "
-                    "load the splits with splits.load_disjoint"
-                )
 
 
 SUITE_ROWS = 200

@@ -141,7 +141,7 @@ def _patterns(num_choices: int) -> _Patterns:
     upper, both = f"[A-{last}]", f"[A-{last}a-{last.lower()}]"
     right = r"(?:is|seems|looks|must\s+be)\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best)\b"
     return _Patterns(
-        bare=re.compile(rf"\(?\s?({both})[\s).:,;!]*"),
+        bare=re.compile(rf"(?:A:\s+)?\(?\s?({both})[\s).:,;!?]*"),
         start=re.compile(rf"(?:\(({both})\)|({both})[).:,;](?!\w)|({upper})(?=\s+(?:because|since|[-\u2013\u2014=(])))"),
         conflict=re.compile(
             rf"(?:[Bb]oth\s+|[Ee]ither\s+)?\(?({upper})\)?\s*(?:,|/|&|\+|\bor\b|\band\b)\s*(?:option\s+)?\(?({upper})\b"
