@@ -180,7 +180,7 @@ def open_reply(text: str) -> ReplyText:
 def without_next_question(text: str) -> str:
     """Cut a reply where its turn ends, or where, after a statement, the model asks itself the next question."""
     text = _turn(text)
-    stated = f"(?:{_MARK.pattern})\\S|{_HASHES.pattern}|{_JSON_KEY.pattern}|{_ROLE.pattern}"
+    stated = f"(?:{_MARK.pattern})\\S|{_HASHES.pattern}|{JSON_KEY.pattern}|{_ROLE.pattern}"
     first = re.search(stated, text, _MARK.flags)
     question = _NEXT_QUESTION.search(text, first.end()) if first else None
     return text[: question.start()] if question else text
@@ -202,7 +202,7 @@ def is_refusal(prose: str) -> bool:
     return _REFUSAL.match(prose.strip().replace("\u2019", "'")) is not None
 
 
-_JSON_KEY = re.compile(r"[\"'](?:final_?|correct_?)?answer[\"']\s*:\s*", re.IGNORECASE)
+JSON_KEY = re.compile(r"[\"'](?:final_?|correct_?)?answer[\"']\s*:\s*", re.IGNORECASE)
 _JSON_STRING = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'((?:[^'\\]|\\.)*)'(?=\s*[,}])", re.DOTALL)
 _JSON_BARE = re.compile(r"[^\s}\]\"'][^}\n]*")
 _JSON_GOES_ON = re.compile(r"\s*(?:\Z|[}\]]|,\s*(?:[\"'}]|\Z))")
@@ -210,7 +210,7 @@ _JSON_GOES_ON = re.compile(r"\s*(?:\Z|[}\]]|,\s*(?:[\"'}]|\Z))")
 
 def json_answer(text: str) -> Statement | None:
     """Return the answer of the last JSON object that has one, also of an object that does not parse as a whole. Never raises."""
-    keys = list(_JSON_KEY.finditer(text))
+    keys = list(JSON_KEY.finditer(text))
     opening = text.rfind("{", 0, keys[-1].start()) if keys else -1
     if opening < 0:
         return None

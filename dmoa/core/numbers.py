@@ -199,7 +199,9 @@ def plain_text(text: str) -> str:
     text = re.sub(r"(?<=[0-9])\s?(?=\\[dt]?frac)", " ", text)  # a mixed number: 2\frac{1}{2} is 2 1/2
     text = re.sub(r"\\[dt]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|([0-9])([0-9]))", _as_ratio, text)
     text = re.sub(r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox)\s*\{([^{}]*)\}", r"\1", text)
-    return _signed(re.sub(r"\\[()\[\],;]", " ", text))
+    text = re.sub(r"\\[()\[\],;]", " ", text)
+    # `minus 7` is -7 where it is a sign; between two operands it is a calculation in words and stays.
+    return _NEGATIVE_WORD.sub(lambda at: at[0] if _OPERAND.search(text[max(0, at.start() - 24) : at.start()]) else "-", text)
 
 
 def _as_ratio(match: re.Match[str]) -> str:
@@ -218,13 +220,6 @@ def _as_fraction(match: re.Match[str]) -> str:
 def _as_root(match: re.Match[str]) -> str:
     root = math.isqrt(int(match[1]))
     return str(root) if root * root == int(match[1]) else match[0]
-
-
-def _signed(text: str) -> str:
-    """Write `minus 7` as -7 where it is a sign; between two operands it is a calculation in words and stays."""
-    return _NEGATIVE_WORD.sub(
-        lambda match: match[0] if _OPERAND.search(text[max(0, match.start() - 24) : match.start()]) else "-", text
-    )
 
 
 def spelled(value: Fraction) -> str:

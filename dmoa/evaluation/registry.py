@@ -168,11 +168,6 @@ class OpenScorers:
         return {name: judging(name, allow_weak_sandbox=self.allow_weak_sandbox).score for name in self.names}
 
 
-def _everywhere() -> list[str]:
-    """Return dmoa's benchmarks whose rows can be had without files."""
-    return [name for name in BENCHMARKS.builtin if BENCHMARKS[name].hub is not None]
-
-
 def expand_names(names: Sequence[str], option: str = "--benchmarks") -> tuple[str, ...]:
     """Return benchmark names with `all`, `suites` and each `FILE.py:NAME` replaced by what they stand for.
 
@@ -186,7 +181,8 @@ def expand_names(names: Sequence[str], option: str = "--benchmarks") -> tuple[st
     if taken:
         raise ConfigError(f"{option}: @benchmark({taken[0]!r}): dmoa's own generated rows have that name; choose another")
     for name in resolved:
-        found.extend(_everywhere() if name == ALL else SUITES if name == ALL_SUITES else (name,))
+        on_hub = [known for known in BENCHMARKS.builtin if BENCHMARKS[known].hub is not None] if name == ALL else []
+        found.extend(on_hub or (SUITES if name == ALL_SUITES else (name,)))
     unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
     if unknown or not found:
         allowed = (*BENCHMARKS, *SUITES, ALL, ALL_SUITES)

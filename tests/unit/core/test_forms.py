@@ -55,6 +55,9 @@ SAME = [
     ("", ["$(-\\infty, 2] \\cup [3, \\infty)$", "Answer: [3, \u221e) \u222a (-\u221e, 2]"]),
     ("", ["3 + 4i", "\\boxed{4i+3}"]),
     ("", ["\\frac12", "0.5", "1/2", "\\boxed{\\dfrac{1}{2}}"]),
+    ("", ["Answer: $-4 \\le x \\leq 1$", "-4 <= x <= 1", "\\boxed{1 \\ge x \\ge -4}"]),
+    ("", ["Answer: $4\\cos^2 w$", "\\boxed{4(\\cos w)^2}"]),
+    (OUTPUT, ["[1, 2]", "Answer:\n```python\n[1, 2]\n```", "Answer: [1,\n 2]\nas said", "The answer is:\n\n```\n[1,\n 2]\n```"]),
     (
         OUTPUT,
         [
@@ -79,6 +82,8 @@ def test_replies_that_say_the_same_agree(query: str, replies: list[str]) -> None
 
 DIFFERENT = [
     ("", ["2\u221a3", "2", "3", "2\u221a5"]),
+    ("", ["x < 5", "x > 5", "x \\le 5", "5", "x"]),
+    ("", ["$4\\cos^2 w$", "4", "4\\cos w"]),
     ("", ["5\u03c0", "5", "25\u03c0"]),
     ("", ["91 - 2x", "91", "2", "91 + 2x"]),
     ("", ["86 glasses and 42 plates", "86", "42", "86 glasses and 43 plates"]),
@@ -211,6 +216,10 @@ OUTPUTS = [
     ("assert f([1]) == ??", None),
     ("I cannot run code.", None),
     ("Answer:", None),
+    ("Answer: [1, 2", None),
+    ("Answer: [x for x in range(3)]", None),
+    ("assert f(3) == [3]\nAnswer: [1, 2", "[3]"),
+    ("Answer:\n```python\n{'a': [1,\n 2]}\n```\nsince 2 is even", "{'a':[1,2]}"),
     ("Answer: 5\n\nThe answer is based on 2 passes of the loop.", "5"),
     ('{"answer": "5"}\n\nThe answer is based on 2 passes of the loop.', "5"),
     ("assert f(1) == 5\n\nThe answer is based on 2 passes of the loop.", "5"),

@@ -34,26 +34,25 @@ def test_the_test_side_keeps_what_occurs_twice(tmp_path: Path) -> None:
     }
     assert kept == {"train": ["a"], "adaptation": ["b", "in adaptation"], "test": ["c", "in  test", "in both"]}
     assert list(disjoint.splits) == list(SPLITS)
-    assert sorted((each.split, each.kept_in, each.is_equal_row) for each in disjoint.dropped) == [
-        ("adaptation", "test", True),
-        ("train", "adaptation", True),
-        ("train", "test", True),
-        ("train", "test", True),
+    assert sorted((row_id.split("/")[1], kept_in) for row_id, kept_in in disjoint.dropped.items()) == [
+        ("adaptation", "test"),
+        ("train", "adaptation"),
+        ("train", "test"),
+        ("train", "test"),
     ]
-    assert all(each.row_id.startswith(f"mmlu/{each.split}/") for each in disjoint.dropped)
 
 
 def test_an_equal_question_with_another_label_is_dropped_too(tmp_path: Path) -> None:
     write_mmlu(tmp_path, dev=["a", "x"], validation=["b"], test=["c", "x"], last_answer=0)
     disjoint = load_disjoint("mmlu", data_dir=tmp_path)
-    (dropped,) = disjoint.dropped
-    assert (dropped.split, dropped.kept_in, dropped.is_equal_row) == ("train", "test", False)
+    ((row_id, kept_in),) = disjoint.dropped.items()
+    assert (row_id.split("/")[1], kept_in) == ("train", "test")
 
 
 def test_the_same_question_in_other_letters_is_the_same_row(tmp_path: Path) -> None:
     write_mmlu(tmp_path, dev=["a", "Which  CAFÉ?"], validation=["b"], test=["c", "which cafe\u0301?"])
-    (dropped,) = load_disjoint("mmlu", data_dir=tmp_path).dropped
-    assert (dropped.split, dropped.kept_in, dropped.is_equal_row) == ("train", "test", False)
+    ((row_id, kept_in),) = load_disjoint("mmlu", data_dir=tmp_path).dropped.items()
+    assert (row_id.split("/")[1], kept_in) == ("train", "test")
 
 
 def test_ids_are_of_the_question_alone(tmp_path: Path) -> None:
