@@ -402,8 +402,7 @@ def canonical_answer(answer: str) -> str:
     if "\n" in answer:
         return answer
     answer = plain_text(answer).strip()
-    number = None if is_symbolic(answer) else _whole_number(answer)
-    return number or (is_symbolic(answer) and expression_key(answer)) or _normal_text(answer)
+    return (expression_key(answer) if is_symbolic(answer) else _whole_number(answer)) or _normal_text(answer)
 
 
 def _span_answer(span: str) -> tuple[str | None, Kind]:
@@ -473,7 +472,8 @@ def _choice(prose: str) -> str | None:
     is_list = len({match[1].upper() for match in _LISTED.finditer(prose)}) > 1
     for line in (prose.strip(), last_line(prose)):
         start = _CHOICE_START.fullmatch(line) if is_list else _CHOICE_START.match(line)
-        letter = (start[1] or start[2]).casefold() if start and not _IS_WRONG.match(line, start.end()) else ""
+        is_one = start and not _IS_WRONG.match(line, start.end()) and not _TWO_CHOICES.match(line)
+        letter = (start[1] or start[2]).casefold() if start and is_one else ""
         if letter and not (letter == "a" and "B" in inside):  # what begins with (A) and goes on to (B) lists the choices
             return letter
     return inside[-1].casefold() if inside else None

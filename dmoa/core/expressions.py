@@ -104,9 +104,8 @@ def _plain(text: str) -> str:
 
 
 def _key(plain: str) -> str:
-    united = plain.split("\u222a")
-    if len(united) > 1:
-        return "\u222a".join(sorted(_key(part.strip()) for part in united))
+    if "\u222a" in plain:
+        return "\u222a".join(sorted(_key(part.strip()) for part in plain.split("\u222a")))
     sides = re.split(r"\s*([<>\u2264\u2265])\s*", plain)
     if len(sides) > 1 and sides[1] in ">\u2265":  # 5 > x is x < 5
         sides = [side.translate(_TURNED) for side in reversed(sides)]

@@ -53,11 +53,6 @@ def _boxed(solution: str) -> str:
     return boxes[-1]
 
 
-def _with_box(solution: str) -> str:
-    _boxed(solution)
-    return solution
-
-
 @benchmark("math", title="MATH", scoring=lambda _: entry())
 class MathRow(UpstreamRow):
     """A row of MATH (Hendrycks et al. 2021), such as `EleutherAI/hendrycks_math` keeps."""
@@ -65,7 +60,7 @@ class MathRow(UpstreamRow):
     problem: Text
     level: str
     type: str
-    solution: Annotated[str, AfterValidator(_with_box)]
+    solution: Annotated[str, AfterValidator(lambda solution: _boxed(solution) and solution)]
 
     def text(self) -> str:
         """The problem."""

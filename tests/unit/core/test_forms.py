@@ -18,6 +18,7 @@ from tests.examples import examples
 from tests.unit.core.test_reading import SHAPES
 
 OUTPUT = "Complete the assertion.\ndef f(x):\n    return x\nassert f([1, 2]) == ??"
+CHOICE = "Which?\nA) cat\nB) dog\nC) 1\n\nWhich is it?\nA) Paris\nB) a dog\nC) 12\nD) None of the above"
 
 SAME = [
     ("", ["Answer: 18", "$18.00", '{"answer": "18 dollars"}', "\\boxed{18}", "#### 18", "x = 18", "36/2"]),
@@ -71,6 +72,11 @@ SAME = [
     ),
     (OUTPUT, ["'UppEr'", '{"answer": "UppEr"}', 'Answer: `"UppEr"`', "assert f('x') == 'UppEr'", '{"answer": "\'UppEr\'"}']),
     (OUTPUT, ["{1: 'a', 2: None}", '{"answer": {2: None, 1: "a"}}', "Answer: {2: None, 1: 'a'}."]),
+    ("", ["Answer: The Beatles", "Beatles", '{"answer": "the Beatles."}']),
+    ("", ["Answer: U.S. Navy", "the US Navy"]),
+    (CHOICE, ["Answer: B", "Answer: a dog", "A dog.", "(B) a dog", '{"answer": "a dog"}']),
+    (CHOICE, ["Answer: C", "Answer: 12", "12.0", "C) 12", "A: 12"]),
+    (CHOICE, ["Answer: D", "None of the above"]),
     (OUTPUT, ["True", '{"answer": true}', '{"answer": "True"}']),
 ]
 
@@ -82,6 +88,8 @@ def test_replies_that_say_the_same_agree(query: str, replies: list[str]) -> None
 
 DIFFERENT = [
     ("", ["2\u221a3", "2", "3", "2\u221a5"]),
+    (CHOICE, ["Answer: Paris", "Answer: a dog", "Answer: 12", "Answer: 13", "Answer: dogs", "None of these"]),
+    ("", ["A, B", "Answer: A", "Answer: 12", "Answer: the", "a dog"]),
     ("", ["x < 5", "x > 5", "x \\le 5", "5", "x"]),
     ("", ["$4\\cos^2 w$", "4", "4\\cos w"]),
     ("", ["5\u03c0", "5", "25\u03c0"]),
