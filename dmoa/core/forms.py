@@ -24,7 +24,6 @@ _NAMED = re.compile(r"\bPython literal\b")
 _OPEN_RESULT = re.compile(r"\)\s*==\s*(?:\?\?|\.\.\.)")
 _CHOICE = re.compile(r"^[ \t]*\(?([A-H])[).:][ \t]+(\S[^\n]*)$", re.MULTILINE)
 _INNER = re.compile(r"(?<=[^\W\d_])[.'\u2019](?=[^\W\d_])")
-_ARTICLES = ("a", "an", "the")
 _MAX_KEPT = 16_384
 """Characters of a reply whose key is remembered: a thousand replies of megabytes would fill the memory."""
 NO_ANSWER = -1
@@ -44,8 +43,7 @@ def agreement_key(reply: str, query: str = "") -> str | None:
 
     Args:
         reply: the whole text of a reply; a thought in it counts for nothing.
-        query: what was asked, which tells the form of the answer; without it a Python literal is compared as text, so that
-            case and quotes do not count.
+        query: what was asked, which tells the form of the answer and its choices; without it a Python literal is words.
     """
     key = (_kept_key if len(reply) <= _MAX_KEPT else _key)(reply, form_of(query))
     if key is None or key.startswith(("literal:", "letter:")):
@@ -67,7 +65,7 @@ def _key(reply: str, form: Form) -> str | None:
         return f"number:{spelled(number)}"
     said = canonical_answer(found.value)
     if found.kind == "text":  # as HotpotQA compares words
-        said = " ".join(word for word in _INNER.sub("", said).split() if word not in _ARTICLES) or said
+        said = " ".join(word for word in _INNER.sub("", said).split() if word not in ("a", "an", "the")) or said
     return f"{found.kind}:{said}"
 
 
@@ -77,10 +75,6 @@ _kept_key = lru_cache(maxsize=1024)(_key)
 
 def answer_classes(replies: Sequence[str], query: str = "") -> list[int]:
     """Return which replies to one query agree: equal numbers for equal answers, counted from 0 as they first appear.
-
-    Args:
-        replies: whole texts, in any order.
-        query: as for `agreement_key`.
 
     A reply without an answer has `NO_ANSWER`, -1: it agrees with nobody, also not with another such reply.
     """
