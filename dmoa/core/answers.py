@@ -81,6 +81,7 @@ _REFUSAL = re.compile(
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*)?(?:question|problem|q|exercise|human|user|instruction)(?:\*\*)?[ \t]*:", re.IGNORECASE
 )
+_TAGGED = re.compile(r"<((?:final[_ ]?)?answer)>(.{0,2000}?)</\1>", re.IGNORECASE | re.DOTALL)
 _END_OF_TURN = re.compile(r"<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text)\|>|<end_of_turn>")
 _MADE_UP = re.compile(
     r"\?\s|(?:^|[.!]\s)[ \t]*(?:find|calculate|determine|compute|work out)\s+(?:the|how|what|which)\b", re.I | re.M
@@ -179,7 +180,7 @@ def open_reply(text: str) -> ReplyText:
 
 def without_next_question(text: str) -> str:
     """Cut a reply where its turn ends, or where, after a statement, the model asks itself the next question."""
-    text = _turn(text)
+    text = _turn(_TAGGED.sub(r"\nAnswer: \2\n", text))
     stated = f"(?:{_MARK.pattern})\\S|{_HASHES.pattern}|{JSON_KEY.pattern}|{_ROLE.pattern}"
     first = re.search(stated, text, _MARK.flags)
     question = _NEXT_QUESTION.search(text, first.end()) if first else None
@@ -335,8 +336,8 @@ def split_code(text: str) -> tuple[str, str | None]:
 
 
 _CHOICE_START = re.compile(
-    r"(?:(?:option|choice)\s+)?(?:\(\s?([A-H])\s?\)|([A-H])(?:\s?\)|[.:,](?=\s|\Z)|[ \t]*(?:\n|\Z)|(?=\s+(?:because|since)\b)))",
-    re.IGNORECASE,
+    r"(?i)(?:(?:it\s+is|it['\u2019]s|option|choice)\s+){0,2}"
+    r"(?:\(\s?([A-H])\s?\)|([A-H])(?:\s?\)|[.:,!?](?=\s|\Z)|[ \t]*(?:\n|\Z)|(?=\s+(?:because|since)\b)))"
 )
 _LISTED = re.compile(r"^[ \t]*\(?([A-H])[).:]", re.IGNORECASE | re.MULTILINE)
 _TWO_CHOICES = re.compile(r"[ (*_]*[A-H]\)?\s*(?:,|/|&|\band\b|\bor\b)\s*\(?[A-H](?![\w'])")
@@ -513,8 +514,7 @@ def _numeric_line(line: str) -> str | None:
 
 def _outside_asides(text: str) -> list[FoundNumber]:
     """Return the numbers of a text; those in parentheses only where there are no others."""
-    bare = _ASIDE.sub(lambda match: " " * len(match[0]), text)
-    return find_numbers(bare) or find_numbers(text)
+    return find_numbers(_ASIDE.sub(lambda match: " " * len(match[0]), text)) or find_numbers(text)
 
 
 def _last_number(prose: str) -> str | None:

@@ -58,7 +58,16 @@ SAME = [
     ("", ["\\frac12", "0.5", "1/2", "\\boxed{\\dfrac{1}{2}}"]),
     ("", ["Answer: $-4 \\le x \\leq 1$", "-4 <= x <= 1", "\\boxed{1 \\ge x \\ge -4}"]),
     ("", ["Answer: $4\\cos^2 w$", "\\boxed{4(\\cos w)^2}"]),
-    (OUTPUT, ["[1, 2]", "Answer:\n```python\n[1, 2]\n```", "Answer: [1,\n 2]\nas said", "The answer is:\n\n```\n[1,\n 2]\n```"]),
+    (
+        OUTPUT,
+        [
+            "[1, 2]",
+            "<answer>\n[1, 2]\n</answer>",
+            "Answer:\n```python\n[1, 2]\n```",
+            "Answer: [1,\n 2]\nas said",
+            "The answer is:\n\n```\n[1,\n 2]\n```",
+        ],
+    ),
     (
         OUTPUT,
         [
@@ -72,7 +81,8 @@ SAME = [
     ),
     (OUTPUT, ["'UppEr'", '{"answer": "UppEr"}', 'Answer: `"UppEr"`', "assert f('x') == 'UppEr'", '{"answer": "\'UppEr\'"}']),
     (OUTPUT, ["{1: 'a', 2: None}", '{"answer": {2: None, 1: "a"}}', "Answer: {2: None, 1: 'a'}."]),
-    ("", ["Answer: The Beatles", "Beatles", '{"answer": "the Beatles."}']),
+    ("", ["Answer: it is B", "<answer>B</answer>", "Answer: Option B!", "B"]),
+    ("", ["<answer>The Beatles</answer>", "Answer: The Beatles", "Beatles", '{"answer": "the Beatles."}']),
     ("", ["Answer: U.S. Navy", "the US Navy"]),
     (CHOICE, ["Answer: B", "Answer: a dog", "A dog.", "(B) a dog", '{"answer": "a dog"}']),
     (CHOICE, ["Answer: C", "Answer: 12", "12.0", "C) 12", "A: 12"]),
