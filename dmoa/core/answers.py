@@ -33,14 +33,13 @@ _MAX_LINE_WORDS = 8
 
 Kind = Literal["number", "letter", "expression", "text", "code"]
 How = Literal["stated", "boxed", "json", "code", "choice", "short", "last"]
-"""Where the answer stands: stated in words or after ####, in a box, in JSON, in a block, a chosen letter, a short reply, the last
-number."""
+"""Where it stands: stated in words or after ####, in a box, JSON or block, a chosen letter, a short reply, the last number."""
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _MARK = re.compile(
     r"(?:^[ \t]*#{1,6}[ \t]*(?:the[ \t]+)?(?:final[ \t]+|correct[ \t]+)?answer[ \t]*(?=\n)"
     r"|\b(?:answer|ans)\b\.?(?:[ \t]+(?:to|for)[ \t]+[^.:=\n]{1,80}?)?[ \t]*"
-    r"(?::|=|[-\u2013\u2014](?=[ \t])|\b(?:is|was|would[ \t]+be|should[ \t]+be|must[ \t]+be)\b[ \t]*:?))"
+    r"(?::|=|->|\u2192|\u21d2|[-\u2013\u2014](?=[ \t])|\b(?:is|was|would[ \t]+be|should[ \t]+be|must[ \t]+be)\b[ \t]*:?))"
     r"[ \t]*(?:\n[ \t]*){0,2}",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -82,6 +81,7 @@ _REFUSAL = re.compile(
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*)?(?:question|problem|q|exercise|human|user|instruction)(?:\*\*)?[ \t]*:", re.IGNORECASE
 )
+_TAGGED = re.compile(r"<((?:final[_ ]?)?answer)>(.{0,2000}?)</\1>", re.IGNORECASE | re.DOTALL)
 _END_OF_TURN = re.compile(r"<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text)\|>|<end_of_turn>")
 _MADE_UP = re.compile(
     r"\?\s|(?:^|[.!]\s)[ \t]*(?:find|calculate|determine|compute|work out)\s+(?:the|how|what|which)\b", re.I | re.M
@@ -91,10 +91,10 @@ _LETS_THINK = re.compile(
     r"|first,?\s+(?:we|i|let|calculate|compute|determine|find)\b|to (?:solve|find|answer|determine) (?:the|this|out|how|what)\b)",
     re.IGNORECASE,
 )
-SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[DdMmSsJj][rst])(?<!\bMrs)(?<!\bNo)(?<!\bvs)[.!?](?=\s)")
+SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[DdMmSsJjRr][rst])(?<!\bMrs)(?<!\bNo)(?<!\bvs)(?<!\b[Aa]pprox)[.!?](?=\s)")
 _NEGATED = re.compile(r"\A\W*(?:(?:is|are|was|it)\s+)*(?:not|none|neither|never|nothing|isn't|cannot)\b", re.IGNORECASE)
 _NOT_BUT = re.compile(r"\A\W*(?:(?:it|this|that)\s+(?:is|was)\s+)?not\b[^\n]*?\bbut\s+(?:rather\s+)?", re.IGNORECASE)
-_REASON = re.compile(r",\s*as\b|,?\s+(?:because|since|due to|given that|considering)\b", re.IGNORECASE)
+_REASON = re.compile(r",\s*as\b|,?\s+(?:because|since|due to|given that|considering|for which|such that)\b", re.IGNORECASE)
 _DENIED = re.compile(
     r"\b(?:not|n't|neither|nor|never|(?:rul(?:e|es|ed|ing)|cross(?:ed)?)\s+out|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|reject(?:s|ed)?"
     r"|discard(?:s|ed)?)\s+(?:be\s+)?(?:option\s+|choice\s+|answer\s+)?\(?\Z",
@@ -167,24 +167,23 @@ def open_reply(text: str) -> ReplyText:
     if split.is_open and not split.text:
         return ReplyText("", None, is_only_thought=True)
     said = without_next_question(split.text[-MAX_CHARS:])
-    json_answer = _json_answer(said)
+    found = json_answer(said)
     prose, code = split_code(said)
     prose = plain_text(prose if prose.strip() or not code else code)
     final = final_statement(prose)
-    if json_answer is not None:
-        span = plain_text(json_answer.span).strip()
-        after = final_statement(plain_text(said[json_answer.end :].replace("```", " ")), given=span)
+    if found is not None:
+        span = plain_text(found.span).strip()
+        after = final_statement(plain_text(said[found.end :].replace("```", " ")), given=span)
         final = replace(after, before=span) if after is not None and after.span else Final(span, how="json")
     return ReplyText(prose, final, code)
 
 
 def without_next_question(text: str) -> str:
     """Cut a reply where its turn ends, or where, after a statement, the model asks itself the next question."""
-    text = _turn(text)
-    first = next((mark for mark in re.finditer(f"(?:{_MARK.pattern})\\S|{_HASHES.pattern}", text, _MARK.flags)), None)
-    if first is None:
-        return text
-    question = _NEXT_QUESTION.search(text, first.end())
+    text = _turn(_TAGGED.sub(r"\nAnswer: \2\n", text))
+    stated = f"(?:{_MARK.pattern})\\S|{_HASHES.pattern}|{JSON_KEY.pattern}|{_ROLE.pattern}"
+    first = re.search(stated, text, _MARK.flags)
+    question = _NEXT_QUESTION.search(text, first.end()) if first else None
     return text[: question.start()] if question else text
 
 
@@ -204,21 +203,15 @@ def is_refusal(prose: str) -> bool:
     return _REFUSAL.match(prose.strip().replace("\u2019", "'")) is not None
 
 
-_JSON_KEY = re.compile(r"[\"'](?:final_?|correct_?)?answer[\"']\s*:\s*", re.IGNORECASE)
-_JSON_STRING = re.compile(r"\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
+JSON_KEY = re.compile(r"[\"'](?:final_?|correct_?)?answer[\"']\s*:\s*", re.IGNORECASE)
+_JSON_STRING = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'((?:[^'\\]|\\.)*)'(?=\s*[,}])", re.DOTALL)
 _JSON_BARE = re.compile(r"[^\s}\]\"'][^}\n]*")
 _JSON_GOES_ON = re.compile(r"\s*(?:\Z|[}\]]|,\s*(?:[\"'}]|\Z))")
 
 
-def json_answer(text: str) -> str | None:
-    """Return the answer that a JSON object in a text has, as it is written; None without one. Never raises."""
-    found = _json_answer(text[-MAX_CHARS:])
-    return found.span if found else None
-
-
-def _json_answer(text: str) -> Statement | None:
-    """Return the answer of the last JSON object that has one, also of an object that does not parse as a whole."""
-    keys = list(_JSON_KEY.finditer(text))
+def json_answer(text: str) -> Statement | None:
+    """Return the answer of the last JSON object that has one, also of an object that does not parse as a whole. Never raises."""
+    keys = list(JSON_KEY.finditer(text))
     opening = text.rfind("{", 0, keys[-1].start()) if keys else -1
     if opening < 0:
         return None
@@ -343,8 +336,12 @@ def split_code(text: str) -> tuple[str, str | None]:
 
 
 _CHOICE_START = re.compile(
-    r"(?:(?:option|choice)\s+)?(?:\(([A-Ha-h])\)|([A-H])(?:[).:,](?=\s|\Z)|\s*\Z)|([a-h])(?:\)|\s*\Z))", re.IGNORECASE
+    r"(?i)(?:(?:it\s+is|it['\u2019]s|option|choice)\s+){0,2}"
+    r"(?:\(\s?([A-H])\s?\)|([A-H])(?:\s?\)|[.:,!?](?=\s|\Z)|[ \t]*(?:\n|\Z)|(?=\s+(?:because|since)\b)))"
 )
+_LISTED = re.compile(r"^[ \t]*\(?([A-H])[).:]", re.IGNORECASE | re.MULTILINE)
+_TWO_CHOICES = re.compile(r"[ (*_]*[A-H]\)?\s*(?:,|/|&|\band\b|\bor\b)\s*\(?[A-H](?![\w'])")
+_ROLE = re.compile(r"^[ \t]*A:[ \t]+(?=\S)", re.MULTILINE)
 _CHOICE_INSIDE = re.compile(r"\(([A-H])\)")
 _CALENDAR = re.compile(
     r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec|january|february|march|april|june|july|august|september|october"
@@ -372,20 +369,23 @@ def read_answer(text: str) -> ReadAnswer:
             return ReadAnswer(None, None, None, "it says what the answer is not, or leaves open which number it is")
     if reply.code:
         return ReadAnswer(reply.code, "code", "code", "the last code block")
-    letter = _choice(reply.prose)
+    # `Q: ... A: 7` as in examples; a list of the choices has a B as well.
+    prose = reply.prose if re.search(r"^[ \t]*\(?B[).:]", reply.prose, re.MULTILINE) else _ROLE.split(reply.prose)[-1]
+    letter = _choice(prose)
     if letter:
         return ReadAnswer(letter, "letter", "choice", "the choice it names")
-    short = _short(reply.prose)
+    short = _short(prose)
     if short:
         return ReadAnswer(short, _kind_of(short), "short", "a short reply")
-    if "\n" not in reply.prose.strip() and _is_range(reply.prose):
+    if "\n" not in prose.strip() and _is_range(prose):
         return ReadAnswer(None, None, None, _NONE.reason)
-    last = _last_number(reply.prose)
+    last = _last_number(prose)
     return ReadAnswer(last, "number", "last", "the last number") if last else ReadAnswer(None, None, None, "no answer found")
 
 
 def _kind_of(answer: str) -> Kind:
-    return "expression" if is_symbolic(answer) else "number" if _whole_number(answer) else "text"
+    is_letter = re.fullmatch("[a-h]", answer) is not None
+    return "letter" if is_letter else "expression" if is_symbolic(answer) else "number" if _whole_number(answer) else "text"
 
 
 def extract_answer(text: str) -> str | None:
@@ -403,8 +403,7 @@ def canonical_answer(answer: str) -> str:
     if "\n" in answer:
         return answer
     answer = plain_text(answer).strip()
-    number = None if is_symbolic(answer) else _whole_number(answer)
-    return number or (is_symbolic(answer) and expression_key(answer)) or _normal_text(answer)
+    return (expression_key(answer) if is_symbolic(answer) else _whole_number(answer)) or _normal_text(answer)
 
 
 def _span_answer(span: str) -> tuple[str | None, Kind]:
@@ -412,8 +411,8 @@ def _span_answer(span: str) -> tuple[str | None, Kind]:
     span = SENTENCE_END.split(span.strip(), maxsplit=1)[0].strip()
     span = span[match.end() :] if (match := _NOT_BUT.match(span)) else span
     choice = _CHOICE_START.match(span.lstrip("*_ "))
-    if choice:
-        return next(letter for letter in choice.groups() if letter).casefold(), "letter"
+    if choice and not _TWO_CHOICES.match(span):
+        return (choice[1] or choice[2]).casefold(), "letter"
     if _NEGATED.match(span) and (find_numbers(span) or _CHOICE_INSIDE.search(span)):
         return None, "number"
     if is_symbolic(span):
@@ -421,7 +420,8 @@ def _span_answer(span: str) -> tuple[str | None, Kind]:
     number = _numeric_line(_main_part(span))
     if number:
         return number, "number"
-    return (None, "number") if _is_range(span) else (_normal_text(span) or None, "text")
+    text = _normal_text(span)
+    return (None, "number") if _is_range(span) else (text or None, _kind_of(text) if len(text) == 1 else "text")
 
 
 def _main_part(span: str) -> str:
@@ -469,13 +469,14 @@ def without_denial(span: str) -> str | None:
 
 
 def _choice(prose: str) -> str | None:
-    start = _CHOICE_START.match(prose.strip())
     inside = [match[1] for match in _CHOICE_INSIDE.finditer(prose) if not is_denied(prose, match.start(), match.end())]
-    if start and not _IS_WRONG.match(prose.strip(), start.end()):
-        letter = next(letter for letter in start.groups() if letter)
-        # A reply that begins with (A) and goes on to (B) lists the choices before it decides.
-        if not (letter in "Aa" and "B" in inside):
-            return letter.casefold()
+    is_list = len({match[1].upper() for match in _LISTED.finditer(prose)}) > 1
+    for line in (prose.strip(), last_line(prose)):
+        start = _CHOICE_START.fullmatch(line) if is_list else _CHOICE_START.match(line)
+        is_one = start and not _IS_WRONG.match(line, start.end()) and not _TWO_CHOICES.match(line)
+        letter = (start[1] or start[2]).casefold() if start and is_one else ""
+        if letter and not (letter == "a" and "B" in inside):  # what begins with (A) and goes on to (B) lists the choices
+            return letter
     return inside[-1].casefold() if inside else None
 
 
@@ -496,7 +497,7 @@ def _short(prose: str) -> str | None:
 
 def _numeric_line(line: str) -> str | None:
     """Return the number that a line amounts to: its only one, or the result after `=`, or of longer working the last."""
-    if _CALENDAR.search(line):
+    if _CALENDAR.search(line) or len(_ASSIGNED.findall(line)) > 1:
         return None
     result = line.rpartition("=")[2]
     value = expression_value(_UNIT_WORDS.sub("", result.strip(" .$")))
@@ -513,8 +514,7 @@ def _numeric_line(line: str) -> str | None:
 
 def _outside_asides(text: str) -> list[FoundNumber]:
     """Return the numbers of a text; those in parentheses only where there are no others."""
-    bare = _ASIDE.sub(lambda match: " " * len(match[0]), text)
-    return find_numbers(bare) or find_numbers(text)
+    return find_numbers(_ASIDE.sub(lambda match: " " * len(match[0]), text)) or find_numbers(text)
 
 
 def _last_number(prose: str) -> str | None:
@@ -522,8 +522,7 @@ def _last_number(prose: str) -> str | None:
     dates = dates_and_times(line)
     if dates and not find_numbers(line):
         return dates[-1]
-    reading = _last_reading(prose)
-    return None if reading.value is None else spelled(reading.value)
+    return None if (value := _last_reading(prose).value) is None else spelled(value)
 
 
 def _whole_number(text: str) -> str | None:
@@ -570,6 +569,7 @@ _UNIT = rf"(?:\s*[%\u00b0]|(?:[\s-]+(?!(?:{_NO_UNIT})\b)[A-Za-z'\u2019]+){{1,3}}
 _QUANTITY = rf"[$\u20ac\u00a3]?[0-9.,/]+{_UNIT}"
 _SEVERAL = re.compile(rf"\W*{_QUANTITY}(?:\s*(?:,|;|&|\band\b|,\s*and\b|\s)\s*{_QUANTITY})+\W*")
 _OBJECT = re.compile(r"\s*\{[^{}:=]{1,80}:")
+_ASSIGNED = re.compile(r"(?:\A|[,;]|\band\b)[\s$]*[a-zA-Z]\s*=(?!=)")
 _RANGE = re.compile(r"\bbetween\b[^\n]*\band\b", re.IGNORECASE)
 
 
@@ -671,7 +671,7 @@ def _span_number(span: str) -> Reading:
         return _DENIAL
     span = _main_part(left)
     parts = [part.strip() for part in span.split("=") if part.strip()]
-    if not parts:
+    if not parts or len(_ASSIGNED.findall(span)) > 1:
         return _NONE
     if is_symbolic(parts[-1]):
         return _EXPRESSION

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 _MAX_CHARS = 300
 _MAX_DEPTH = 30
@@ -36,6 +37,8 @@ _PLAIN: list[tuple[re.Pattern[str], str]] = [
         (r"\u03c0|\\pi(?![a-z])|\bpi\b", " \u03c0 "),
         (r"\u221e|\\infty", " \u221e "),
         (r"\u222a|\\cup", " \u222a "),
+        (r"\\leq?(?![a-z])|<=|\u2264", " \u2264 "),
+        (r"\\geq?(?![a-z])|>=|\u2265", " \u2265 "),
         (r"\\(sin|cos|tan|log|ln|exp|sec|csc|cot)(?![a-z])", r" \1 "),
         (r"\\([{}])", r" \1"),
         (r"\\%|%", ""),
@@ -43,15 +46,10 @@ _PLAIN: list[tuple[re.Pattern[str], str]] = [
         (r"(?<=\d)[eE]([-+]?\d{1,2})(?![0-9a-zA-Z])", r"*10^{\1}"),
     )
 ]
-_SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "0123456789")
-_SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_TURNED = str.maketrans("<>\u2264\u2265", "><\u2265\u2264")
 _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
-    "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
-    "log": cmath.log,
+    **{name: getattr(cmath, name) for name in ("sin", "cos", "tan", "log", "exp")},
     "ln": cmath.log,
-    "exp": cmath.exp,
     "sec": lambda x: 1 / cmath.cos(x),
     "csc": lambda x: 1 / cmath.sin(x),
     "cot": lambda x: 1 / cmath.tan(x),
@@ -67,6 +65,7 @@ _EDGES = re.compile(r"\A(?:[ ,;:*`\"']|\.(?!\d))+|[ .,;:*`\"']+\Z")
 _SYMBOLIC = re.compile(
     r"\\(?:pi|infty|cup|sin|cos|tan|log|ln|sqrt)(?![a-z])|[\u03c0\u221e\u222a\u221a]|\b(?:pi|sqrt|sin|cos|tan|log|ln)\b|\^\{[^{}]*/"
     r"|(?<![a-zA-Z])[a-fi-jn-rt-zA-Z]\s?(?:[-+*/]\s?[0-9a-zA-Z(\\]|\^)|[-+*]\s?[0-9]*[a-z](?![a-zA-Z])|/\s?[a-fi-jn-rt-z](?![a-zA-Z])|[0-9][inxyz](?![a-zA-Z])"
+    r"|[0-9a-zA-Z)}]\s*[<>\u2264\u2265]\s*[-0-9a-zA-Z(\\.]"
     r"|\A\W*[(\[{][^\n]*[0-9a-z}\u221e],[^\n]*[)\]}]\W*\Z"
 )
 
@@ -99,16 +98,19 @@ def expression_key(text: str) -> str | None:
 
 def _plain(text: str) -> str:
     text = _EDGES.sub("", text)
-    text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     for pattern, new in _PLAIN:
         text = pattern.sub(new, text)
     return _SIDE.sub("", _EDGES.sub("", text))
 
 
 def _key(plain: str) -> str:
-    united = plain.split("\u222a")
-    if len(united) > 1:
-        return "\u222a".join(sorted(_key(part.strip()) for part in united))
+    if "\u222a" in plain:
+        return "\u222a".join(sorted(_key(part.strip()) for part in plain.split("\u222a")))
+    sides = re.split(r"\s*([<>\u2264\u2265])\s*", plain)
+    if len(sides) > 1 and sides[1] in ">\u2265":  # 5 > x is x < 5
+        sides = [side.translate(_TURNED) for side in reversed(sides)]
+    if len(sides) > 1:
+        return "".join(side if place % 2 else _value_key(side) for place, side in enumerate(sides))
     parts = _parts(plain)
     if parts is not None:
         opening, inner, closing = parts
@@ -135,12 +137,8 @@ def _parts(plain: str) -> tuple[str, list[str], str] | None:
 
 
 def _is_enclosed(inner: str) -> bool:
-    depth = 0
-    for char in inner:
-        depth += (char in "([{") - (char in ")]}")
-        if depth < 0:
-            return False
-    return depth == 0
+    depths = [0, *accumulate((char in "([{") - (char in ")]}") for char in inner)]
+    return min(depths) >= 0 == depths[-1]
 
 
 def _value_key(text: str) -> str:
@@ -279,4 +277,7 @@ class _Parser:
             if degree.real == 3 and not value.imag and value.real < 0:
                 return complex(-((-value.real) ** (1 / 3)))
             return value ** (1 / degree)
-        return _FUNCTIONS[word](self._power())
+        power = self._power(signed=True) if self._take("^") else 1
+        if power == -1:  # an inverse
+            raise _NoExpressionError
+        return _FUNCTIONS[word](self._power()) ** power

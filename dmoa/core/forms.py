@@ -1,8 +1,8 @@
 """Gives a reply the key of its answer: replies whose keys are equal agree. The equality is the one that scorers use.
 
-A number is its exact value (6th is 6; several quantities, which score as no number, are words), a choice its letter, a Python
-literal its value, a mathematical expression its values at fixed points (`core/expressions`), and anything else its words. Source:
-ours.
+A number is its exact value (6th is 6; several quantities, which score as no number, are words), a choice that the query lists its
+letter, a Python literal its value, a mathematical expression its values at fixed points (`core/expressions`), and anything else
+its words. Source: ours.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Form = Literal["any", "literal"]
 _ASSERTS = re.compile(r"\bassert\s+\w+\(")
 _NAMED = re.compile(r"\bPython literal\b")
 _OPEN_RESULT = re.compile(r"\)\s*==\s*(?:\?\?|\.\.\.)")
+_CHOICE = re.compile(r"^[ \t]*\(?([A-H])[).:][ \t]+(\S[^\n]*)$", re.MULTILINE)
+_INNER = re.compile(r"(?<=[^\W\d_])[.'\u2019](?=[^\W\d_])")
 _MAX_KEPT = 16_384
 """Characters of a reply whose key is remembered: a thousand replies of megabytes would fill the memory."""
 NO_ANSWER = -1
@@ -41,10 +43,14 @@ def agreement_key(reply: str, query: str = "") -> str | None:
 
     Args:
         reply: the whole text of a reply; a thought in it counts for nothing.
-        query: what was asked, which tells the form of the answer; without it a Python literal is compared as text, so that
-            case and quotes do not count.
+        query: what was asked, which tells the form of the answer and its choices; without it a Python literal is words.
     """
-    return (_kept_key if len(reply) <= _MAX_KEPT else _key)(reply, form_of(query))
+    key = (_kept_key if len(reply) <= _MAX_KEPT else _key)(reply, form_of(query))
+    if key is None or key.startswith(("literal:", "letter:")):
+        return key
+    choices = dict(_CHOICE.findall(query))  # of each letter the last: examples may stand before the question
+    same = [letter for letter, text in choices.items() if _kept_key(f"Answer: {text[:_MAX_KEPT]}", "any") == key]
+    return f"letter:{same[0].casefold()}" if len(same) == 1 < len(choices) else key
 
 
 def _key(reply: str, form: Form) -> str | None:
@@ -55,7 +61,12 @@ def _key(reply: str, form: Form) -> str | None:
     if found.value is None:
         return None
     number = read_number(reply).value if found.kind == "number" or is_ordinal(found.value) else None
-    return f"{found.kind}:{canonical_answer(found.value)}" if number is None else f"number:{spelled(number)}"
+    if number is not None:
+        return f"number:{spelled(number)}"
+    said = canonical_answer(found.value)
+    if found.kind == "text":  # as HotpotQA compares words
+        said = " ".join(word for word in _INNER.sub("", said).split() if word not in ("a", "an", "the")) or said
+    return f"{found.kind}:{said}"
 
 
 _kept_key = lru_cache(maxsize=1024)(_key)
@@ -64,10 +75,6 @@ _kept_key = lru_cache(maxsize=1024)(_key)
 
 def answer_classes(replies: Sequence[str], query: str = "") -> list[int]:
     """Return which replies to one query agree: equal numbers for equal answers, counted from 0 as they first appear.
-
-    Args:
-        replies: whole texts, in any order.
-        query: as for `agreement_key`.
 
     A reply without an answer has `NO_ANSWER`, -1: it agrees with nobody, also not with another such reply.
     """

@@ -15,8 +15,18 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 
-from dmoa.core.answers import MAX_CHARS, THOUGHT_ONLY, How, is_refusal, statement_places, without_next_question
+from dmoa.core.answers import (
+    JSON_KEY,
+    MAX_CHARS,
+    THOUGHT_ONLY,
+    How,
+    Statement,
+    is_refusal,
+    statement_places,
+    without_next_question,
+)
 from dmoa.core.numbers import spelled
 from dmoa.core.reasoning import split_reasoning
 
@@ -27,7 +37,6 @@ _MAX_STRING_CHARS = 300
 _MAX_WORDS = 30
 """A line of more characters or words is prose, and not a string without its quotes."""
 
-_KEY = re.compile(r"[\"'](?:final_?|correct_?)?answer[\"']\s*:\s*", re.IGNORECASE)
 _GOES_ON = re.compile(r"\s*(?:\Z|[}\]`]|,\s*(?:[\"'}]|\Z))")
 _ASSERTED = re.compile(r"^[^\n]*?\bassert\b[^\n]*?(?<![=!<>])==(?!=)[ \t]*(?P<said>[^\n]+)$", re.MULTILINE)
 _CALL = re.compile(r"\A(?:assert\s+)?\w+\(.*\)\s*==\s*", re.DOTALL)
@@ -36,6 +45,7 @@ _DENIED = re.compile(r"\W*(?:it\s+is\s+|is\s+)?not\s+(?=[-\[({'\"0-9]|(?:True|Fa
 _PREFIX = re.compile(r"(?<!\w)[bBrRuU]{1,2}(?=['\"])")
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
 _FENCE = re.compile(r"```[^\n`]*\n?(.*?)(?:```|\Z)", re.DOTALL)
+_OPENING = re.compile(r"```[\w+-]*")
 _SCAFFOLD = re.compile(r"\[/?(?:PYTHON|ANSWER)\]", re.IGNORECASE)
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
 
@@ -58,12 +68,16 @@ def read_literal(text: str) -> ReadLiteral:
     if split.is_open and not split.text:
         return ReadLiteral(None, "", None, THOUGHT_ONLY)
     said = without_next_question(_SCAFFOLD.sub("  ", split.text[-MAX_CHARS:]))
+    broken = ""
     for span, how, reason in _places(said):
         if how == "stated" and _DENIED.match(span):
             return ReadLiteral(None, span, None, "it says what the answer is not")
         key = _key_of(span, is_whole=how == "json")
         if key is not None:
             return ReadLiteral(key, span, how, reason)
+        broken = broken or (span if span.lstrip("`* ")[:1] in ("[", "{") else "")
+    if broken:
+        return ReadLiteral(None, broken, None, "what it states is not a Python literal")
     if is_refusal(said):
         return ReadLiteral(None, "", None, "the reply refuses to answer")
     return _unstated(said)
@@ -72,7 +86,8 @@ def read_literal(text: str) -> ReadLiteral:
 def literal_key(text: str) -> str | None:
     """Return the canonical spelling of a Python literal; None if the text is none, or too long or deep. Never raises."""
     text = text.strip()
-    if not text or len(text) > MAX_LITERAL_CHARS or sum(map(text.count, "[({")) > 2_000 or _depth(text) > _MAX_DEPTH:
+    depths = accumulate((char in "[({") - (char in "])}") for char in text[:MAX_LITERAL_CHARS])
+    if not text or len(text) > MAX_LITERAL_CHARS or sum(map(text.count, "[({")) > 2_000 or max(depths) > _MAX_DEPTH:
         return None
     if text == "set()":
         return "{}s"
@@ -104,14 +119,6 @@ def _spelled(value: object) -> str:
     return repr(value)
 
 
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for char in text:
-        depth += (char in "[({") - (char in "])}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
 def _key_of(span: str, *, is_whole: bool) -> str | None:
     """Return the value of a span; `is_whole`: it is that and nothing else, so what is no literal is a string."""
     bare = span if is_whole else span.strip().strip("`*").strip()
@@ -127,7 +134,7 @@ def _key_of(span: str, *, is_whole: bool) -> str | None:
     if found is not None and (not is_whole or re.match(r"\s*(?:#|\(|\n|because|since|as\b|['\"]\Z)", bare[found[1] :])):
         return found[0]
     if not is_whole:
-        inner = [key for key, _ in _literals(bare)]
+        inner = [key for key, _ in _literals(bare)] if bare[0] not in "[{" else []
         if inner:
             return inner[-1]
         bare = bare.rstrip(".")
@@ -204,7 +211,8 @@ def _places(said: str) -> Iterator[tuple[str, How, str]]:
     field, field_end = _field(said)
     places = [(match.start(), match["said"], "an assertion") for match in _ASSERTED.finditer(said) if "??" not in match["said"]]
     given = field or (places[0][1] if places else "")
-    places += [(place.start, place.span, "stated") for place in statement_places(said, given=given) if place.span]
+    stated = [(place.start, _stated(said, place), "stated") for place in statement_places(said, given=given)]
+    places += [place for place in stated if place[1]]
     after = [place for place in places if field is None or place[0] >= field_end]
     for _, span, reason in sorted(after, reverse=True)[:3]:
         if field is None or _key_of(span, is_whole=False) is not None:
@@ -213,9 +221,18 @@ def _places(said: str) -> Iterator[tuple[str, How, str]]:
         yield field, "json", "a field of JSON"
 
 
+def _stated(said: str, place: Statement) -> str:
+    """Return what a statement says, also where that is a block or a literal of several lines."""
+    if _OPENING.fullmatch(place.span) and (block := _FENCE.match(said, said.find("```", place.start))):
+        return block[1].strip()
+    start = said.find(place.span, place.start)
+    whole = literal_at(said, start) if place.span[:1] in _CLOSING else None
+    return said[start : whole[1]] if whole and whole[1] > place.end else place.span
+
+
 def _field(said: str) -> tuple[str | None, int]:
     """Return the text of the last field `answer`, as Python would write it where JSON has a value, and where its object ends."""
-    keys = list(_KEY.finditer(said))
+    keys = list(JSON_KEY.finditer(said))
     key = keys[-1] if keys else None
     if key is None or said.rfind("{", 0, key.start()) < 0:
         return None, 0

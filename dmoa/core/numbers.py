@@ -20,7 +20,12 @@ _UNITS = "km|cm|mm|m|kg|mg|g|lbs?|oz|ml|l|min|hrs?|h|sec|s|mph|ft|in|k"
 _SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SHORT_SCALES = {"k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
 _SEPARATORS = ".,'\u2019_ "
-_SPACES = re.compile("[\u00a0\u2009\u202f\u2007]")
+_CHARS = str.maketrans(
+    {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0, 0x966, 0x9E6) for digit in range(10)}
+    | {**dict.fromkeys("\u00a0\u2009\u202f\u2007", " "), **dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff")}
+    | {"\u066b": ".", "\u066c": ","}
+)
+"""Arabic, Persian, Devanagari and Bengali digits, spaces of other widths, and characters that are not seen."""
 # A run of digits with separators between them; a space separates groups of three alone.
 _RUN = r"(?:[0-9]+(?:[.,'\u2019_][0-9]+|\ [0-9]{3}(?![0-9]))*|\.[0-9]+)"
 _VALUE = re.compile(
@@ -44,6 +49,7 @@ _LATEX_SEPARATOR = re.compile(r"(?<=[0-9])(?:\\,|\\!|\{,\})(?=[0-9]{3}(?![0-9]))
 _TYPOGRAPHIC_MINUS = re.compile(r"\u2212|(?<![\w)\]%])[\u2012\u2013](?=[0-9.$])|(?<==)\ ?[-\u2012\u2013\u2014]\ (?=[0-9.$])")
 _NEGATIVE_WORD = re.compile(r"(?<![\w-])(?:minus|negative)\s+(?=[$\u20ac\u00a3]?[0-9.])", re.IGNORECASE)
 _OPERAND = re.compile(r"[0-9)}%](?:\s?[A-Za-z\u00b0]{1,12})?\s*\Z")
+_REPEATING = re.compile(r"([0-9]{1,15})\.([0-9]{0,15})\\(?:overline|bar)\s?\{([0-9]{1,15})\}")
 _LATEX_ROOT = re.compile(r"\\sqrt\s?\{([0-9]{1,15})\}")
 _ROOT = re.compile(r"\u221a\s?(?:\(([^()]*)\)|([0-9.]+))")
 
@@ -176,21 +182,26 @@ def _is_grouped(run: str, separator: str) -> bool:
 
 def plain_text(text: str) -> str:
     """Return the text with typographic and LaTeX spellings made plain, emphasis marks removed. Never raises."""
-    text = _LATEX_SEPARATOR.sub(",", _SPACES.sub(" ", text))
+    text = _LATEX_SEPARATOR.sub(",", text.translate(_CHARS))
     text = _SUPERSCRIPTS.sub(lambda match: "^" + unicodedata.normalize("NFKC", match.group()).replace("\u2212", "-"), text)
     # "3½" must become "3 1/2": NFKC alone would join the digits.
     text = "".join(
         " " + c if unicodedata.category(c) == "No" and "\u2044" in unicodedata.normalize("NFKC", c) else c for c in text
     )
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
-    text = _POWER_OF_TEN.sub(_as_exponent, _TYPOGRAPHIC_MINUS.sub("-", text))
+    text = _POWER_OF_TEN.sub(
+        lambda match: f"e{match[1] or match[2]}", _TYPOGRAPHIC_MINUS.sub("-", _REPEATING.sub(_as_fraction, text))
+    )
     text = _LATEX_ROOT.sub(_as_root, _ROOT.sub(r"\\sqrt{\1\2}", text))
     text = re.sub(r"\*\*|__|`", "", re.sub(r"(?<=[0-9])(\s?)\*\*\1(?=[0-9])", "^", text))  # 2**3 is no emphasis
-    text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("\\!", "")
+    text = re.sub(r"\s?\^\s?(?:\\circ(?![a-z])|\{\s?\\circ\s?\})", "\u00b0", text.replace("{,}", ",")).replace("\\!", "")
+    text = text.replace("\\$", "$").replace("\\%", "%")
     text = re.sub(r"(?<=[0-9])\s?(?=\\[dt]?frac)", " ", text)  # a mixed number: 2\frac{1}{2} is 2 1/2
     text = re.sub(r"\\[dt]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|([0-9])([0-9]))", _as_ratio, text)
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    return _signed(re.sub(r"\\[()\[\],;]", " ", text))
+    text = re.sub(r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[()\[\],;]", " ", text)
+    # `minus 7` is -7 where it is a sign; between two operands it is a calculation in words and stays.
+    return _NEGATIVE_WORD.sub(lambda at: at[0] if _OPERAND.search(text[max(0, at.start() - 24) : at.start()]) else "-", text)
 
 
 def _as_ratio(match: re.Match[str]) -> str:
@@ -200,20 +211,15 @@ def _as_ratio(match: re.Match[str]) -> str:
     return f"{above}/{below}" if re.fullmatch(r"[-0-9.,$%\s]*|[A-Za-z]", below) else f"{above}/({below})"
 
 
+def _as_fraction(match: re.Match[str]) -> str:
+    """Write a repeating decimal as the fraction that it is."""
+    fixed, below = match[1] + match[2], (10 ** len(match[3]) - 1) * 10 ** len(match[2])
+    return f"{int(fixed + match[3]) - int(fixed)}/{below}"
+
+
 def _as_root(match: re.Match[str]) -> str:
     root = math.isqrt(int(match[1]))
     return str(root) if root * root == int(match[1]) else match[0]
-
-
-def _as_exponent(match: re.Match[str]) -> str:
-    return f"e{match.group(1) or match.group(2)}"
-
-
-def _signed(text: str) -> str:
-    """Write `minus 7` as -7 where it is a sign; between two operands it is a calculation in words and stays."""
-    return _NEGATIVE_WORD.sub(
-        lambda match: match[0] if _OPERAND.search(text[max(0, match.start() - 24) : match.start()]) else "-", text
-    )
 
 
 def spelled(value: Fraction) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -273,23 +273,13 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dropped:
-    """A row that was taken out of a split because another split has it."""
-
-    row_id: str
-    split: Split
-    kept_in: Split
-    is_equal_row: bool
-    """False: only the question is the same, its label or an unasked field differs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Disjoint:
     """The splits of a benchmark, no row in two of them."""
 
     splits: dict[Split, Loaded]
     """What there is; a split whose file is absent is absent."""
-    dropped: tuple[Dropped, ...]
+    dropped: dict[str, Split]
+    """The rows that were taken out, by id, and the split that keeps the like of each."""
 
 
 def load_disjoint(
@@ -307,11 +297,10 @@ def load_disjoint(
     for split in required:
         if not splits[split].rows:
             raise ConfigError(f"{name}: no rows for {split} in {', '.join(splits[split].sources)}; give a larger file")
-    check_disjoint({split: loaded.rows for split, loaded in splits.items()})
     return Disjoint(splits=splits, dropped=dropped)
 
 
-def drop_overlaps(splits: Mapping[Split, Loaded]) -> tuple[dict[Split, Loaded], tuple[Dropped, ...]]:
+def drop_overlaps(splits: Mapping[Split, Loaded]) -> tuple[dict[Split, Loaded], dict[str, Split]]:
     """Takes out of train what adaptation or test has, and out of adaptation what test has.
 
     Rows count as the same when their hashes are equal or when agents would read the same text, but for case, white space and
@@ -319,7 +308,7 @@ def drop_overlaps(splits: Mapping[Split, Loaded]) -> tuple[dict[Split, Loaded], 
     """
     owners: dict[str, Split] = {}
     kept: dict[Split, Loaded] = {}
-    dropped: list[Dropped] = []
+    dropped: dict[str, Split] = {}
     for split in reversed(SPLITS):
         if split not in splits:
             continue
@@ -329,32 +318,15 @@ def drop_overlaps(splits: Mapping[Split, Loaded]) -> tuple[dict[Split, Loaded], 
             if owner is None:
                 rows.append(row)
             else:
-                dropped.append(Dropped(row_id=row.task.row_id, split=split, kept_in=owner, is_equal_row=row.row_hash in owners))
+                dropped[row.task.row_id] = owner
         for row in rows:
             owners[row.row_hash] = owners[_text_key(row)] = split
         kept[split] = replace(splits[split], rows=tuple(rows))
-    return {split: kept[split] for split in SPLITS if split in kept}, tuple(dropped)
+    return {split: kept[split] for split in SPLITS if split in kept}, dropped
 
 
 def _text_key(row: Row) -> str:
     return unicodedata.normalize("NFKC", " ".join(row.task.text.split())).casefold()
-
-
-def check_disjoint(splits: Mapping[Split, Collection[Row]]) -> None:
-    """Makes sure that no row is in two splits.
-
-    Raises:
-        ConfigError: one is; names it and the splits.
-    """
-    seen: dict[str, Split] = {}
-    for split, rows in splits.items():
-        for row in rows:
-            other = seen.setdefault(row.row_hash, split)
-            if other != split:
-                raise ConfigError(
-                    f"row {row.task.row_id} is in {other} and in {split}: what is learned there would be asked here; "
-                    "load the splits with splits.load_disjoint"
-                )
 
 
 SUITE_ROWS = 200

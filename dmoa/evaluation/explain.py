@@ -75,7 +75,8 @@ def explain(
     """
     benchmark = row_id.partition("/")[0]
     task, label = _from_run(row_id, out) if out is not None else _from_rows(row_id, benchmark, data_dir)
-    replies = [_given(task, _text_of(reply))] if reply is not None else list(_replies(task, out))
+    given = {"row_id": task.row_id, "benchmark": benchmark, "policy": "given", **flat(TokenUsage())}
+    replies = list(_replies(task, out)) if reply is None else [Answered(text=_text_of(reply), **given)]
     if not replies:
         raise ConfigError(f"--explain: there is no reply to {task.row_id}; give one with --reply TEXT, or a run with --out DIR")
     scorers = {benchmark: judging(benchmark, allow_weak_sandbox=allow_weak_sandbox).score}
@@ -108,10 +109,6 @@ def _explained(task: Task, label: Label, answer: Answered, score: Scored) -> Exp
         value=score.value,
         reason=score.reason,
     )
-
-
-def _given(task: Task, text: str) -> Answered:
-    return Answered(row_id=task.row_id, benchmark=task.benchmark, policy="given", text=text, **flat(TokenUsage()))
 
 
 def _text_of(reply: str) -> str:

@@ -95,8 +95,7 @@ class AquaRow(UpstreamRow):
         return {"letter": self.correct, "choices": self.choices()}
 
 
-_QUOTES = "\"'\u2018\u2019\u201c\u201d"
-_EDGES = _QUOTES + " \t\r\n$*_{}[]<>\\"
+_EDGES = "\"'\u2018\u2019\u201c\u201d \t\r\n$*_{}[]<>\\"
 _LEAD = re.compile(r"(?:the\s+)?(?:(?:correct|best|right|final)\s+)?(?:option|choice|letter|answer)\b(?:\s+is\b)?\s*:?\s*", re.I)
 _PLAIN = re.compile(
     r"(?:(?:it|that|this)(?:\s+(?:is|must\s+be|has\s+to\s+be|should\s+be)|['\u2019]s)|(?:my|our)\s+(?:choice|pick)\s+is"
@@ -141,7 +140,7 @@ def _patterns(num_choices: int) -> _Patterns:
     upper, both = f"[A-{last}]", f"[A-{last}a-{last.lower()}]"
     right = r"(?:is|seems|looks|must\s+be)\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best)\b"
     return _Patterns(
-        bare=re.compile(rf"\(?\s?({both})[\s).:,;!]*"),
+        bare=re.compile(rf"\(?\s?({both})[\s).:,;!?]*"),
         start=re.compile(rf"(?:\(({both})\)|({both})[).:,;](?!\w)|({upper})(?=\s+(?:because|since|[-\u2013\u2014=(])))"),
         conflict=re.compile(
             rf"(?:[Bb]oth\s+|[Ee]ither\s+)?\(?({upper})\)?\s*(?:,|/|&|\+|\bor\b|\band\b)\s*(?:option\s+)?\(?({upper})\b"
@@ -219,6 +218,8 @@ def _span_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
     lead = _LEAD.match(text)
     if lead:
         text = text[lead.end() :].strip(_EDGES)
+    if text.startswith("A: ") and text.count("A: ") == 1 and (said := _span_choice(text[3:], choices)).letter:
+        return said  # A: names who speaks, as in `Q: ... A: B`
     bare = patterns.bare.fullmatch(text)
     if bare:
         return ChosenLetter(bare[1].upper(), "letter")
@@ -272,8 +273,7 @@ def _choice_of_value(span: str, choices: Sequence[str]) -> str | None:
     values = [read_number_span(plain_text(choice)) if _is_value(plain_text(choice)) else None for choice in choices]
     wanted = read_number_span(span)
     same = [number for number, value in enumerate(values) if value is not None and value == wanted]
-    is_one = len(same) == 1 and not _SEVERAL.search(plain_text(choices[same[0]]))
-    return chr(ord("A") + same[0]) if is_one else None
+    return chr(ord("A") + same[0]) if len(same) == 1 and not _SEVERAL.search(plain_text(choices[same[0]])) else None
 
 
 def _is_value(choice: str) -> bool:

@@ -26,7 +26,7 @@ _MAX_SPAN_CHARS = 300
 _MAX_SHORT_WORDS = 8
 _VERIFY_S = 2
 _PROSE = re.compile(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}")
-_OPERATORS = re.compile(r"[\\^*/+<>,;|\u2264\u2265]|(?<=\d)\s*-")
+_OPERATORS = re.compile(r"[\\^*/+<>,;|\u2264\u2265]|(?<=\d)\s*[-!]")
 # What makes an equation more than "name = value": a list, a relation, a word between values.
 _SEVERAL = re.compile(r"[,;<>\u2260\u2264\u2265]|\\(?:leq?|geq?|neq?|lt|gt|in)(?![a-z])|\b(?:or|and)\b", re.IGNORECASE)
 _NAME = re.compile(r"[a-zA-Z\u03b1-\u03c9](?:_\{?\w+\}?|'+)?(?:\([^()]*\))?|[a-zA-Z\\\s]{2,}")
@@ -53,11 +53,6 @@ def _boxed(solution: str) -> str:
     return boxes[-1]
 
 
-def _with_box(solution: str) -> str:
-    _boxed(solution)
-    return solution
-
-
 @benchmark("math", title="MATH", scoring=lambda _: entry())
 class MathRow(UpstreamRow):
     """A row of MATH (Hendrycks et al. 2021), such as `EleutherAI/hendrycks_math` keeps."""
@@ -65,7 +60,7 @@ class MathRow(UpstreamRow):
     problem: Text
     level: str
     type: str
-    solution: Annotated[str, AfterValidator(_with_box)]
+    solution: Annotated[str, AfterValidator(lambda solution: _boxed(solution) and solution)]
 
     def text(self) -> str:
         """The problem."""
@@ -116,7 +111,8 @@ def _named(span: str, place: str) -> ReadExpression:
         return ReadExpression(None, NOT_THIS)
     if _BETWEEN.match(left):
         return ReadExpression(None, "two numbers name none")
-    return ReadExpression(left[:_MAX_SPAN_CHARS], place)
+    # In a sentence it calls out, in a formula it is a factorial.
+    return ReadExpression((left.rstrip(" !") if place in ("stated", "a short reply") else left)[:_MAX_SPAN_CHARS], place)
 
 
 def entry() -> ScorerEntry:
@@ -147,7 +143,7 @@ def _key(span: str) -> str:
 def _number(span: str) -> Fraction | None:
     """Return the number that a span is, with a unit or in a sentence; None where it is more than that."""
     bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", span.strip(" $").rstrip(" .$"))
-    bare = re.sub(r"(?<=\d)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\u00b0)\Z", "", bare)
+    bare = bare.rstrip("\u00b0 ")
     bare = re.sub(r"\A(\d+),(\d{1,2})(?=\s?[a-zA-Z\u20ac])", r"\1.\2", bare)  # 1,25 euros
     if (value := expression_value(bare)) is not None:
         return value
@@ -171,6 +167,7 @@ def _score(label: Label, reply: Reply) -> Score:
 def is_equivalent(said: str, gold: str) -> bool:
     """Tell whether a reply's span is the right answer in LaTeX. Never raises."""
     right = plain_text(gold)
+    said = _listed(said) if "," in right else said
     result = _result(said)
     if _key(right) in {_key(said), _key(result or said)}:
         return True
@@ -183,6 +180,12 @@ def is_equivalent(said: str, gold: str) -> bool:
     if _number(right) is not None and (_number(said) is not None or _PROSE.search(said) or _NO_NUMBER.search(said)):
         return False
     return _verified(said[:_MAX_SPAN_CHARS].encode("ascii", "ignore").decode(), gold)
+
+
+def _listed(said: str) -> str:
+    """Write `x = 1 or x = 2` as the list 1, 2, if it names one unknown."""
+    said = re.sub(r",?\s+(?:and|or)\s+", ", ", said.strip(" $"))
+    return re.sub(r"(\A|, *)[a-zA-Z]\s*=\s*", r"\1", said) if len(set(re.findall(r"([a-zA-Z])\s*=", said))) == 1 else said
 
 
 def _result(said: str) -> str | None:

@@ -359,8 +359,7 @@ def _score(label: Label, reply: Reply) -> Score:
     diagnosis = read_diagnosis(reply.text, conditions)
     metrics = differential_metrics(read_differential(reply.text, conditions), _gold_differential(label))
     if diagnosis.name is None:
-        score = unscored(diagnosis.reason)
-        return replace(score, metrics=metrics)
+        return replace(unscored(diagnosis.reason), metrics=metrics)
     return Score(
         value=float(diagnosis.name == pathology),
         extracted=diagnosis.name,

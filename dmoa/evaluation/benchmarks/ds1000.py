@@ -152,15 +152,11 @@ def read_solution(text: str, prompt: str) -> str | None:
     return indented(code, width) if width else code
 
 
+@cache
 def library_version(library: str) -> str | None:
     """Return the installed version of a row's library; None where it is not installed."""
-    return _version(_PACKAGES.get(library, library.lower()))
-
-
-@cache
-def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
+        return metadata.version(_PACKAGES.get(library, library.lower()))
     except metadata.PackageNotFoundError:
         return None
 

@@ -136,8 +136,8 @@ def program_blocks(text: str) -> list[tuple[str, str]]:
     for language, code in code_blocks(text):
         is_json = language.startswith("json") or (not language and code.lstrip().startswith("{"))
         if is_json and (said := json_answer(code)) is not None:
-            inner = [block for block in code_blocks(said) if block[1].strip()]
-            found += inner or [("json", f"{said}\n")]
+            inner = [block for block in code_blocks(said.span) if block[1].strip()]
+            found += inner or [("json", f"{said.span}\n")]
         elif code.strip():
             found.append((language, code))
     return found
@@ -181,7 +181,7 @@ def bare_code(text: str) -> str | None:
     if is_refusal(text[:MAX_CHARS]):
         return None
     if (said := json_answer(text[:MAX_CHARS])) is not None:
-        text = said
+        text = said.span
     lines = text[:MAX_CHARS].split("\n")
     first = next((number for number, line in enumerate(lines) if _CODE_LINE.match(line.strip()[:400])), None)
     if first is None:

@@ -36,7 +36,7 @@ def expression_is_right(text: str, gold: str) -> bool:
 
 
 def number(text: str, *, is_strict: bool) -> Fraction | None:
-    text = re.split(r"\n#+ (?:Question|Your task)", text)[0]  # a model that goes on makes up its next question
+    text = re.split(r"\n(?:#+ (?:Question|Your task)|Question:\n)", text)[0]  # a model that goes on makes up its next question
     said = field(text)
     has_key = said is not None
     said = text if said is None else said

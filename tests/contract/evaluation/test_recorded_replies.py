@@ -36,7 +36,7 @@ class Corpus:
 CORPORA = {
     "gsm8k": Corpus("gsm8k", "number", second_scorers.number_is_right, 11, 0.01, 0.005, 5),
     "cruxeval_o": Corpus("cruxeval_o", "output", second_scorers.literal_is_right, 9, 0.03, 0.016, 95),
-    "math": Corpus("math_l5", "answer", second_scorers.expression_is_right, 9, 0.03, 0.0065, 13),
+    "math": Corpus("math_l5", "answer", second_scorers.expression_is_right, 9, 0.03, 0.0065, 11),
 }
 
 

@@ -181,6 +181,8 @@ class Mine(Gsm8kRow):
             "value=2 * float(",
             r"the scorer gave capitals/test/\w+ Score\(value=2.0,.*expected a Score with a value from",
         ),
+        ("extracted=words[-1])", "extracted=len(words))", r"the scorer gave .*extracted a text or None"),
+        ("extracted=words[-1])", 'metrics={"f1": float("nan")})', r"the scorer gave .*finite metrics"),
         (
             'return Score(value=float(words[-1].strip(".") == key(label)), extracted=words[-1])',
             "return 1.0",

@@ -18,13 +18,27 @@ from tests.examples import examples
 from tests.unit.core.test_reading import SHAPES
 
 OUTPUT = "Complete the assertion.\ndef f(x):\n    return x\nassert f([1, 2]) == ??"
+CHOICE = "Which?\nA) cat\nB) dog\nC) 1\n\nWhich is it?\nA) Paris\nB) a dog\nC) 12\nD) None of the above"
 
 SAME = [
     ("", ["Answer: 18", "$18.00", '{"answer": "18 dollars"}', "\\boxed{18}", "#### 18", "x = 18", "36/2"]),
     ("", ["Answer: 6th", "6", '{"answer": "6th"}']),
     ("", ["86 glasses and 42 plates", "Answer: 86 glasses and 42 plates"]),
     ("", ["Answer: 7 when x = 2", "7", "7 (x = 2)", "Answer: 7\n\nThe answer is rounded to 2 decimals."]),
-    ("", ["(B)", '{"answer": "B"}', "Answer: (b)", "B. because it is"]),
+    (
+        "",
+        [
+            "(B)",
+            '{"answer": "B"}',
+            "Answer: (b)",
+            "B. because it is",
+            "Answer: [B]",
+            "Answer: B!",
+            "$\\mathbf{B}$",
+            "B )",
+            "B\n\nIt is",
+        ],
+    ),
     ("", ["Paris", "Answer: paris.", '{"answer": "Paris"}']),
     (
         "",
@@ -42,6 +56,18 @@ SAME = [
     ("", ["$(-\\infty, 2] \\cup [3, \\infty)$", "Answer: [3, \u221e) \u222a (-\u221e, 2]"]),
     ("", ["3 + 4i", "\\boxed{4i+3}"]),
     ("", ["\\frac12", "0.5", "1/2", "\\boxed{\\dfrac{1}{2}}"]),
+    ("", ["Answer: $-4 \\le x \\leq 1$", "-4 <= x <= 1", "\\boxed{1 \\ge x \\ge -4}"]),
+    ("", ["Answer: $4\\cos^2 w$", "\\boxed{4(\\cos w)^2}"]),
+    (
+        OUTPUT,
+        [
+            "[1, 2]",
+            "<answer>\n[1, 2]\n</answer>",
+            "Answer:\n```python\n[1, 2]\n```",
+            "Answer: [1,\n 2]\nas said",
+            "The answer is:\n\n```\n[1,\n 2]\n```",
+        ],
+    ),
     (
         OUTPUT,
         [
@@ -55,6 +81,12 @@ SAME = [
     ),
     (OUTPUT, ["'UppEr'", '{"answer": "UppEr"}', 'Answer: `"UppEr"`', "assert f('x') == 'UppEr'", '{"answer": "\'UppEr\'"}']),
     (OUTPUT, ["{1: 'a', 2: None}", '{"answer": {2: None, 1: "a"}}', "Answer: {2: None, 1: 'a'}."]),
+    ("", ["Answer: it is B", "<answer>B</answer>", "Answer: Option B!", "B"]),
+    ("", ["<answer>The Beatles</answer>", "Answer: The Beatles", "Beatles", '{"answer": "the Beatles."}']),
+    ("", ["Answer: U.S. Navy", "the US Navy"]),
+    (CHOICE, ["Answer: B", "Answer: a dog", "A dog.", "(B) a dog", '{"answer": "a dog"}']),
+    (CHOICE, ["Answer: C", "Answer: 12", "12.0", "C) 12", "A: 12"]),
+    (CHOICE, ["Answer: D", "None of the above"]),
     (OUTPUT, ["True", '{"answer": true}', '{"answer": "True"}']),
 ]
 
@@ -66,9 +98,14 @@ def test_replies_that_say_the_same_agree(query: str, replies: list[str]) -> None
 
 DIFFERENT = [
     ("", ["2\u221a3", "2", "3", "2\u221a5"]),
+    (CHOICE, ["Answer: Paris", "Answer: a dog", "Answer: 12", "Answer: 13", "Answer: dogs", "None of these"]),
+    ("", ["A, B", "Answer: A", "Answer: 12", "Answer: the", "a dog"]),
+    ("", ["x < 5", "x > 5", "x \\le 5", "5", "x"]),
+    ("", ["$4\\cos^2 w$", "4", "4\\cos w"]),
     ("", ["5\u03c0", "5", "25\u03c0"]),
     ("", ["91 - 2x", "91", "2", "91 + 2x"]),
     ("", ["86 glasses and 42 plates", "86", "42", "86 glasses and 43 plates"]),
+    ("", ["A: Paris", "A: London", "A: 7", "Answer: A, B", "Answer: A", "x = 5, y = 6", "6"]),
     ("", ["Answer: 6th Street", "Answer: 7th Street", "6"]),
     ("", ["(3, 4)", "3", "4", "(4, 3)", "[3, 4]"]),
     (OUTPUT, ["'UppEr'", "'upper'", "'UppEr '"]),
@@ -197,6 +234,10 @@ OUTPUTS = [
     ("assert f([1]) == ??", None),
     ("I cannot run code.", None),
     ("Answer:", None),
+    ("Answer: [1, 2", None),
+    ("Answer: [x for x in range(3)]", None),
+    ("assert f(3) == [3]\nAnswer: [1, 2", "[3]"),
+    ("Answer:\n```python\n{'a': [1,\n 2]}\n```\nsince 2 is even", "{'a':[1,2]}"),
     ("Answer: 5\n\nThe answer is based on 2 passes of the loop.", "5"),
     ('{"answer": "5"}\n\nThe answer is based on 2 passes of the loop.', "5"),
     ("assert f(1) == 5\n\nThe answer is based on 2 passes of the loop.", "5"),

@@ -98,6 +98,8 @@ def test_normalisation_keeps_words_that_hold_articles() -> None:
         ("Answer: Stephen King", "Stephen King"),
         ("He wrote it in 1977.\nAnswer: Stephen King", "Stephen King"),
         ("**Answer:** yes", "yes"),
+        ("It was in 1977.\n<answer>Stephen King</answer>", "Stephen King"),
+        ("<answer>\nStephen King\n</answer>\nHe wrote it.", "Stephen King"),
         ("The answer is St. Louis, Missouri", "St. Louis, Missouri"),
         ("Stephen King", "Stephen King"),
         ("He wrote it.\n\nStephen King\n", "Stephen King"),

@@ -41,6 +41,16 @@ CASES: list[tuple[str, dict[str, Any], str, bool | None]] = [
     ("math", {"answer": "2"}, '{"answer": "2 + sqrt(3), 2 - sqrt(3)"}', False),
     ("math", {"answer": "\\frac{2}{3}"}, '{"answer": "\\frac{2}{3}"}', True),
     ("math", {"answer": "60000"}, "Answer: 60,000", True),
+    ("math", {"answer": "120"}, "So it is \\boxed{5!}.", True),
+    ("math", {"answer": "5"}, "So it is \\boxed{5!}.", False),
+    ("math", {"answer": "5"}, "The answer is 5!", True),
+    ("math", {"answer": "1,2"}, "Answer: 2 and 1", True),
+    ("math", {"answer": "1,2"}, "\\boxed{x = 1 \\text{ or } x = 2}", True),
+    ("math", {"answer": "1,2"}, "\\boxed{x = 1 \\text{ or } x = 3}", False),
+    ("math", {"answer": "\\frac{1}{3}"}, "\\boxed{0.\\overline{3}}", True),
+    ("math", {"answer": "0.\\overline{54}"}, "\\boxed{\\frac{6}{11}}", True),
+    ("math", {"answer": "x \\le 5"}, "\\boxed{5 >= x}", True),
+    ("math", {"answer": "3"}, "The answer is that there are 2 values of x for which f(x) = 3.", False),
 ]
 
 

@@ -75,7 +75,16 @@ def test_empty_and_refused_replies_are_unscored_zeros(name: str, text: str) -> N
 
 HUGE = [
     *(part * 60_000 for part in PIECES),
-    *("answer " * 150_000, "- GERD\n" * 150_000, " " * 1_000_000 + "x", "(" * 1_000_000, "9" * 1_000_000),
+    *(
+        "A: " * 100_000,
+        "A: option " * 50_000,
+        "<answer>" * 50_000,
+        "answer " * 150_000,
+        "- GERD\n" * 150_000,
+        " " * 1_000_000 + "x",
+        "(" * 1_000_000,
+        "9" * 1_000_000,
+    ),
 ]
 
 
