@@ -18,6 +18,7 @@ MISSING = "not finished: rows are still to be answered or judged"
 NOT_RUN = "did not run: every query failed, so there is no accuracy and no comparison"
 MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
 NOT_SCORED = "not one reply could be judged: 0 is not a measurement of right and wrong"
+DEGRADED = "some queries lost an agent, and others answered in its place: `degraded`, in the report and in the JSON, counts them"
 MEMOISED = "part of the tokens came from the call cache: they are counted as if run, their seconds are not"
 
 
@@ -70,6 +71,7 @@ def _remarks(row: EvaluationRow) -> list[str]:
         NOT_SCORED: row.did_run and row.n > 0 and row.num_scored == 0,
         FRACTIONAL: row.interval != "wilson",
         MISSING: row.missing > 0,
+        DEGRADED: row.degraded > 0,
         MEMOISED: row.memoised_tokens > 0,
     }
     return [*remarks, *(text for text, holds in conditions.items() if holds)]

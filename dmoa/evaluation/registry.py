@@ -84,15 +84,11 @@ def _checked(name: str, entry: ScorerEntry) -> Callable[[Label, Reply], Score]:
         if label.benchmark != name:
             raise ConfigError(f"label {label.row_id} is of benchmark {label.benchmark!r}, the scorer of {name!r}; use its own")
         found = run_own(name, f"the scorer, of {label.row_id},", entry.score, label, reply)
-        if not _is_score(found):
+        if not (isinstance(found, Score) and isinstance(found.value, SupportsFloat) and 0.0 <= float(found.value) <= 1.0):
             raise _mistake(name, f"the scorer gave {label.row_id} {short(found)}; expected a Score with a value from 0 to 1")
         return found
 
     return score
-
-
-def _is_score(found: object) -> bool:
-    return isinstance(found, Score) and isinstance(found.value, SupportsFloat) and 0.0 <= float(found.value) <= 1.0
 
 
 SKILLS = (ARITH, WORDS, CALENDAR, PARCELS, SIGNALS, DYES)
@@ -168,11 +164,6 @@ class OpenScorers:
         return {name: judging(name, allow_weak_sandbox=self.allow_weak_sandbox).score for name in self.names}
 
 
-def _everywhere() -> list[str]:
-    """Return dmoa's benchmarks whose rows can be had without files."""
-    return [name for name in BENCHMARKS.builtin if BENCHMARKS[name].hub is not None]
-
-
 def expand_names(names: Sequence[str], option: str = "--benchmarks") -> tuple[str, ...]:
     """Return benchmark names with `all`, `suites` and each `FILE.py:NAME` replaced by what they stand for.
 
@@ -186,7 +177,13 @@ def expand_names(names: Sequence[str], option: str = "--benchmarks") -> tuple[st
     if taken:
         raise ConfigError(f"{option}: @benchmark({taken[0]!r}): dmoa's own generated rows have that name; choose another")
     for name in resolved:
-        found.extend(_everywhere() if name == ALL else SUITES if name == ALL_SUITES else (name,))
+        found.extend(
+            [one for one in BENCHMARKS.builtin if BENCHMARKS[one].hub]
+            if name == ALL
+            else SUITES
+            if name == ALL_SUITES
+            else (name,)
+        )
     unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
     if unknown or not found:
         allowed = (*BENCHMARKS, *SUITES, ALL, ALL_SUITES)
