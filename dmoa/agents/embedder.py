@@ -28,6 +28,8 @@ from dmoa.types import FloatArray
 _LOG = logging.getLogger("dmoa.encoder")
 D = 384
 """Width of an embedding of all-MiniLM-L6-v2, and of the stand-in."""
+MAX_CHUNKS = 32
+"""Of a text, 8,128 word pieces: one encoder works for all clients, and a book would keep them waiting for a minute."""
 
 
 class MiniLmEncoder:
@@ -64,7 +66,7 @@ class MiniLmEncoder:
         """Return [N, D] float32, rows of unit length; a text without word pieces (empty, blanks) is a row of zeros.
 
         A text of more than 254 word pieces is cut into the fewest chunks that fit, as equal in length as possible; its
-        row is the mean of theirs, scaled to unit length.
+        row is the mean of theirs, scaled to unit length. Of more than `MAX_CHUNKS`, so many are read, spread evenly over it.
         """
         rows = {text: row for text in texts if (row := self.cached(text)) is not None}
         new = [text for text in dict.fromkeys(texts) if text not in rows]
@@ -108,6 +110,8 @@ class MiniLmEncoder:
         clean, tokenizer = text.encode("utf-8", "replace").decode("utf-8"), self._model.tokenizer
         ids: list[int] = tokenizer(clean, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         parts = np.array_split(np.asarray(ids), -(-len(ids) // self._chunk_tokens)) if ids else []
+        if len(parts) > MAX_CHUNKS:
+            parts = [parts[number * (len(parts) - 1) // (MAX_CHUNKS - 1)] for number in range(MAX_CHUNKS)]
         return [[tokenizer.cls_token_id, *part.tolist(), tokenizer.sep_token_id] for part in parts]
 
 
@@ -268,7 +272,7 @@ def _packs(texts: Sequence[list[int]]) -> list[list[list[int]]]:
 
 
 def size_class(texts: Sequence[str]) -> int:
-    """Return a number for the length of texts: those of one class wait for each other alone; a megabyte takes a minute."""
+    """Return a number for the length of texts: those of one class wait for each other alone."""
     return (sum(map(len, texts)) // _SHORT_CHARS).bit_length()
 
 

@@ -121,13 +121,11 @@ def thaw(common: Common, note: NoteOption = "", address: AddressOption = None, a
 def status(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Show the current gate, which agents are masked, how often each was activated, and what learning comes to."""
     found = _connect(common, app_name, address).status()
-    is_installed = found.gate_version != found.configured_version
     typer.echo(f"pool          {found.pool} ({found.pool_fingerprint[:12]}), app {found.app}")
     typer.echo(f"gate          {found.gate_version}, current since {_when(found.installed_unix_s)}")
-    if is_installed:
+    if found.gate_version != found.configured_version:
         typer.echo(f"deployed with {found.configured_version}")
-    note = untrained_note(found.gate_version)
-    if note:
+    if note := untrained_note(found.gate_version):
         typer.echo(f"              {note}")
     typer.echo(f"score         {found.score}")
     typer.echo(f"supervision   {found.supervision}")
@@ -233,8 +231,7 @@ def _tell(common: Common, changed: dict[str, Any]) -> None:
             f"on the last {shadow['inputs']} inputs: most probable {', '.join(shares)}{f' and {more} more' if more else ''}; "
             f"as the gate before on {shadow['same_first']:.0%}; {shadow['mean_k']:.2f} agents a step"
         )
-    note = untrained_note(version)
-    if note:
+    if note := untrained_note(version):
         tell(f"dmoa: {note}")
     common.write_json(changed)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import BaseModel
 
 from dmoa.agents.pool import installed_version, vllm_builds
 from dmoa.engines import models
@@ -136,10 +135,8 @@ def _token_mode(mode: str) -> Check:
     if mode and mode not in _TOKEN_MODES:
         detail = f"RAY_AUTH_MODE is {mode!r}; expected one of {', '.join(_TOKEN_MODES)}; set one of them or unset it"
         return Check(name="ray token mode", status="fail", detail=detail)
-    if mode == "token":
-        return Check(name="ray token mode", status="ok", detail="RAY_AUTH_MODE=token")
-    detail = f"RAY_AUTH_MODE is {mode or 'not set'}; `ray job submit` sends a token only with RAY_AUTH_MODE=token"
-    return Check(name="ray token mode", status="ok", detail=detail)
+    hint = f"RAY_AUTH_MODE is {mode or 'not set'}; `ray job submit` sends a token only with RAY_AUTH_MODE=token"
+    return Check(name="ray token mode", status="ok", detail="RAY_AUTH_MODE=token" if mode == "token" else hint)
 
 
 def _token_file() -> Iterator[Check]:
@@ -356,19 +353,13 @@ def schema(
         typer.echo(text, nl=False)
         common.write_json(parse_yaml(text, "example"))
         return
-    record = None if name == _API else _record_of(name)
+    record = None if name == _API else getattr(import_module(_SCHEMAS[name][0]), _SCHEMAS[name][1])
     tree = _api() if record is None else {"$schema": _DIALECT, **record.model_json_schema()}
     if table:
         reference.show_markdown(reference.route_table(tree) if record is None else reference.field_table(record))
     else:
         typer.echo(json.dumps(tree, indent=2))
     common.write_json(tree)
-
-
-def _record_of(name: str) -> type[BaseModel]:
-    module, record = _SCHEMAS[name]
-    found: type[BaseModel] = getattr(import_module(module), record)
-    return found
 
 
 def _api() -> dict[str, Any]:

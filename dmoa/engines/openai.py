@@ -333,6 +333,8 @@ class OpenaiEngine:
                     raise _FieldRefusedError
                 raise self._refusal(response.status, data, response.headers)
             has_reply, kind = True, response.headers.get("content-type", "").lower()
+            if kind.startswith("text/html"):
+                raise self._error("a web page (text/html) came in place of a reply; check base_url, which often ends in /v1")
             if kind.startswith("application/json") or not (is_stream or kind.startswith("text/event-stream")):
                 draft.take(b"".join([chunk async for chunk in self._within(response, request)]))
             else:

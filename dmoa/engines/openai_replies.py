@@ -303,7 +303,7 @@ class Draft:
         try:
             reply = _Reply.model_validate_json(data.removeprefix(BYTE_ORDER_MARK) if isinstance(data, bytes) else data)
         except ValidationError as error:
-            raise self._fault(f"its reply is not understood ({error.error_count()} faults, the first: {_first(error)})") from None
+            raise self._fault(f"its reply is not understood ({_first(error)})") from None
         choice = next((choice for choice in reply.choices or [] if not choice.index), None)
         problem = reply.error or (choice.error if choice else None) or (json.loads(data) if reply.object == "error" else None)
         if problem:

@@ -212,18 +212,13 @@ def _another(matrix: AnswerMatrix, row: int, choice: RouterChoice, asked: Sequen
     """Return the agent that the step asks after those asked, as `step_calls` does; None: it ends."""
     left = [index for index in choice.ranking if index not in asked]
     active = [matrix.replies[row][index] for index in asked]
-    if not left or not _has_room(active, choice.limit):
+    if not left or sum(reply.status == "ok" for reply in active) >= choice.limit:  # lost agents take no place
         return None
     judgement = judge(choice.judged_by, active, [matrix.agents[index] for index in left], asked=matrix.tasks[row].text)
     if judgement is not None and judgement.right:
         return matrix.agents.index(judgement.worthwhile[0]) if judgement.worthwhile else None
     is_sure = choice.theta is None or is_any_sure(active, choice.theta, anchors)
     return left[0] if judgement is not None or not is_sure else None
-
-
-def _has_room(asked: Sequence[AgentReply], limit: int) -> bool:
-    """Tell whether the cascade may ask on: agents that were lost take no place."""
-    return sum(reply.status == "ok" for reply in asked) < limit
 
 
 def gate_choices(

@@ -19,6 +19,7 @@ NOT_RUN = "did not run: every query failed, so there is no accuracy and no compa
 MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
 NOT_SCORED = "not one reply could be judged: 0 is not a measurement of right and wrong"
 LABELLED = "it learnt from labels: judged replies, or outcomes"
+DEGRADED = "some queries lost an agent, and others answered in its place: `degraded`, in the report and in the JSON, counts them"
 MEMOISED = "part of the tokens came from the call cache: they are counted as if run, their seconds are not"
 
 
@@ -73,6 +74,7 @@ def _remarks(row: EvaluationRow) -> list[str]:
         MISSING: row.missing > 0,
         LABELLED: any(word.startswith(("data=", "rewards=")) for word in row.policy.split(":"))
         or any(supervision_of(version) != "none" for version in row.gate_versions),
+        DEGRADED: row.degraded > 0,
         MEMOISED: row.memoised_tokens > 0,
     }
     return [*remarks, *(text for text, holds in conditions.items() if holds)]

@@ -183,6 +183,14 @@ class ServerClient:
         """Return the server's pool name."""
         return (await self.models())[0]
 
+    async def served(self) -> tuple[str, str | None]:
+        """Return the name of the server's pool, and its fingerprint unless the router is away."""
+        with self._errors():
+            found = await self._openai.get("/dmoa/status", cast_to=object)
+        if not isinstance(found, dict) or not isinstance(found.get("pool"), str):
+            raise self._foreign("its answer names no pool")
+        return found["pool"], (found.get("router") or {}).get("pool_fingerprint")
+
     async def ready(self) -> dict[str, str]:
         """Return agent -> "up", "cold" (scaled to zero, and started when it is asked), or the reason why it is neither."""
         with self._errors():

@@ -372,15 +372,15 @@ def count_rows(folder: RolloutFolder, manifest: Manifest) -> Counts:
     return Counts(queries=len({query for query, _ in steps}), steps=len(steps), rows=rows)
 
 
-def silent_agents(folder: RolloutFolder, manifest: Manifest) -> list[str]:
-    """Return the agents that were asked, and of which no reply lies on disk: every call of them failed."""
-    asked: set[str] = set()
+def silent_agents(folder: RolloutFolder, manifest: Manifest) -> dict[str, str]:
+    """Return the agents that were asked, and of which no reply lies on disk, each with what its last call met."""
+    met: dict[str, str] = {}
     heard: set[str] = set()
     for path in part_paths(folder.root):
-        part = read_part(path, fingerprint=manifest.pool_fingerprint, columns=("agent", "status"))
-        asked.update(part["agent"].unique().to_pylist())
+        part = read_part(path, fingerprint=manifest.pool_fingerprint, columns=("agent", "status", "error"))
+        met.update(zip(part["agent"].to_pylist(), part["error"].to_pylist(), strict=True))
         heard.update(part.filter(pc.equal(part["status"], "ok"))["agent"].unique().to_pylist())
-    return [name for name in manifest.agents if name in asked - heard]
+    return {name: met[name] for name in manifest.agents if name in met.keys() - heard}
 
 
 def _ask(session: CollectSession, manifest: Manifest) -> list[str]:

@@ -88,7 +88,7 @@ def names_two_texts(query_id: str, where: str) -> ConfigError:
 
 def _items(path: Path) -> Iterator[tuple[int, bytes | dict[str, Any] | _Found]]:
     """Yield lines, rows or queries of a file, whatever it holds, with their numbers from 1. Raises ConfigError."""
-    if _is_recorded(path):
+    if path.is_dir() or path.name.endswith((".jsonl.gz", ".parquet")):
         yield from _recorded(path)
     elif path.suffix.lower() == ".csv":
         yield from _rows(path)
@@ -106,10 +106,6 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield reader.line_num, {"query": only} if isinstance(only, str) else dict(row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"--queries: cannot read {str(path)!r}: {error}; give the path of a file of queries") from error
-
-
-def _is_recorded(path: Path) -> bool:
-    return path.is_dir() or path.name.endswith((".jsonl.gz", ".parquet"))
 
 
 def _recorded(path: Path) -> Iterator[tuple[int, _Found]]:

@@ -100,6 +100,8 @@ class RolloutRow(TokenFields, _RolloutRowHead):
     schema_version: int
     final_text: str = ""
     """What the query was answered with, in the rows of its first step; empty in others, and in files from before this column."""
+    error: str = ""
+    """Why there is no contribution, in words; empty in files from before this column."""
 
 
 def columns_with(*marks: str) -> tuple[str, ...]:
@@ -248,6 +250,7 @@ def _rows(step: StepRecord, preset: Preset) -> list[dict[str, Any]]:
             **flat_reply(reply),
             "text": storable(reply.text),
             "reasoning": storable(reply.reasoning),
+            "error": storable(reply.error or ""),
         }
         for reply in (*asked.values(), *masked)
     ]

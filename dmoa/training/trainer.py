@@ -282,7 +282,7 @@ class Curves:
     def follow(self, store: StateStore, watch: Callable[[EpochRecord], None]) -> Iterator[None]:
         """Call `watch` with each epoch that ends in this block, and log every epoch that is not logged yet."""
         done = threading.Event()
-        seen = _num_epochs(store)
+        seen = len(before.epochs) if (before := store.read_progress()) else 0
 
         def look() -> None:
             nonlocal seen
@@ -336,11 +336,6 @@ class Curves:
         """End the logging."""
         if self._opened is not None:
             self._opened.finish()
-
-
-def _num_epochs(store: StateStore) -> int:
-    progress = store.read_progress()
-    return len(progress.epochs) if progress else 0
 
 
 def _logged_epochs(path: Path) -> set[int]:
@@ -552,7 +547,8 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops; an earlier checkpoint in the folder
     stays as it is then, and the state that was kept last too.
     """
-    _check_device(options)
+    if options.gpu and options.workers == 0 and not torch.cuda.is_available():  # those of workers are Ray's to count
+        raise ConfigError("train: gpu is set, workers is 0, and torch finds no GPU on this machine; leave --gpu out")
     store = StateStore(options.storage_path or str(options.out.absolute() / "state"))
     store.check()
     checkpoint.check_replaced(options.out / "checkpoint")
@@ -578,12 +574,6 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
             return _finish(options, config, start, training_set, store, curves, context, (workers, note))
         finally:
             curves.close()
-
-
-def _check_device(options: TrainOptions) -> None:
-    """Raise ConfigError where this process is to train on a GPU and has none; Ray counts those of workers."""
-    if options.gpu and options.workers == 0 and not torch.cuda.is_available():
-        raise ConfigError("train: gpu is set, workers is 0, and torch finds no GPU on this machine; leave --gpu out")
 
 
 def _progress_before(store: StateStore, job: TrainJob) -> TrainProgress | None:

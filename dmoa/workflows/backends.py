@@ -144,6 +144,18 @@ class OpenCollectingServer:
         """Return the client."""
         return CollectingServer(self)
 
+    async def check(self) -> None:
+        """Raise RequestError where the server has another pool, before anybody is asked."""
+        async with open_client(self.url, self.api_key) as client:
+            pool, seen = await client.served()
+        if pool != self.pool or seen not in (None, self.fingerprint):
+            raise self.foreign(pool, seen or "")
+
+    def foreign(self, pool: str, seen: str) -> RequestError:
+        """Return the error for a server with another pool."""
+        there, here = f"{pool!r} {seen[:12]}".strip(), f"{self.pool!r} {self.fingerprint[:12]}"
+        return RequestError(f"--url: the server's pool is {there}, this one {here}; give the pool that is served (--config)")
+
 
 class CollectingServer:
     """A running server, asked to learn from; implements `SwarmClient`. Answers have the gate's inputs, which traces tell."""
@@ -167,10 +179,7 @@ class CollectingServer:
                 if isinstance(event, Answer):
                     trace = await fetch_trace(self._swarm.client, event.trace_id)
         if trace.pool_fingerprint != self._opened.fingerprint:
-            self._foreign = RequestError(
-                f"--url: the server's pool is {trace.pool_fingerprint[:12]}, this one {self._opened.fingerprint[:12]}; give the "
-                "pool that is served (--config)"
-            )
+            self._foreign = self._opened.foreign(self._swarm.pool, trace.pool_fingerprint)
             raise self._foreign
         yield answer_of_trace(trace, self._opened.epsilon)
 
@@ -457,8 +466,12 @@ def append_line(path: Path, line: bytes = b"") -> None:
     check_local(path, "--trace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_torn = False  # what a killed run left of a line stays a line of its own
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                is_torn = file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
         with path.open("ab") as file:
-            file.write(line)
+            file.write(b"\n" * is_torn + line if line else b"")
     except OSError as error:
         raise ConfigError(f"--trace: cannot write {str(path)!r}: {error}; name a file that can be written") from error
 

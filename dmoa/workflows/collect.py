@@ -5,6 +5,7 @@ Training never imports evaluation, so the two are put together here. Labels go t
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -34,7 +35,7 @@ from dmoa.training.options import RolloutOptions, Weighted, share_out
 from dmoa.training.queries import names_two_texts, read_queries, sample_queries, take_turns
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo, part_paths
 from dmoa.validation import did_you_mean, redact_text
-from dmoa.workflows.backends import fetch_models
+from dmoa.workflows.backends import OpenCollectingServer, fetch_models
 from dmoa.workflows.console import Bars
 from dmoa.workflows.evaluate import log_gates, opened_ray
 from dmoa.workflows.terminal import goes_on, warn
@@ -251,8 +252,8 @@ def _collected(options: RolloutOptions, config: Config, common: Common, command:
     track(manifest, session.folder, options)
     counts = manifest.counts
     common.say(f"{counts.queries} queries, {counts.steps} steps, {counts.rows} rows in {display_path(session.folder.root)}")
-    for name in silent_agents(session.folder, manifest):
-        warn(f"{name} never answered: no gate can learn about it from these rollouts")
+    for name, met in silent_agents(session.folder, manifest).items():
+        warn(f"{name} never answered{met and f' ({met})'}: no gate can learn about it from these rollouts")
     if counts.failed:
         common.say(f"{counts.failed} queries failed and are asked again by the same command; the last: {manifest.failures[-1]}")
     return manifest
@@ -275,7 +276,7 @@ def build_collection(options: RolloutOptions, config: Config, common: Common, ba
     return CollectSession(
         folder=RolloutFolder(options.out.absolute()),
         manifest=manifest,
-        prepare=partial(prepare_queries, options, common.say),
+        prepare=partial(_prepared, options, workers, common.say),
         recheck=partial(check_unchanged, options),
         asking=RolloutAsking(
             seed=options.seed, round=options.round, limits=limits, preset=preset, fingerprint=manifest.pool_fingerprint
@@ -285,6 +286,12 @@ def build_collection(options: RolloutOptions, config: Config, common: Common, ba
         watch=bars.watch,
         open_ray=partial(opened_ray, options.address, workers.count * workers.num_gpus),
     )
+
+
+def _prepared(options: RolloutOptions, workers: CollectWorkers, say: Callable[[str], None]) -> CollectedQueries:
+    if isinstance(workers.open_swarm, OpenCollectingServer):
+        asyncio.run(workers.open_swarm.check())
+    return prepare_queries(options, say)
 
 
 def new_manifest(options: RolloutOptions, config: Config, gate_version: str, command: str) -> Manifest:
@@ -355,7 +362,7 @@ def _remote_workers(options: RolloutOptions, config: Config) -> CollectWorkers:
     """
     from dmoa.agents.pool import fingerprint
     from dmoa.training.collect import CollectWorkers, width
-    from dmoa.workflows.backends import OpenCollectingServer, open_client
+    from dmoa.workflows.backends import open_client
 
     url = str(options.url)
     open_client(url)  # a URL that is none is refused before Ray starts

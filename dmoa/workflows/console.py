@@ -261,7 +261,7 @@ class Bars:
             disable=self._is_quiet or not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
         self._ended: set[str] = set()
         """Stages whose last line is printed."""
         self._last_line_s = time.monotonic()
@@ -275,19 +275,17 @@ class Bars:
 
     def watch(self, progress: PassProgress) -> None:
         """Show how far a pass is."""
-        more = (
-            [f"{progress.completion_tokens / max(progress.elapsed_s, 1e-9):.0f} tokens/s"] if progress.completion_tokens else []
-        )
+        elapsed_s = max(progress.elapsed_s, 1e-9)
+        more = [f"{progress.completion_tokens / elapsed_s:.0f} tokens/s"] if progress.completion_tokens else []
         more += [f"{progress.failed} failed"] if progress.failed else []
-        self._show(progress.stage, progress.done, progress.total, progress.elapsed_s, more, ends_with_line=True)
+        self._show(progress.stage, progress.done, progress.total, progress.done / elapsed_s, more, ends_with_line=True)
 
     def count(self, stage: str, done: int, total: int) -> None:
-        """Show how far something that is only counted is."""
-        started = self._started.setdefault(stage, time.monotonic())
-        self._show(stage, done, total, time.monotonic() - started, [], ends_with_line=False)
+        """Show how far something that is only counted is; its rate is that of what came after the first count."""
+        begun_s, first = self._begun.setdefault(stage, (time.monotonic(), done))
+        self._show(stage, done, total, (done - first) / max(time.monotonic() - begun_s, 1e-9), [], ends_with_line=False)
 
-    def _show(self, stage: str, done: int, total: int, elapsed_s: float, more: list[str], *, ends_with_line: bool) -> None:
-        rate = done / max(elapsed_s, 1e-9)
+    def _show(self, stage: str, done: int, total: int, rate: float, more: list[str], *, ends_with_line: bool) -> None:
         text = ", ".join([f"{rate:.3g} rows/s", *more])
         if not self._bars.disable:
             task = self._tasks.get(stage)
@@ -301,7 +299,7 @@ class Bars:
             self._last_line_s = now
             if done == total:
                 self._ended.add(stage)
-            left = f", about {(total - done) / rate:.0f} s left" if 0 < done < total else ""
+            left = f", about {(total - done) / rate:.0f} s left" if rate and done < total else ""
             self._console.print(f"dmoa: {stage}: {done} of {total} rows, {text}{left}", soft_wrap=True)
 
 

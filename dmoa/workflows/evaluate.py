@@ -324,6 +324,7 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     return PoolInfo(name=name, fingerprint="", config={"url": url}), workers, Limits()
 
 
+_CELL = str | int | float | bool | None
 _MAX_ROWS = 2000
 """Rows of the table of rows."""
 
@@ -339,7 +340,10 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     root = folder.root
     records: dict[str, Sequence[BaseModel]] = {"evaluation": evaluation.rows, "paired": evaluation.paired}
     trees = {name: [row.model_dump(mode="json") for row in rows] for name, rows in records.items() if rows}
-    tables = {name: [[_cell(value) for value in row.values()] for row in rows] for name, rows in trees.items()}
+    tables = {
+        name: [[one if isinstance(one, _CELL) else str(one) for one in row.values()] for row in rows]
+        for name, rows in trees.items()
+    }
     accuracy = {f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in evaluation.rows if row.did_run}
     if tracking.is_logged(root, "log", metrics=accuracy, step=None) and all(
         tracking.is_logged(root, "table", name=name, rows=rows) for name, rows in tables.items()
@@ -366,7 +370,3 @@ def log_gates(tracker: Tracker, folders: Sequence[str | Path | None]) -> None:
             if folder is not None:
                 name = checkpoint.artifact_name(checkpoint.load(folder)[1].version)
                 tracker.artifact(Path(folder), name, "checkpoint", role="input")
-
-
-def _cell(value: object) -> object:
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

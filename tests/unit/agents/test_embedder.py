@@ -200,6 +200,17 @@ class TestMiniLm:
         parts = encoder.encode([" ".join(["cat"] * 128), " ".join(["cat"] * 127)]).mean(axis=0)
         np.testing.assert_allclose(over, parts / np.linalg.norm(parts), atol=1e-6)
 
+    def test_of_a_very_long_text_the_first_the_last_and_as_many_between_are_read(self, encoder: MiniLmEncoder) -> None:
+        names = [f"{word} {other}" for word in ("cat", "dog", "sun", "sea", "man", "car", "sky", "ice") for other in ("a", "the")]
+        chunks = [" ".join([names[number % 16]] * 127) for number in range(63)]  # read are the 32 of even number
+        rows = encoder.encode(chunks[::2])
+        mean = rows.mean(axis=0)
+        long, other = encoder.encode(
+            [" ".join(chunks), " ".join(c if i % 2 == 0 else "war " * 254 for i, c in enumerate(chunks))]
+        )
+        np.testing.assert_allclose(long, mean / np.linalg.norm(mean), atol=1e-6)
+        np.testing.assert_array_equal(long, other)
+
     def test_unit_length_and_zeros_for_nothing(self, encoder: MiniLmEncoder) -> None:
         np.testing.assert_allclose(np.linalg.norm(encoder.encode([*TEXTS, LONG, "\ud800 lone"]), axis=1), 1.0, atol=1e-6)
         assert not encoder.encode(["", " \n\t"]).any()

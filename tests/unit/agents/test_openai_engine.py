@@ -355,9 +355,9 @@ async def test_adapters_and_empty_conversations_are_refused_without_a_call() -> 
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (b"{", "its reply is not understood (1 faults, the first: the whole: Invalid JSON"),
+        (b"{", "its reply is not understood (the whole: Invalid JSON"),
         (b'"hello"', "its reply is not understood"),
-        (b'{"choices": [{"message": {"content": 3}}]}', "the first: choices.0.message.content: Input should be a valid string"),
+        (b'{"choices": [{"message": {"content": 3}}]}', "(choices.0.message.content: Input should be a valid string"),
         (b'{"error": {"message": "the GPU is gone"}}', "it reported an error: the GPU is gone"),
         (
             b'{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}',
@@ -380,6 +380,19 @@ async def test_garbled_replies_are_errors_and_not_asked_for_again(data: bytes, n
         await engine.close()
     assert str(caught.value).startswith("openai:some-model: ")
     assert named in str(caught.value)
+    assert len(endpoint.calls) == 1
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_web_page_in_place_of_a_reply_is_told_as_such_and_not_asked_for_again(is_stream: bool) -> None:
+    async def page(call: Call) -> None:
+        await call.send(200, b"<html>Sign in</html>", {"Content-Type": "text/html; charset=utf-8"})
+
+    async with playing(page) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(EngineError, match=r"a web page .* came in place of a reply; check base_url"):
+            await generated(engine, request("Hi"), is_stream=is_stream)
+        await engine.close()
     assert len(endpoint.calls) == 1
 
 

@@ -313,3 +313,19 @@ def test_recorded_replies_are_adapted_to_from_both_starts(tmp_path: Path) -> Non
     )
     updates = check_few_shot(config, tmp_path)
     assert all(update["loss"] is not None for update in updates)
+
+
+def test_progress_that_is_counted_has_the_rate_of_what_came_since_the_first_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Bars(0) as bars:
+        for done in (6, 10, 18):
+            now[0] += 10.0
+            bars.count("adapting", done, 18)
+    assert capsys.readouterr().err.splitlines() == [
+        "dmoa: adapting: 6 of 18 rows, 0 rows/s",
+        "dmoa: adapting: 10 of 18 rows, 0.4 rows/s, about 20 s left",
+        "dmoa: adapting: 18 of 18 rows, 0.6 rows/s",
+    ]

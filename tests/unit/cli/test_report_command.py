@@ -157,6 +157,16 @@ def test_mostly_failed_and_never_judged_rows_carry_a_remark() -> None:
     assert [note.text for note in notes.all()] == [display.MOSTLY_FAILED, display.NOT_SCORED]
 
 
+def test_a_policy_that_answered_without_some_of_its_agents_carries_a_remark() -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=2)], ["dmoa", "single"])
+    answered = [answer("gsm8k", number, policy) for policy in run.policies for number in range(2)]
+    answered[1] = answered[1].model_copy(update={"degraded": True})
+    evaluation = build_evaluation(run, answered, [score("gsm8k", n, policy, 1.0) for policy in run.policies for n in range(2)])
+    notes = display.Footnotes(evaluation)
+    assert [(note.mark, note.text) for note in notes.all()] == [("1", display.DEGRADED)]
+    assert [(row.policy, notes.marks(row)) for row in evaluation.rows] == [("dmoa", "1"), ("single", "")]
+
+
 def test_the_table_of_ablations_has_no_mean_of_what_never_ran(capsys: pytest.CaptureFixture[str]) -> None:
     """One row on each of two suites; the reference is right on one, `random` fails on both, `dense` on one."""
     policies = ["dmoa:default", "dense", "random"]

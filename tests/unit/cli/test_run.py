@@ -295,6 +295,16 @@ def test_no_folder_is_made_of_the_name_of_a_place_elsewhere(
     assert [path.name for path in Path().iterdir()] == ["t.jsonl"]
 
 
+def test_a_trace_behind_a_line_that_a_killed_run_left_is_a_line_of_its_own(dmoa: Any, pool: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"schema_version": 1, "trace_id": "to')
+    for _ in range(2):
+        assert dmoa("run", QUESTION, "--config", pool, "--policy", "single", "--trace", path).exit_code == 0
+    torn, *whole = path.read_text().splitlines()
+    assert torn == '{"schema_version": 1, "trace_id": "to'
+    assert [json.loads(line)["query"]["text"] for line in whole] == [QUESTION, QUESTION]
+
+
 def test_replay_without_a_gate_says_so(dmoa: Any, pool: Path, tmp_path: Path) -> None:
     dmoa("run", QUESTION, "--config", pool, "--policy", "single", "--trace", tmp_path / "t.jsonl")
     result = dmoa("run", "--replay", tmp_path / "t.jsonl", "--config", pool)

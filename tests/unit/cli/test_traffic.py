@@ -202,12 +202,25 @@ async def test_a_server_gives_the_rollouts_that_its_pool_gives_here(url: str, po
             for column in ("entropy_sum_nats", "entropy_sq_sum", "entropy_tokens", "completion_tokens"):
                 assert other[column] == pytest.approx(row[column], abs=1e-4), column
     foreign = replace(opened, fingerprint="f" * 64)()
-    with pytest.raises(RequestError, match="the server's pool is"):
+    with pytest.raises(RequestError, match=f"the server's pool is 'tiny' {name[:12]}, this one 'tiny' ffffffffffff; give"):
         await final_answer(foreign, query_of_rollout(asked[0], asking), "dmoa")
     for swarm in (here, there, foreign):
         await swarm.close()
     with pytest.raises(RequestError, match="the server's pool is"):  # agents that are not these are asked no more
         await final_answer(foreign, query_of_rollout(asked[1], asking), "dmoa")
+
+
+def test_a_server_with_another_pool_is_refused_before_anybody_is_asked(
+    dmoa: Invoke, url: str, pool: Path, tmp_path: Path
+) -> None:
+    other, out = tmp_path / "other.yaml", tmp_path / "o"
+    other.write_text(pool.read_text().replace("name: tiny", "name: other"))
+    given = ("rollouts", "--config", other, "--benchmarks", "arith", "--limit", "2", "--out", out)
+    result = dmoa(*given, "--url", url)
+    assert (result.exit_code, "the server's pool is 'tiny', this one 'other'" in result.stderr) == (2, True)
+    result = dmoa(*given, "--url", "http://127.0.0.1:1")
+    assert (result.exit_code, "cannot be reached" in result.stderr) == (1, True)
+    assert not (out / "rollouts.json").exists(), "so the same folder serves the mended command"
 
 
 def test_what_is_answered_already_is_not_asked(dmoa: Invoke, tmp_path: Path, pool_path: Path) -> None:

@@ -48,6 +48,7 @@ COLUMNS = {
     "pool_fingerprint": "string",
     "schema_version": "int64",
     "final_text": "string",
+    "error": "string",
 }
 """The contract: no column is renamed or removed."""
 
@@ -121,9 +122,11 @@ def test_measures_are_the_replys_and_the_rest_the_querys() -> None:
         "pool_fingerprint": POOL,
         "schema_version": 1,
         "final_text": "",
+        "error": "",
     }
     assert {row["final_text"] for row in by_agent(0).values()} == {"It is 19."}  # what the query was answered with, once a query
     assert (by_agent(1)["echo"]["finish_reason"], by_agent(1)["dead"]["entropy_tokens"]) == ("length", 0)
+    assert {agent: row["error"] for agent, row in by_agent(1).items() if row["error"]} == {"guesser": "replica died"}
 
 
 def test_the_paper_preset_has_no_feedback() -> None:

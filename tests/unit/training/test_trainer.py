@@ -458,9 +458,9 @@ def test_a_folder_that_cannot_be_written_is_refused(rollouts: Path, config: Conf
 
 
 def test_an_agent_whose_every_call_failed_is_found(tmp_path: Path, config: Config) -> None:
-    lost = {"status": "failed", "entropy_tokens": 0, "text": ""}
+    lost = {"status": "failed", "entropy_tokens": 0, "text": "", "error": "status 401"}
     rows = [{**row, **lost} if row["agent"] == "two" or row["query_id"] == "q000" else row for row in domain_rows()]
     folder = write_rollouts(tmp_path / "dense", rows, config)
-    assert silent_agents(RolloutFolder(folder), read_manifest(folder)) == ["two"]
+    assert silent_agents(RolloutFolder(folder), read_manifest(folder)) == {"two": "status 401"}
     never_asked = write_rollouts(tmp_path / "sparse", [row for row in rows if row["agent"] == "one"], config)
-    assert silent_agents(RolloutFolder(never_asked), read_manifest(never_asked)) == []
+    assert silent_agents(RolloutFolder(never_asked), read_manifest(never_asked)) == {}
