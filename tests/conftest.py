@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.runner import runtestprotocol
 from xdist.remote import Producer
 from xdist.scheduler import EachScheduling, LoadFileScheduling
 from xdist.workermanage import WorkerController
@@ -35,16 +36,27 @@ logging.getLogger().addHandler(LOGGED)
 gc.disable()  # until all tests are collected: their imports make millions of objects that stay
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what was imported out of every later look for garbage; pytest's own at its end would take seconds.
 
-    It is given back last, for extension modules that complain of what is never freed.
+    It is given back last, for extension modules that complain of what is never freed; but a process that xdist has started
+    has told all that it has found by then, and leaves without taking millions of objects apart.
     """
     gc.freeze()
     # What is frozen does not count, so that all the rest would be looked through again and again while a test makes many records.
     gc.set_threshold(100_000, 20, 20)
     gc.enable()
-    atexit.register(gc.unfreeze)
+    atexit.register(_leave if _is_started_by_xdist(session.config) else gc.unfreeze)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _is_started_by_xdist(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 _FONTS = "fc-list"
@@ -184,6 +196,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     share = next((place for place, names in enumerate(_SHARES) if collection_path.name in names), len(_SHARES))
     is_other = share % int(mine["workercount"]) != int(mine["workerid"].removeprefix("gw"))
     return is_other or None
+
+
+_SHORT_S = 0.005
+"""What lasts less is not in pytest's list of the slowest either."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """In a process that xdist has started, tell less of every test: not that it starts, nor a short set-up that passed."""
+    if not _is_started_by_xdist(item.config):
+        return None
+    for report in runtestprotocol(item, log=False, nextitem=nextitem):
+        if report.when != "setup" or not report.passed or report.duration >= _SHORT_S:
+            item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 @pytest.hookimpl(wrapper=True)
