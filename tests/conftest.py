@@ -181,7 +181,7 @@ def pytest_configure_node(node: WorkerController) -> None:
     node.workerinput["has_share"] = node.config.getoption("dist") == "each"
 
 
-_SHARES = (("agents", "cli", "training"), ("core", "evaluation"))
+_SHARES = (("core", "training"), ("agents", "cli", "evaluation"))
 """Folders of unit tests that one process each of `make fast` has; another one has the rest. Files of a folder import much the
 same, which takes seconds a process; the rest waits a good deal, so that its share of the work is smaller."""
 
