@@ -34,29 +34,34 @@ _started: list[str] = []
 
 logging.getLogger().addHandler(LOGGED)
 gc.disable()  # until all tests are collected: their imports make millions of objects that stay
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Leave what was imported out of every later look for garbage; pytest's own at its end would take seconds.
-
-    It is given back last, for extension modules that complain of what is never freed; but a process that xdist has started
-    has told all that it has found by then, and leaves without taking millions of objects apart.
-    """
-    gc.freeze()
-    # What is frozen does not count, so that all the rest would be looked through again and again while a test makes many records.
-    gc.set_threshold(100_000, 20, 20)
-    gc.enable()
-    atexit.register(_leave if _is_started_by_xdist(session.config) else gc.unfreeze)
+_IS_STARTED_BY_XDIST = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def _leave() -> None:
+    """Let a process that xdist has started leave without taking millions of objects apart: it has told all that it found.
+
+    What is registered early comes late, after what Ray and other packages, still to be imported, have to do at the end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _is_started_by_xdist(config: pytest.Config) -> bool:
-    return hasattr(config, "workerinput")
+if _IS_STARTED_BY_XDIST:
+    atexit.register(_leave)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later look for garbage; pytest's own at its end would take seconds.
+
+    It is given back last, for extension modules that complain of what is never freed.
+    """
+    gc.freeze()
+    # What is frozen does not count, so that all the rest would be looked through again and again while a test makes many records.
+    gc.set_threshold(100_000, 20, 20)
+    gc.enable()
+    if not _IS_STARTED_BY_XDIST:
+        atexit.register(gc.unfreeze)
 
 
 _FONTS = "fc-list"
@@ -205,7 +210,7 @@ _SHORT_S = 0.005
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """In a process that xdist has started, tell less of every test: not that it starts, nor a short set-up that passed."""
-    if not _is_started_by_xdist(item.config):
+    if not _IS_STARTED_BY_XDIST:
         return None
     for report in runtestprotocol(item, log=False, nextitem=nextitem):
         if report.when != "setup" or not report.passed or report.duration >= _SHORT_S:
