@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.runner import runtestprotocol
 from xdist.remote import Producer
 from xdist.scheduler import EachScheduling, LoadFileScheduling
 from xdist.workermanage import WorkerController
@@ -33,6 +34,21 @@ _started: list[str] = []
 
 logging.getLogger().addHandler(LOGGED)
 gc.disable()  # until all tests are collected: their imports make millions of objects that stay
+_IS_STARTED_BY_XDIST = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def _leave() -> None:
+    """Let a process that xdist has started leave without taking millions of objects apart: it has told all that it found.
+
+    What is registered early comes late, after what Ray and other packages, still to be imported, have to do at the end.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if _IS_STARTED_BY_XDIST:
+    atexit.register(_leave)
 
 
 def pytest_collection_finish() -> None:
@@ -44,7 +60,8 @@ def pytest_collection_finish() -> None:
     # What is frozen does not count, so that all the rest would be looked through again and again while a test makes many records.
     gc.set_threshold(100_000, 20, 20)
     gc.enable()
-    atexit.register(gc.unfreeze)
+    if not _IS_STARTED_BY_XDIST:
+        atexit.register(gc.unfreeze)
 
 
 _FONTS = "fc-list"
@@ -169,7 +186,7 @@ def pytest_configure_node(node: WorkerController) -> None:
     node.workerinput["has_share"] = node.config.getoption("dist") == "each"
 
 
-_SHARES = (("agents", "cli", "training"), ("core", "evaluation"))
+_SHARES = (("core", "training"), ("agents", "cli", "evaluation"))
 """Folders of unit tests that one process each of `make fast` has; another one has the rest. Files of a folder import much the
 same, which takes seconds a process; the rest waits a good deal, so that its share of the work is smaller."""
 
@@ -184,6 +201,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     share = next((place for place, names in enumerate(_SHARES) if collection_path.name in names), len(_SHARES))
     is_other = share % int(mine["workercount"]) != int(mine["workerid"].removeprefix("gw"))
     return is_other or None
+
+
+_SHORT_S = 0.005
+"""What lasts less is not in pytest's list of the slowest either."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """In a process that xdist has started, tell less of every test: not that it starts, nor a short set-up that passed."""
+    if not _IS_STARTED_BY_XDIST:
+        return None
+    for report in runtestprotocol(item, log=False, nextitem=nextitem):
+        if report.when != "setup" or not report.passed or report.duration >= _SHORT_S:
+            item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -235,11 +236,40 @@ def make_app(
     admins: tuple[str, ...] = (),
     max_body_bytes: int = 65536,
     queued: int = 8,
+    is_new: bool = False,
     **settings: Any,
 ) -> FastAPI:
-    """The app over a service; `settings` of the section `server`."""
+    """The app over a service; `settings` of the section `server`.
+
+    To make one takes longer than most tests of it, and it asks for its service at every request: so a test gets one of the same
+    settings that an earlier test had, if there is any; `is_new`: one that is made now.
+    """
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
     server = ServerConfig(max_body_bytes=max_body_bytes, **({"allowed_hosts": ("test", "testserver")} | settings))
-    return create_app(lambda: service, key_hashes=keys, admin_hashes=admins, server=server, max_queued_requests=queued)
+    held = _HELD.setdefault((keys, admins, queued, server.model_dump_json()), [])
+    found = next((one for one in held if one.test != test and not is_new), None)
+    if found is None:
+        found = _Held(service)
+        found.app = create_app(
+            lambda: found.service, key_hashes=keys, admin_hashes=admins, server=server, max_queued_requests=queued
+        )
+        if test:  # outside of tests, as a module is imported, it is for all of them
+            held.append(found)
+    found.service, found.test = service, test
+    return found.app
+
+
+@dataclass
+class _Held:
+    """An app that was made, and which test has it now."""
+
+    service: FakeService
+    test: str = ""
+    app: FastAPI = field(init=False)
+
+
+_HELD: dict[tuple[object, ...], list[_Held]] = {}
+"""By all that an app is made of but its service."""
 
 
 class QuietServer(uvicorn.Server):

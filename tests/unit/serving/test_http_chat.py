@@ -215,7 +215,7 @@ async def test_models_lists_pool_policies_and_agents() -> None:
 
 async def test_models_were_created_when_the_server_was() -> None:
     before = int(time.time())
-    async with official(FakeService()) as client:
+    async with official(FakeService(), is_new=True) as client:
         listed = [model.created async for model in client.models.list()]
         assert (await client.models.retrieve("tiny")).created == listed[0]
     assert len(set(listed)) == 1
