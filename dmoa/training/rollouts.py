@@ -25,7 +25,7 @@ from dmoa.flat import TokenFields, flat_reply
 from dmoa.reading import read_bounded
 from dmoa.training.options import QUERIES
 from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReason, FloatArray, Stage, StepRecord
-from dmoa.validation import describe, short, storable
+from dmoa.validation import describe, redact_text, short, storable
 
 SCHEMA_VERSION = 1
 LEARNED = "learned"
@@ -250,7 +250,7 @@ def _rows(step: StepRecord, preset: Preset) -> list[dict[str, Any]]:
             **flat_reply(reply),
             "text": storable(reply.text),
             "reasoning": storable(reply.reasoning),
-            "error": storable(reply.error or ""),
+            "error": storable(redact_text(reply.error or "")),
         }
         for reply in (*asked.values(), *masked)
     ]

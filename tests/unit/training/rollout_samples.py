@@ -29,7 +29,7 @@ def step_of(number: int, *, text: str = "It is 19.") -> StepRecord:
     return StepRecord(
         step=number,
         replies=(
-            AgentReply(agent="guesser", status="failed", error="replica died", latency_ms=3.0),
+            AgentReply(agent="guesser", status="failed", error="replica died: Bearer " + "k1" * 12, latency_ms=3.0),
             AgentReply(
                 agent="adder",
                 status="ok",
