@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from dmoa.core.posterior import (
-    ALIKE,
     ONE_WITNESS,
     USUAL_COPY,
     Truth,
+    copied,
     copies,
     held_open,
     nodes,
@@ -466,9 +466,11 @@ def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) ->
     mean_CA, sd_A, share = lengths(log_RA, context_R, count)
     ability_CA = np.full((count, num_agents), _ABILITY[0])
     copy_AA = np.full((num_agents, num_agents), USUAL_COPY)
-    for group in unbacked(witnesses.answer_RA):
+    alone = unbacked(witnesses.answer_RA)
+    for group in alone:
         ability_CA[:, group] = _UNBACKED
-        copy_AA[np.ix_(group, group)] = ALIKE
+    for group in (*alone, *copied(witnesses.answer_RA)):
+        copy_AA[np.ix_(group, group)] = ONE_WITNESS
     return LabelModel(
         centre_CD=centre_CD,
         ability_CA=ability_CA,

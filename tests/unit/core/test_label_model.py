@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dmoa.core.label_model import LabelModel, _disputed, _start, _two_kinds, fit_label_model
-from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, Truth, held_open, nodes, truth_posterior, unbacked
+from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, Truth, copied, held_open, nodes, truth_posterior, unbacked
 from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, disputes, witnesses_of
 from dmoa.errors import ConfigError
@@ -548,3 +548,49 @@ def test_good_agents_that_agree_nearly_always_are_believed_against_weak_ones() -
     assert unbacked(compact(answers)) == []
     model = fit_label_model(witnesses(compact(answers)), seed=0)
     assert set(model.order[:3].tolist()) == {0, 1, 2}
+
+
+def test_what_others_say_where_a_group_is_silent_tells_nothing_of_it() -> None:
+    """By hand: two that answer ten queries alike, beside two that differ there and agree on ten others."""
+    heard = np.array([[0, 0, 1, 2]] * 8 + [[0, 0, 0, 1]] * 2)
+    silent = np.array([[NO_ANSWER, NO_ANSWER, 0, 0]] * 10)
+    assert unbacked(np.vstack([heard, silent])) == []
+
+
+def test_copies_are_borne_out_less_than_by_chance_by_hand() -> None:
+    """Two that always agree; two others are against them together, with them, or differ: less_R is .9, -.1 or -.5."""
+    against, beside, split = [[0, 0, 1, 1]], [[0, 0, 0, 0]], [[0, 0, 0, 1]]
+    answers = np.array(against * 11 + beside * 9 + split * 3)  # mean .326 at a standard error of .120: 2.7 times it
+    (group,) = copied(answers)
+    assert group.tolist() == [0, 1]
+    assert unbacked(answers) == []  # .46 of .87: no less than half
+    assert copied(np.array(against * 10 + beside * 10 + split * 3)) == []  # .283 at .119: 2.4 times it
+    assert copied(np.array(against * 11 + beside * 9)) == []  # the others are of one voice: either may be copies
+    assert copied(np.vstack([answers, [[0, 0, 1, 2]] * 20])) == []  # the others agree on 20 of 43: they may err alike
+    assert copied(answers[:, [2, 3]]) == []
+
+
+@pytest.mark.parametrize(("right", "share"), [([0.8, 0.7], 0.45), ([0.75, 0.85, 0.7], 0.55), ([0.7, 0.7, 0.8, 0.75], 0.5)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_copies_are_not_believed_against_independent_agents(right: list[float], share: float, count: int) -> None:
+    rng = np.random.default_rng(3)
+    values, _ = simulated(rng, np.array([*right, share]), 300)
+    values = np.hstack([values[:, :-1], np.repeat(values[:, -1:], count, axis=1)])
+    given = witnesses(compact(values))
+    model = fit_label_model(given, seed=0)
+    estimated = model.right_probability(given).mean(axis=0)
+    assert np.abs(estimated - (values == 0).mean(axis=0)).max() < 0.2
+    assert estimated[: len(right)].min() > estimated[len(right) :].max()
+    leaders = [standing(model, given.rows(slice(row, row + 1))).leader for row in range(len(values))]
+    assert (values[np.arange(len(values)), leaders] == 0).mean() > max(right) - 0.03
+
+
+@pytest.mark.parametrize("options", [4, 50])
+@pytest.mark.parametrize("seed", range(4))
+def test_strong_agents_that_agree_because_they_are_right_are_no_copies(options: int, seed: int) -> None:
+    """Beside independent ones, weaker ones, and weak ones of which half of the wrong answers are the same."""
+    rng = np.random.default_rng(seed)
+    values, _ = simulated(rng, np.array([0.97, 0.96, 0.95, *rng.uniform(0.3, 0.9, 3)]), 200, options)
+    assert copied(compact(values)) == []
+    alike = np.where((values != 0) & (rng.random(values.shape) < 0.5), rng.integers(1, options, (200, 1)), values)
+    assert copied(compact(alike)) == []
