@@ -10,14 +10,13 @@ K nodes of difficulty.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.witnesses import NOT_ASKED, Array, BoolArray, IntArray, Witnesses
+from dmoa.core.witnesses import NOT_ASKED, Array, IntArray, Witnesses
 
 MAX_SHARED = 0.95
 """The most that a wrong agent repeats other wrong answers: an answer of its own is never impossible."""
@@ -35,10 +34,6 @@ ALIKE = 0.9
 """Share of the queries on which agents of one voice say the same, ..."""
 _FEWEST_BOTH = 8
 """... of at least so many that both answered."""
-_LESS, _SIGMAS = 0.9, 2.5
-"""Copies are borne out by others less than so many times as often as these are by each other, by so many standard errors, ..."""
-_COMPETENT = 0.5
-"""... where these agree with each other on at least such a share of the queries: weak agents that err alike bear out nobody."""
 _NOISE_OUTCOMES = 40.0
 """For how many outcomes the share of wrong ones that is expected beforehand counts."""
 
@@ -171,66 +166,43 @@ def copies(answer_RA: IntArray, truth: Truth, weight_R: Array) -> Array:
     return copy_AA
 
 
-def unbacked(answer_RA: IntArray) -> list[IntArray]:
-    """Return groups of agents that speak with one voice that nobody else bears out: by agreement they would be believed first.
+class Voice(NamedTuple):
+    """Agents that say the same on `ALIKE` of the queries."""
 
-    A group's agents say the same on `ALIKE` of the queries. The others, two or more, agree with the group less than half as often
-    as with each other, where it answers; were the group as competent as they are, they would agree with it about as often.
-    Source: ours, after the copying of sources (Dong, Berti-Equille and Srivastava 2009).
-    """
-    found: list[IntArray] = []
-    for members, others_AA, across_AA in _groups(answer_RA):
-        among_R, across_R = (_agreed(answer_RA, members, pairs_AA) for pairs_AA in (others_AA, across_AA))
-        among, across = ((same_R.sum() / max(both_R.sum(), 1)) for same_R, both_R in (among_R, across_R))
-        if across < among / 2:
-            found.append(members)
-    return found
+    members: IntArray
+    among: float
+    """How often the others, two or more, agree with each other, ..."""
+    across: float
+    """... and with the members: about as often, or more, if these agree because they are right."""
 
 
-def copied(answer_RA: IntArray) -> list[IntArray]:
-    """Return groups of agents that say the same on `ALIKE` of the queries, and not because they are right.
-
-    Independent agents agree so often only if each is nearly always right. Then the others agree with them no less often than with
-    each other, on the same queries, however hard these are; here they do so less often, by more than a tenth and than chance.
-    Others that speak with one voice themselves tell nothing by it. Source: ours, as above.
-    """
-    groups = list(_groups(answer_RA))
-    is_voice_AA = np.zeros((answer_RA.shape[1],) * 2, dtype=bool)
-    for members, _, _ in groups:
-        is_voice_AA[np.ix_(members, members)] = True
-    found: list[IntArray] = []
-    for members, others_AA, across_AA in groups:
-        among_R, among_count_R = _agreed(answer_RA, members, others_AA & ~is_voice_AA)
-        across_R, across_count_R = _agreed(answer_RA, members, across_AA)
-        heard_R = (among_count_R > 0) & (across_count_R > 0)
-        if heard_R.sum() < _FEWEST_BOTH:
-            continue
-        share_R = among_R[heard_R] / among_count_R[heard_R]
-        less_R = _LESS * share_R - across_R[heard_R] / across_count_R[heard_R]
-        is_less = less_R.mean() > _SIGMAS * less_R.std(ddof=1) / np.sqrt(len(less_R))
-        if is_less and share_R.mean() >= _COMPETENT:
-            found.append(members)
-    return found
-
-
-def _groups(answer_RA: IntArray) -> Iterator[tuple[IntArray, BoolArray, BoolArray]]:
-    """Yield groups of one voice beside two or more others; the pairs of others [A, A], and those of a member and another."""
-    given_RA = answer_RA >= 0
-    both_AA = np.einsum("ra,rb->ab", given_RA, given_RA, dtype=np.float64)
-    same_AA = ((answer_RA[:, :, None] == answer_RA[:, None, :]) & given_RA[:, :, None]).sum(axis=0)
+def voices(answer_RA: IntArray) -> list[Voice]:
+    """Return the groups of agents that speak with one voice. Source: ours, after Dong, Berti-Equille and Srivastava (2009)."""
+    said_RA = np.where(answer_RA >= 0, answer_RA, -1)
+    both_AA = np.einsum("ra,rb->ab", said_RA >= 0, said_RA >= 0, dtype=np.float64)
+    same_RAA = (said_RA[:, :, None] == said_RA[:, None, :]) & (said_RA >= 0)[:, :, None]
+    same_AA: Array = same_RAA.sum(axis=0).astype(np.float64)
     reach_AA = (same_AA >= ALIKE * both_AA) & (both_AA >= _FEWEST_BOTH)
     for middle in range(len(reach_AA)):
         reach_AA |= reach_AA[:, [middle]] & reach_AA[[middle]]
+    found = []
     for members in sorted({tuple(np.flatnonzero(reach_A).tolist()) for reach_A in reach_AA}):
-        is_other_A = ~np.isin(np.arange(len(reach_AA)), members)
-        if len(members) >= 2 and is_other_A.sum() >= 2:
-            others_AA = np.triu(is_other_A[:, None] & is_other_A, 1)
-            yield np.array(members), others_AA, ~is_other_A[:, None] & is_other_A
+        others = np.setdiff1d(np.arange(len(reach_AA)), members)
+        if len(members) > 1 and len(others) > 1:
+            among, across = np.ix_(others, others), np.ix_(members, others)
+            same, both = (pair_AA[among].sum() - pair_AA[others, others].sum() for pair_AA in (same_AA, both_AA))
+            share = same_AA[across].sum() / max(both_AA[across].sum(), 1.0)
+            found.append(Voice(np.array(members, dtype=np.int64), float(same / max(both, 1.0)), float(share)))
+    return found
 
 
-def _agreed(answer_RA: IntArray, members: IntArray, pairs_AA: BoolArray) -> tuple[IntArray, IntArray]:
-    """Return how many pairs say the same on each query that a member answers, and how many could [R]."""
-    one_P, other_P = np.nonzero(pairs_AA)
-    heard_R1 = (answer_RA[:, members] >= 0).any(axis=1, keepdims=True)
-    both_RP = (answer_RA[:, one_P] >= 0) & (answer_RA[:, other_P] >= 0) & heard_R1
-    return (both_RP & (answer_RA[:, one_P] == answer_RA[:, other_P])).sum(axis=1), both_RP.sum(axis=1)
+def repeated(answer_RA: IntArray, copy_AA: Array) -> float:
+    """Return the log probability that agents say the same as those before them whose witness they are, as often as they do."""
+    total = 0.0
+    for agent in range(1, len(copy_AA)):
+        said_RA = answer_RA[:, :agent][:, copy_AA[agent, :agent] >= ONE_WITNESS]
+        could_R = (answer_RA[:, agent] >= 0) & (said_RA >= 0).any(axis=1)
+        count, same = could_R.sum(), (could_R & (said_RA == answer_RA[:, [agent]]).any(axis=1)).sum()
+        share = (same + 1) / (count + 2)
+        total += same * np.log(share) + (count - same) * np.log1p(-share)
+    return float(total)
