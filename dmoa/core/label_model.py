@@ -290,7 +290,7 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
 
 
 def _without_copies(start: LabelModel, witnesses: Witnesses, context_R: IntArray) -> LabelModel:
-    """Return the model in which agents of one voice are one witness, believed last, where the replies are far more probable so."""
+    """Return the model in which agents of one voice are one witness, believed last, where replies are far more probable so."""
 
     def evidence(model: LabelModel) -> float:
         every_R, no_RZ = np.ones(len(context_R)), np.zeros((len(context_R), model.num_agents + 1))

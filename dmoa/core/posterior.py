@@ -53,9 +53,8 @@ def truth_posterior(
     """Return the posterior of truth and difficulty.
 
     `right_RAK`: probability that an agent is right at a difficulty; `copy_AA`: that two agents, both wrong, say the same (or
-    ONE_WITNESS);
-    `log_prior_RZ`: what outcomes say of each candidate; `order`: agents in the order in which they count, the most competent
-    first. Agents with an answer below 0 are left out where not asked, and wrong where they gave none.
+    ONE_WITNESS); `log_prior_RZ`: what outcomes say of each candidate; `order`: agents in the order in which they count, the most
+    competent first. Agents with an answer below 0 are left out where not asked, and wrong where they gave none.
     """
     num_rows, num_agents = answer_RA.shape
     num_truths = num_agents + 1
