@@ -28,9 +28,10 @@ from dmoa.core.posterior import (
     held_open,
     nodes,
     outcome_evidence,
+    repeated,
     right_of,
     truth_posterior,
-    unbacked,
+    voices,
     wrong_outcomes,
 )
 from dmoa.core.scores import clusters, fit_anchors, squared_distances
@@ -48,7 +49,11 @@ _ABILITY = (0.0, 1.5)
 _CONTEXT_SD = 0.5
 """How far the competence of an agent differs between contexts beforehand."""
 _UNBACKED = -3.0
-"""Competence that agents of one voice begin with, where nobody else bears them out (`unbacked`)."""
+"""Competence that agents of one voice begin with, where nobody else bears them out: by agreement they would be believed first."""
+_COMPETENT = 0.5
+"""Share of the queries on which others agree, from which on they bear out anybody: weak agents err alike."""
+_FAR_MORE = 7.0
+"""By how many nats the replies must be more probable (a thousand to one) for agents to count as copies: few are."""
 _DOUBT = (1.0, 0.5)
 _DOUBT_ROWS = 4.0
 """For how many replies what is expected of doubts beforehand counts where they alone decide, ..."""
@@ -264,6 +269,7 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     start = _start(witnesses, num_contexts, _SPREAD, seed)
     context_R = start.context(witnesses.embedding_RD, num_rows)
     judged_R = np.isfinite(witnesses.outcome_RA).any(axis=1)
+    start = _without_copies(start, witnesses, context_R)
     start, side_RZ = _disputed(start, witnesses)
     if judged_R.sum() < _MIN_JUDGED:
         model = _fitted(start, witnesses, context_R, np.ones(num_rows), side_RZ, _ROUNDS)
@@ -281,6 +287,31 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     return replace(
         model, ability_CA=ability_CA, doubt_slope_CA=np.where(alone_C[:, None], led.doubt_slope_CA, model.doubt_slope_CA)
     )
+
+
+def _without_copies(start: LabelModel, witnesses: Witnesses, context_R: IntArray) -> LabelModel:
+    """Return the model in which agents of one voice are one witness, believed last, where replies are far more probable so."""
+
+    def evidence(model: LabelModel) -> float:
+        every_R, no_RZ = np.ones(len(context_R)), np.zeros((len(context_R), model.num_agents + 1))
+        fitted = _fitted(model, witnesses, context_R, every_R, no_RZ, _ROUNDS)
+        return float(fitted.truth(witnesses).log_likelihood_R.sum()) + repeated(witnesses.answer_RA, model.copy_AA)
+
+    groups = [one.members for one in voices(witnesses.answer_RA) if one.across < one.among >= _COMPETENT]
+    known = evidence(start) if groups else 0.0
+    while groups:
+        others = []
+        for group in groups:
+            ability_CA, copy_AA = start.ability_CA.copy(), start.copy_AA.copy()
+            ability_CA[:, group], copy_AA[np.ix_(group, group)] = _UNBACKED, ONE_WITNESS
+            others.append(replace(start, ability_CA=ability_CA, copy_AA=copy_AA))
+        found = [evidence(other) for other in others]
+        best = int(np.argmax(found))
+        if found[best] < known + _FAR_MORE:
+            break
+        start, known = others[best], found[best]
+        del groups[best]
+    return start
 
 
 def _disputed(start: LabelModel, witnesses: Witnesses) -> tuple[LabelModel, Array]:
@@ -466,9 +497,10 @@ def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) ->
     mean_CA, sd_A, share = lengths(log_RA, context_R, count)
     ability_CA = np.full((count, num_agents), _ABILITY[0])
     copy_AA = np.full((num_agents, num_agents), USUAL_COPY)
-    for group in unbacked(witnesses.answer_RA):
-        ability_CA[:, group] = _UNBACKED
-        copy_AA[np.ix_(group, group)] = ALIKE
+    for voice in voices(witnesses.answer_RA):
+        if voice.across < voice.among / 2:
+            ability_CA[:, voice.members] = _UNBACKED
+            copy_AA[np.ix_(voice.members, voice.members)] = ALIKE
     return LabelModel(
         centre_CD=centre_CD,
         ability_CA=ability_CA,

@@ -53,9 +53,8 @@ def truth_posterior(
     """Return the posterior of truth and difficulty.
 
     `right_RAK`: probability that an agent is right at a difficulty; `copy_AA`: that two agents, both wrong, say the same (or
-    ONE_WITNESS);
-    `log_prior_RZ`: what outcomes say of each candidate; `order`: agents in the order in which they count, the most competent
-    first. Agents with an answer below 0 are left out where not asked, and wrong where they gave none.
+    ONE_WITNESS); `log_prior_RZ`: what outcomes say of each candidate; `order`: agents in the order in which they count, the most
+    competent first. Agents with an answer below 0 are left out where not asked, and wrong where they gave none.
     """
     num_rows, num_agents = answer_RA.shape
     num_truths = num_agents + 1
@@ -166,13 +165,18 @@ def copies(answer_RA: IntArray, truth: Truth, weight_R: Array) -> Array:
     return copy_AA
 
 
-def unbacked(answer_RA: IntArray) -> list[IntArray]:
-    """Return groups of agents that speak with one voice that nobody else bears out: by agreement they would be believed first.
+class Voice(NamedTuple):
+    """Agents that say the same on `ALIKE` of the queries."""
 
-    A group's agents say the same on `ALIKE` of the queries. The others, two or more, agree with the group less than half as often
-    as with each other; were the group as competent as they are, they would agree with it about as often. Source: ours, after the
-    copying of sources (Dong, Berti-Equille and Srivastava 2009).
-    """
+    members: IntArray
+    among: float
+    """How often the others, two or more, agree with each other, ..."""
+    across: float
+    """... and with the members: about as often, or more, if these agree because they are right."""
+
+
+def voices(answer_RA: IntArray) -> list[Voice]:
+    """Return the groups of agents that speak with one voice. Source: ours, after Dong, Berti-Equille and Srivastava (2009)."""
     said_RA = np.where(answer_RA >= 0, answer_RA, -1)
     both_AA = np.einsum("ra,rb->ab", said_RA >= 0, said_RA >= 0, dtype=np.float64)
     same_RAA = (said_RA[:, :, None] == said_RA[:, None, :]) & (said_RA >= 0)[:, :, None]
@@ -180,16 +184,24 @@ def unbacked(answer_RA: IntArray) -> list[IntArray]:
     reach_AA = (same_AA >= ALIKE * both_AA) & (both_AA >= _FEWEST_BOTH)
     for middle in range(len(reach_AA)):
         reach_AA |= reach_AA[:, [middle]] & reach_AA[[middle]]
-    found: list[IntArray] = []
-    for members in {tuple(np.flatnonzero(reach_A).tolist()) for reach_A in reach_AA}:
+    found = []
+    for members in sorted({tuple(np.flatnonzero(reach_A).tolist()) for reach_A in reach_AA}):
         others = np.setdiff1d(np.arange(len(reach_AA)), members)
-        if len(members) < 2 or len(others) < 2:
-            continue
-        inner = np.ix_(others, others)
-        among = (same_AA[inner].sum() - same_AA[others, others].sum()) / max(
-            both_AA[inner].sum() - both_AA[others, others].sum(), 1.0
-        )
-        across = np.ix_(list(members), others)
-        if same_AA[across].sum() / max(both_AA[across].sum(), 1.0) < among / 2:
-            found.append(np.array(members, dtype=np.int64))
+        if len(members) > 1 and len(others) > 1:
+            among, across = np.ix_(others, others), np.ix_(members, others)
+            same, both = (pair_AA[among].sum() - pair_AA[others, others].sum() for pair_AA in (same_AA, both_AA))
+            share = same_AA[across].sum() / max(both_AA[across].sum(), 1.0)
+            found.append(Voice(np.array(members, dtype=np.int64), float(same / max(both, 1.0)), float(share)))
     return found
+
+
+def repeated(answer_RA: IntArray, copy_AA: Array) -> float:
+    """Return the log probability that agents say the same as those before them whose witness they are, as often as they do."""
+    total = 0.0
+    for agent in range(1, len(copy_AA)):
+        said_RA = answer_RA[:, :agent][:, copy_AA[agent, :agent] >= ONE_WITNESS]
+        could_R = (answer_RA[:, agent] >= 0) & (said_RA >= 0).any(axis=1)
+        count, same = could_R.sum(), (could_R & (said_RA == answer_RA[:, [agent]]).any(axis=1)).sum()
+        share = (same + 1) / (count + 2)
+        total += same * np.log(share) + (count - same) * np.log1p(-share)
+    return float(total)

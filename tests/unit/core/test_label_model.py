@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dmoa.core.label_model import LabelModel, _disputed, _start, _two_kinds, fit_label_model
-from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, Truth, held_open, nodes, truth_posterior, unbacked
+from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, Truth, held_open, nodes, repeated, truth_posterior, voices
 from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, disputes, witnesses_of
 from dmoa.errors import ConfigError
@@ -520,31 +520,80 @@ def colluding(rng: np.random.Generator, right: list[float], colluders: int, rows
 @pytest.mark.parametrize("colluders", [2, 3, 4])
 def test_agents_of_one_voice_that_nobody_backs_are_not_believed(right: list[float], colluders: int) -> None:
     answers, is_right = colluding(np.random.default_rng(5), right, colluders)
-    (group,) = unbacked(answers)
-    assert group.tolist() == list(range(3, 3 + colluders))
+    (voice,) = voices(answers)
+    assert voice.members.tolist() == list(range(3, 3 + colluders))
+    assert voice.across == 0 < voice.among
     model = fit_label_model(witnesses(answers), seed=0)
     assert model.competence()[0, :3].min() > model.competence()[0, 3:].max()
     leaders = [standing(model, witnesses(answers).rows(slice(row, row + 1))).leader for row in range(len(answers))]
     assert is_right[np.arange(len(answers)), leaders].mean() > 0.75 * is_right.mean(axis=0).max()
 
 
-def test_who_is_borne_out_by_others_may_speak_with_one_voice() -> None:
-    """By hand: two that always agree; of the two others each says the same on 3 of 10 rows, with each other on 0 to 6."""
+def test_voices_by_hand() -> None:
+    """Two that always agree; of the two others each says the same on 3 of 10 rows, with each other on 0 to 6."""
     pair = np.zeros((10, 2), dtype=np.int64)
     apart = np.array([[1, 2]] * 4 + [[0, 2]] * 3 + [[1, 0]] * 3)
-    assert unbacked(np.hstack([pair, apart])) == []  # among the others 0, with the pair .3
+    (voice,) = voices(np.hstack([pair, apart]))
+    assert (voice.members.tolist(), voice.among, voice.across) == ([0, 1], 0, pytest.approx(0.3))
     close = np.array([[1, 1]] * 6 + [[0, 2]] * 2 + [[1, 0]] * 2)
-    (group,) = unbacked(np.hstack([pair, close]))  # .6 among the others, .2 with the pair: less than half
-    assert group.tolist() == [0, 1]
-    backed = np.array([[1, 1]] * 5 + [[0, 2]] * 3 + [[1, 0]] * 2)
-    assert unbacked(np.hstack([pair, backed])) == []  # .5 among them, .25 with the pair: not less than half
-    assert unbacked(np.hstack([pair, close])[:7]) == []  # too few queries
-    assert unbacked(np.hstack([pair, np.full((10, 2), NO_ANSWER)])) == []  # nobody there who could back them
+    (voice,) = voices(np.hstack([pair, close]))
+    assert (voice.among, voice.across) == (pytest.approx(0.6), pytest.approx(0.2))
+    assert voices(np.hstack([pair, close])[:7]) == []  # too few queries
+    assert voices(np.hstack([pair, np.full((10, 2), NO_ANSWER)]))[0][1:] == (0, 0)  # nobody there who could back them
+    assert voices(close) == []
+    assert voices(pair) == []  # no others
+    both = voices(np.hstack([pair, np.ones((10, 2), dtype=np.int64)]))
+    assert [(voice.members.tolist(), voice.among, voice.across) for voice in both] == [([0, 1], 1, 0), ([2, 3], 1, 0)]
+
+
+def test_what_others_say_where_a_voice_is_silent_tells_nothing_of_it() -> None:
+    """By hand: two that answer ten queries alike, beside two that differ there but for two, and agree on ten others."""
+    heard = np.array([[0, 0, 1, 2]] * 8 + [[0, 0, 0, 1]] * 2)
+    (voice,) = voices(heard)
+    assert (voice.among, voice.across) == (0, pytest.approx(0.1))
+    (voice,) = voices(np.vstack([heard, [[NO_ANSWER, NO_ANSWER, 0, 0]] * 10]))
+    assert (voice.among, voice.across) == (0.5, pytest.approx(0.1))
+
+
+def test_how_often_copies_repeat_each_other_by_hand() -> None:
+    """The second says the same as the first on 7 of 9 rows that both answer; the third is nobody's copy."""
+    answers = np.array([[0, 0, 1]] * 7 + [[0, 1, 1]] * 2 + [[0, NO_ANSWER, 0], [NO_ANSWER, 0, 0]])
+    one = np.where(np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]]), ONE_WITNESS, 0.2)
+    assert repeated(answers, one) == pytest.approx(7 * math.log(8 / 11) + 2 * math.log(3 / 11))
+    assert repeated(answers, np.full((3, 3), 0.2)) == 0
 
 
 def test_good_agents_that_agree_nearly_always_are_believed_against_weak_ones() -> None:
     rng = np.random.default_rng(2)
     answers, _ = simulated(rng, np.array([0.98, 0.98, 0.97, 0.3, 0.3, 0.2]), 100)
-    assert unbacked(compact(answers)) == []
     model = fit_label_model(witnesses(compact(answers)), seed=0)
     assert set(model.order[:3].tolist()) == {0, 1, 2}
+    assert model.copy_AA.max() < ONE_WITNESS
+
+
+@pytest.mark.parametrize(("right", "share"), [([0.8, 0.7], 0.45), ([0.75, 0.85, 0.7], 0.55), ([0.7, 0.7, 0.8, 0.75], 0.5)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_copies_are_not_believed_against_independent_agents(right: list[float], share: float, count: int) -> None:
+    rng = np.random.default_rng(3)
+    values, _ = simulated(rng, np.array([*right, share]), 300)
+    values = np.hstack([values[:, :-1], np.repeat(values[:, -1:], count, axis=1)])
+    given = witnesses(compact(values))
+    model = fit_label_model(given, seed=0)
+    estimated = model.right_probability(given).mean(axis=0)
+    assert np.abs(estimated - (values == 0).mean(axis=0)).max() < 0.2
+    assert estimated[: len(right)].min() > estimated[len(right) :].max()
+    leaders = [standing(model, given.rows(slice(row, row + 1))).leader for row in range(len(values))]
+    assert (values[np.arange(len(values)), leaders] == 0).mean() > max(right) - 0.03
+
+
+@pytest.mark.parametrize("options", [4, 50])
+@pytest.mark.parametrize("seed", range(4))
+def test_strong_agents_that_agree_because_they_are_right_are_no_copies(options: int, seed: int) -> None:
+    """Beside independent ones, weaker ones, and weak ones of which half of the wrong answers are the same."""
+    rng = np.random.default_rng(seed)
+    values, _ = simulated(rng, np.array([0.97, 0.96, 0.95, *rng.uniform(0.3, 0.9, 3)]), 200, options)
+    alike = np.where((values != 0) & (rng.random(values.shape) < 0.5), rng.integers(1, options, (200, 1)), values)
+    for answers in (compact(values), compact(alike)):
+        model = fit_label_model(witnesses(answers), seed=0)
+        assert model.copy_AA.max() < ONE_WITNESS
+        assert set(model.order[:3].tolist()) == {0, 1, 2}
