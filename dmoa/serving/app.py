@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -17,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.pool import check_files, check_vllm, fingerprint
-from dmoa.config import Config, LimitsConfig, callable_agents
+from dmoa.config import Config, callable_agents
 from dmoa.errors import DmoaError, PoolChangedError, RequestError
 from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
@@ -75,12 +76,13 @@ class SwarmIngress:
         config = Config.model_validate_json(config_json)
         app = serve.get_replica_context().app_name
         self._config = config
+        self.pool, self.agents, self.limits = config.name, config.agent_names, config.limits
+        self.abilities = frozenset(ability for llm in config.llms.values() for ability in abilities_of(llm))
         self._key_hashes = key_hashes
         self._admin_hashes = admin_hashes
         self._mark = mark
         self._fingerprint = fingerprint(config)
-        where = deployment_names(config)
-        handles = {name: hosts[host] for name, host in where.items()}
+        handles = {name: hosts[host] for name, host in deployment_names(config).items()}
         self._sleepers = sleepers(config)
         actor = ensure_router(config, app, configured)
         self._router = RemoteRouter(actor, config, configured)
@@ -92,6 +94,7 @@ class SwarmIngress:
         self._traces = ensure_traces(app, config.router, config.tracing)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
+        self.policies = self._swarm.policies
         self._explorer = Explorer(lambda: exploration(app, config.router.explore))
         self._exploring = Swarm(
             config, agents=self._agents, router=self._router, encoder=self._swarm.encoder, turn=self._explorer.turn
@@ -112,56 +115,25 @@ class SwarmIngress:
         """Return the FastAPI app; Serve calls this after the constructor."""
         take_carried_bodies()
         listen_where_ray_does()
-        config = self._config
+        server, queued = self._config.server, self.limits.max_queued_requests
         app = create_app(
             lambda: self,
             key_hashes=self._key_hashes,
             admin_hashes=self._admin_hashes,
-            server=config.server,
-            max_queued_requests=places_behind(config.limits.max_queued_requests),
+            server=server,
+            max_queued_requests=places_behind(queued),
             has_request_ids=True,  # Serve's proxy adds one of its own
         )
         app.add_middleware(LaunchMark, mark=self._mark)
-        queries = config.limits.max_queued_requests * config.server.ingress_replicas
-        server = config.server
+        queries = queued * server.ingress_replicas
         bounds = Bounds(body=server.max_body_bytes, queries=queries, has_keys=bool(self._key_hashes), origins=server.cors_origins)
         app.add_middleware(FrontNotice, bounds=bounds)
         return app
 
-    @property
-    def pool(self) -> str:
-        """The model name that clients use."""
-        return self._config.name
-
-    @property
-    def agents(self) -> tuple[str, ...]:
-        """Names of the agents, in the pool's order."""
-        return self._config.agent_names
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Names of the policies."""
-        return self._swarm.policies
-
-    @property
-    def limits(self) -> LimitsConfig:
-        """The pool's limits."""
-        return self._config.limits
-
-    @property
-    def abilities(self) -> frozenset[str]:
-        """What at least one of the pool's engines can do beyond plain replies."""
-        return frozenset(ability for llm in self._config.llms.values() for ability in abilities_of(llm))
-
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         """Answer one query on one version of the pool, here or at the ingress of a newer one; see `Swarm.ask`."""
-
-        def here(query: Query) -> AsyncGenerator[str | Event]:
-            return self.answer_here(query, policy, agent)
-
-        def elsewhere(query: Query) -> AsyncGenerator[str | Event]:
-            return _ask_ingress(self._any_ingress, query, policy, agent)
-
+        here = partial(self.answer_here, policy=policy, agent=agent)
+        elsewhere = partial(_ask_ingress, self._any_ingress, policy=policy, agent=agent)
         answering = self._fingerprint
         async with aclosing(answer_on_one_pool_version(here, elsewhere, query)) as events:
             async for event in events:

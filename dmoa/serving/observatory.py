@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dmoa.errors import CheckpointError, NoAgentError, RequestError
 from dmoa.serving.router.client import RemoteRouter
-from dmoa.serving.trace_list import TraceFilter, TraceSummary
+from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, TraceSummary
 from dmoa.serving.what_if import DecidedStep, branch, by_gate, by_policy
 from dmoa.swarm import Swarm
 from dmoa.trace import Trace
@@ -38,18 +37,18 @@ class Observatory:
         found = await self._router.status()
         return None if found is None else asdict(found)
 
-    async def statistics(self, key_hash: str | None) -> list[dict[str, Any]]:
+    async def statistics(self, key_hash: str | None) -> list[AgentStatistics]:
         """Return what the agents did in the traces of a key."""
         try:
-            found: list[dict[str, Any]] = json.loads(await self._traces.statistics.remote(self._agents, key_hash))
+            found: list[AgentStatistics] = await self._traces.statistics.remote(self._agents, key_hash)
         except RayError:
             return []
         return found
 
-    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> dict[str, Any]:
+    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> TracePage:
         """Return a page of the traces of a key. Raises RequestError (503) while the store is away: it does not have none."""
         try:
-            found: dict[str, Any] = json.loads(await self._traces.listed.remote(wanted, key_hash))
+            found: TracePage = await self._traces.listed.remote(wanted, key_hash)
         except RayError as error:
             raise RequestError(TRACES_AWAY, code="traces_away", status=503) from error
         return found
@@ -75,14 +74,6 @@ class Observatory:
     ) -> tuple[Query, AsyncGenerator[Event]]:
         """Return the query that goes on from before a step of a trace, and its events. Raises RequestError."""
         return branch(trace, self._swarm, trace_id, step=step, policy=policy, agents=agents)
-
-    async def runs(self) -> list[dict[str, Any]]:
-        """Return nothing: what is on the disk of whoever trains, `dmoa view` shows."""
-        return []
-
-    async def run(self, run_id: str) -> dict[str, Any] | None:
-        """Return None: as `runs`."""
-        return None
 
     def failed(self, summary: TraceSummary, key_hash: str) -> None:
         """Keep the summary of a query that was not answered."""

@@ -25,7 +25,18 @@ from dmoa.serving.actors import ClusterMemory, detached, pack_record, served_bef
 from dmoa.serving.feedback import FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
-from dmoa.serving.trace_list import LOAD_S, NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
+from dmoa.serving.trace_list import (
+    LOAD_S,
+    NOT_STORED,
+    AgentStatistics,
+    TraceCalls,
+    TraceFilter,
+    TracePage,
+    TraceSummary,
+    page_of,
+    statistics_of,
+    summarise,
+)
 from dmoa.trace import AnsweredQuery
 
 _LOG = logging.getLogger("dmoa.traces")
@@ -224,16 +235,15 @@ class TraceStore:
             return None
         return await asyncio.to_thread(kept.place.archive.read, kept.place)
 
-    async def listed(self, wanted: TraceFilter, key_hash: str | None) -> str:
-        """Return a page of the traces of a key, newest first, as JSON; without a key, everybody's."""
-        return page_of((kept.summary for kept in self._of(key_hash)), wanted).model_dump_json()
+    async def listed(self, wanted: TraceFilter, key_hash: str | None) -> TracePage:
+        """Return a page of the traces of a key, newest first; without a key, everybody's."""
+        return page_of((kept.summary for kept in self._of(key_hash)), wanted)
 
-    async def statistics(self, agents: tuple[str, ...], key_hash: str | None) -> str:
-        """Return what the agents did in the traces of a key, as a JSON list; without a key, in all."""
+    async def statistics(self, agents: tuple[str, ...], key_hash: str | None) -> list[AgentStatistics]:
+        """Return what the agents did in the traces of a key; without a key, in all."""
         kept, since = list(self._of(key_hash)), time.time() - LOAD_S
         recent = [call for one in kept if one.summary.created_unix_s > since for call in one.calls]
-        found = statistics_of((call for one in kept for call in one.calls), agents, recent)
-        return json.dumps([one.model_dump() for one in found])
+        return statistics_of((call for one in kept for call in one.calls), agents, recent)
 
     def _of(self, key_hash: str | None) -> Iterator[_Kept]:
         owner = None if key_hash is None else tenant_of(key_hash)

@@ -184,7 +184,7 @@ class PageRoutes:
                 is_admin=request.state.is_admin,
                 can_ask=True,
                 router=await service.page.status(),
-                statistics=[AgentStatistics.model_validate(one) for one in await service.page.statistics(owner_of(request))],
+                statistics=await service.page.statistics(owner_of(request)),
             )
         )
 
@@ -232,15 +232,12 @@ class PageRoutes:
         return json_response(BranchReply(answer=answer.text, dmoa=reply_dmoa(answer, pool=service.pool, with_texts=True)))
 
     async def runs(self) -> Response:
-        """List the trainings and evaluations that the page can show."""
-        return json_response(RunsReply(data=[RunLine.model_validate(one) for one in await self._service().page.runs()]))
+        """List the trainings and evaluations that the page can show: of a server none, `dmoa view` shows those on a disk."""
+        return json_response(RunsReply(data=[]))
 
     async def run(self, run_id: str) -> Response:
         """Tell of one training or evaluation."""
-        found = await self._service().page.run(run_id)
-        if found is None:
-            raise unknown_run(run_id)
-        return json_response(found)
+        raise unknown_run(run_id)
 
 
 def unknown_trace(trace_id: str) -> RequestError:
