@@ -9,7 +9,7 @@ import logging
 import pickle
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 from platformdirs import user_state_path
@@ -18,6 +18,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 
 _LOG = logging.getLogger("dmoa.feedback")
 T = TypeVar("T")
+ActorKind = Literal["router", "traces", "feedback"]
 NAMESPACE = "dmoa"
 RESTART_S = 60.0
 """How long an actor that restarts is waited for by what cannot begin without it."""
@@ -26,37 +27,29 @@ SAVE_PATIENCE_S = 5.0
 _PAUSE_S = 0.1
 
 
-def router_name(app: str) -> str:
-    """Return the name of an app's router actor."""
-    return f"dmoa-router-{app}"
+def actor_name(kind: ActorKind, app: str) -> str:
+    """Return the name of an app's actor."""
+    return f"dmoa-{kind}-{app}"
 
 
-def traces_name(app: str) -> str:
-    """Return the name of an app's trace store actor."""
-    return f"dmoa-traces-{app}"
+def find_actor(kind: ActorKind, app: str) -> Any:
+    """Return an app's actor. Raises ValueError where it is not there."""
+    return ray.get_actor(actor_name(kind, app), namespace=NAMESPACE)
 
 
-def feedback_name(app: str) -> str:
-    """Return the name of an app's feedback actor."""
-    return f"dmoa-feedback-{app}"
+def ensure_actor(actor: type, kind: ActorKind, app: str, *arguments: object) -> Any:
+    """Return an app's actor, created of these arguments if it is not there yet.
+
+    It is detached, restarts for as long as its app lives and takes no CPU of Ray's.
+    """
+    name = actor_name(kind, app)
+    options = {"name": name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached", "max_restarts": -1}
+    return ray.remote(actor).options(**options, max_concurrency=1000, num_cpus=0).remote(*arguments)
 
 
 def default_state_uri(app: str) -> str:
     """Return where state is kept when the configuration names no place: a folder of this user on this machine."""
     return (user_state_path("dmoa") / "router" / app).as_uri()
-
-
-def detached(name: str) -> dict[str, Any]:
-    """Return the options of a detached actor that restarts for as long as its app lives and takes no CPU of Ray's."""
-    return {
-        "name": name,
-        "namespace": NAMESPACE,
-        "get_if_exists": True,
-        "lifetime": "detached",
-        "max_restarts": -1,
-        "max_concurrency": 1000,
-        "num_cpus": 0,
-    }
 
 
 def served_before_restart(app: str) -> dict[str, Any] | None:
@@ -124,14 +117,15 @@ def end_actors(app: str, patience_s: float = SAVE_PATIENCE_S) -> None:
     """
     give_up, saving = time.monotonic() + patience_s, {}
     with contextlib.suppress(ValueError):
-        saving["traces"] = ray.get_actor(traces_name(app), namespace=NAMESPACE).end.remote()
+        saving["traces"] = find_actor("traces", app).end.remote()
     with contextlib.suppress(ValueError):
-        saving["feedback"] = ray.get_actor(feedback_name(app), namespace=NAMESPACE).save.remote()
+        saving["feedback"] = find_actor("feedback", app).save.remote()
     for what, saved in saving.items():
         try:
             ray.get(saved, timeout=max(0.0, give_up - time.monotonic()))
         except RayError as error:
             _LOG.warning("%s: the last seconds were not saved: %s", what, type(error).__name__)
-    for name in (traces_name(app), feedback_name(app), router_name(app)):
+    kinds: tuple[ActorKind, ...] = ("traces", "feedback", "router")
+    for kind in kinds:
         with contextlib.suppress(ValueError):
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+            ray.kill(find_actor(kind, app))

@@ -24,7 +24,7 @@ from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
 from dmoa.reading import read_json
 from dmoa.recovery import PATIENCE_S
-from dmoa.serving.actors import once_up
+from dmoa.serving.actors import ensure_actor, once_up
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
@@ -40,10 +40,10 @@ from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.observatory import Observatory
 from dmoa.serving.placement import INGRESS, deployment_names
 from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, query_drain_s
-from dmoa.serving.router.actor import ensure_router
+from dmoa.serving.router.actor import RouterActor
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
-from dmoa.serving.traces import TraceOutbox, ensure_traces
+from dmoa.serving.traces import TraceOutbox, TraceStore
 from dmoa.swarm import Swarm, abilities_of
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Event, Query
@@ -84,14 +84,14 @@ class SwarmIngress:
         self._fingerprint = fingerprint(config)
         handles = {name: hosts[host] for name, host in deployment_names(config).items()}
         self._sleepers = sleepers(config)
-        actor = ensure_router(config, app, configured)
+        actor = ensure_actor(RouterActor, "router", app, config_json, app, configured)
         self._router = RemoteRouter(actor, config, configured)
         watchdog = CallWatchdog(self._router.missing_replicas)
         elsewhere = ServeAgentClient(
             handles, pool_version(config), affine=affine_agents(config), sleepers=self._sleepers, watchdog=watchdog
         )
         self._agents = await asyncio.to_thread(IngressAgents, config, elsewhere)
-        self._traces = ensure_traces(app, config.router, config.tracing)
+        self._traces = ensure_actor(TraceStore, "traces", app, config.router, config.tracing, app)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self.policies = self._swarm.policies

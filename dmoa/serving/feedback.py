@@ -28,10 +28,9 @@ from dmoa.config import Config, RouterConfig
 from dmoa.errors import ConfigError, RequestError
 from dmoa.feedback import FILE, Feedback, feedback_of, is_held_back, read_feedback, tenant_of, tenants_of, write_feedback
 from dmoa.serving.actors import (
-    NAMESPACE,
     default_state_uri,
-    detached,
-    feedback_name,
+    ensure_actor,
+    find_actor,
     once_up,
     pack_record,
     served_before_restart,
@@ -372,7 +371,7 @@ class FeedbackSender:
 
     def __init__(self, app: str) -> None:
         """Find the app's actor. Raises ValueError where there is none."""
-        self._actor = ray.get_actor(feedback_name(app), namespace=NAMESPACE)
+        self._actor = find_actor("feedback", app)
         name = f"dmoa/feedback-salt/{app}".encode()
         _internal_kv_put(name, os.urandom(32), overwrite=False)  # never saved: without it a token tells nothing
         self._salt: bytes = _internal_kv_get(name)
@@ -411,7 +410,7 @@ class FeedbackClient:
     def __init__(self, config: Config, app: str) -> None:
         """Find the app's actor, or create it."""
         self._config_json = config.model_dump_json()
-        self._actor = ray.remote(FeedbackActor).options(**detached(feedback_name(app))).remote(self._config_json, app)
+        self._actor = ensure_actor(FeedbackActor, "feedback", app, self._config_json, app)
 
     async def start(self) -> None:
         """Hand the configuration over."""

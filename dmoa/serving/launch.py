@@ -401,9 +401,9 @@ def _local_size() -> dict[str, int]:
 def _launched(url: str, pool: str, app: str, *, started_ray: bool) -> Launched:
     import ray
 
-    from dmoa.serving.actors import NAMESPACE, router_name
+    from dmoa.serving.actors import find_actor
 
-    status: RouterStatus = ray.get(ray.get_actor(router_name(app), namespace=NAMESPACE).status.remote())
+    status: RouterStatus = ray.get(find_actor("router", app).status.remote())
     return Launched(
         url=url,
         pool=pool,

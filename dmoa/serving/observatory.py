@@ -40,18 +40,16 @@ class Observatory:
     async def statistics(self, key_hash: str | None) -> list[AgentStatistics]:
         """Return what the agents did in the traces of a key."""
         try:
-            found: list[AgentStatistics] = await self._traces.statistics.remote(self._agents, key_hash)
+            return await self._traces.statistics.remote(self._agents, key_hash)
         except RayError:
             return []
-        return found
 
     async def traces(self, wanted: TraceFilter, key_hash: str | None) -> TracePage:
         """Return a page of the traces of a key. Raises RequestError (503) while the store is away: it does not have none."""
         try:
-            found: TracePage = await self._traces.listed.remote(wanted, key_hash)
+            return await self._traces.listed.remote(wanted, key_hash)
         except RayError as error:
             raise RequestError(TRACES_AWAY, code="traces_away", status=503) from error
-        return found
 
     async def gates(self) -> dict[str, Any]:
         """Return the current gate and the history. Raises NoAgentError while the router is away."""
@@ -60,8 +58,7 @@ class Observatory:
 
     async def rollback(self, version: str | None, note: str) -> dict[str, Any]:
         """Make an earlier gate current again. Raises RequestError where there is none such."""
-        changed: dict[str, Any] = await self._ask("rollback", version, note)
-        return changed
+        return await self._ask("rollback", version, note)
 
     async def what_if(self, trace: Trace, *, gate_version: str | None, policy: str | None) -> list[DecidedStep]:
         """Decide every step of a trace again. Raises RequestError."""

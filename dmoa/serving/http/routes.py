@@ -347,5 +347,4 @@ async def _events(items: AsyncGenerator[Event], rendering: responses.Rendering) 
 
 
 def _key_hash(request: Request) -> str:
-    key_hash: str = request.state.key_hash
-    return key_hash
+    return request.state.key_hash

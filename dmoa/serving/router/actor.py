@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_put
@@ -28,14 +27,11 @@ from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.serving.actors import (
-    NAMESPACE,
     ClusterMemory,
     default_state_uri,
-    detached,
     end_actors,
-    feedback_name,
+    find_actor,
     pack_record,
-    router_name,
     served_before_restart,
     unpack_record,
 )
@@ -237,7 +233,7 @@ class RouterActor:
     async def _listen(self) -> None:
         """Take the queries that were finished since, from the app's feedback, while gates are offered."""
         try:
-            feedback = ray.get_actor(feedback_name(self._app), namespace=NAMESPACE)
+            feedback = find_actor("feedback", self._app)
             async with asyncio.timeout(LISTEN_TIMEOUT_S):
                 life, count, packed = await feedback.newest.remote(*self._heard)
         except (ValueError, RayError, TimeoutError):
@@ -383,8 +379,3 @@ class RouterActor:
                 await self.report_unavailable(agent, "it has no running replica")
         _LOG.info("app %s is gone: its actors end", self._app)
         await asyncio.to_thread(end_actors, self._app)
-
-
-def ensure_router(config: Config, app: str, configured: str | None = None) -> Any:
-    """Return the app's router actor, created if it is not there yet; `configured` as in `RouterActor`."""
-    return ray.remote(RouterActor).options(**detached(router_name(app))).remote(config.model_dump_json(), app, configured)

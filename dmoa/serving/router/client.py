@@ -197,10 +197,9 @@ class RemoteRouter:
         """Return the actor's own account of itself; None while it is away."""
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                status: RouterStatus = await self._actor.status.remote()
+                return await self._actor.status.remote()
         except (RayError, TimeoutError):
             return None
-        return status
 
     async def missing_replicas(self) -> MissingReplicas:
         """Return the agents that no replica can be answering, though they should have one; nobody while the router is away.
@@ -318,11 +317,10 @@ class RemoteRouter:
         packed = pack_record((self._view, replace(decided, inputs=inputs)))
         try:
             async with asyncio.timeout(ROUTE_TIMEOUT_S + LOOK_S):
-                view: RouterView = unpack_record(await self._actor.look.remote(packed, self._version))
+                return unpack_record(await self._actor.look.remote(packed, self._version))
         except (RayError, TimeoutError):
             local.add_decided(decided)
             raise
-        return view
 
     def _build_local(self) -> LocalRouter:
         from dmoa.routing import LocalRouter
