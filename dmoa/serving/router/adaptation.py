@@ -174,7 +174,8 @@ class Adaptation:
         self._counted_unix_s = 0.0
         if (trial := self._kept.trial) is not None:
             self._counted_unix_s = trial.counted_unix_s  # a router that starts anew hears of all queries once more
-            trial.heard, trial.lost = Counter(), Counter()  # those that begin are counted from 0 again, and what is heard of is set beside it
+            trial.heard.clear()  # those that begin are counted from 0 again, and what is heard of is set beside it
+            trial.lost.clear()
         if trial is not None and not self._fits(trial):
             self._end(trial, "withdrawn", "another version is current, or one of the trial is gone")
         self._resume()
@@ -640,7 +641,9 @@ class Adaptation:
             trial.control = trial.pending
             self._count("passed")
         trial.renews, trial.shift = trial.shift, False
-        trial.pending, trial.tests, trial.queries, trial.heard, trial.lost = trial.candidate, {}, Counter(), Counter(), Counter()
+        trial.pending, trial.tests = trial.candidate, {}
+        for counter in (trial.queries, trial.heard, trial.lost):
+            counter.clear()
         trial.line = [version for version in trial.line if version != trial.control]
         self._begun.clear()
         if trial.control == trial.candidate:
