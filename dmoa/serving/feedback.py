@@ -37,6 +37,7 @@ from dmoa.serving.actors import (
     unpack_record,
 )
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
+from dmoa.serving.trace_list import unknown_trace
 from dmoa.storage import is_draft, place_of, under, write_at
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Query
@@ -178,9 +179,8 @@ class FeedbackActor:
             # What lies at another place, or could not be read yet, is taken up before anything is written there.
             self._is_read = self._is_read and store.place == self._store.place
             self._store = store
-            self._touch()
-        if self._saver is None or self._saver.done():
-            self._saver = asyncio.get_running_loop().create_task(self._save_often())
+            self._changes += 1
+        self._start_saving()
 
     async def put(self, packed: bytes) -> None:
         """Take `Feedback` records, packed as one list."""
@@ -227,6 +227,9 @@ class FeedbackActor:
 
     def _touch(self) -> None:
         self._changes += 1
+        self._start_saving()
+
+    def _start_saving(self) -> None:
         if self._saver is None or self._saver.done():
             self._saver = asyncio.get_running_loop().create_task(self._save_often())
 
@@ -431,8 +434,7 @@ class FeedbackClient:
 def check_said(said: Said, outcome: KeptOutcome) -> Said:
     """Return what the buffer said. Raises RequestError (404, 429) where it refused the outcome."""
     if said == "unknown":
-        message = f"trace_id is {outcome.trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
-        raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
+        raise unknown_trace(outcome.trace_id)
     if said == "too_many":
         message = "too many outcomes of this key in the last minute (router.outcomes_per_minute); send the rest later"
         raise RequestError(message, code="too_many_requests", status=429)

@@ -377,11 +377,12 @@ def _start_own_ray() -> None:
         keep_token_private(token_path())
     import ray
 
+    num_cpus = max(8, os.cpu_count() or 1)  # light replicas take none, engines one each: leave room for them
     _let_others_join(os.environ.get(_CLUSTERS) == "1")
     for attempt in range(_START_ATTEMPTS):
         try:
             with own_process_groups():
-                ray.init(address="local", log_to_driver=False, include_dashboard=False, **_local_size())
+                ray.init(address="local", log_to_driver=False, include_dashboard=False, num_cpus=num_cpus)
         except Exception as error:
             # Ray 2.60 raises a bare Exception for processes that did not come up in time.
             ray.shutdown()
@@ -391,11 +392,6 @@ def _start_own_ray() -> None:
             # Ray opens its sessions to everybody: logs, and sockets by which objects are read.
             Path(ray._private.worker._global_node.get_session_dir_path()).chmod(0o700)
             return
-
-
-def _local_size() -> dict[str, int]:
-    """Return the size of a Ray of our own: light replicas take no CPU, engines one each, so leave room for them."""
-    return {"num_cpus": max(8, os.cpu_count() or 1)}
 
 
 def _launched(url: str, pool: str, app: str, *, started_ray: bool) -> Launched:

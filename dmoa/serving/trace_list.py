@@ -215,6 +215,12 @@ def _place(text: str) -> tuple[float, str]:
     return float(moment), trace_id
 
 
+def unknown_trace(trace_id: str) -> RequestError:
+    """Return the error of a trace that the key does not see."""
+    message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
+    return RequestError(message, param="trace_id", code="trace_not_found", status=404)
+
+
 class AgentStatistics(BaseModel):
     """What one agent did in the traces that are kept."""
 

@@ -20,7 +20,6 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from dmoa.errors import RequestError
-from dmoa.policies.registry import EXPLORING, is_gated
 from dmoa.reading import without_texts
 from dmoa.types import FinalCall
 
@@ -231,13 +230,6 @@ def _check_size(schema: dict[str, Any] | None, param: str) -> None:
 def _depth(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
-
-
-def unread_options(policy: str, *, max_agents: int | None, epsilon: float | None) -> tuple[str, ...]:
-    """Return those of a client's options that its policy does not read."""
-    unread = {"dmoa.max_agents": max_agents is not None and not is_gated(policy)}
-    unread |= {"dmoa.epsilon": epsilon is not None and policy != EXPLORING}
-    return tuple(name for name, is_unread in unread.items() if is_unread)
 
 
 def check_parts(body: bytes) -> None:

@@ -30,7 +30,7 @@ from dmoa.serving.http.apart import Passage, serve_apart
 from dmoa.serving.http.connection import LINGER_S, MIN_BYTES_PER_S, bound_connections
 from dmoa.serving.http.errors import RETRY_AFTER_S, SurpriseGuard, encode_json, error_response, last_event, tidy
 from dmoa.serving.http.keeper import APP_VARIABLE, innermost, keep_port, keep_silent
-from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, ConcurrencyLimit, body_too_large, cors_headers, declared_bytes
+from dmoa.serving.http.middleware import ConcurrencyLimit, body_too_large, cors_headers, declared_bytes, header_of, is_open
 
 BODY_S = 10.0
 """How long a body may take, beside the time that its bytes have at `MIN_BYTES_PER_S`."""
@@ -138,8 +138,7 @@ class Front:
         path = tidy(scope["path"][len(prefix) :])
         try:
             body = await self._body(scope, receive, app)
-            is_open = path in OPEN_PATHS or path.startswith(ASSETS)
-            with nullcontext() if is_open else app.take(is_query=scope["method"] == "POST"):
+            with nullcontext() if is_open(path) else app.take(is_query=scope["method"] == "POST"):
                 await self._hand_on(scope, receive, body, answer)
         except RequestError as error:
             await self._refuse(scope, receive, send, _refusal(error, scope, app))
@@ -350,7 +349,7 @@ def _is_serves(name: bytes, value: bytes) -> bool:
 
 
 def _key_of(scope: Scope) -> str:
-    sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    sent = header_of(scope["headers"], b"authorization")
     return hashlib.sha256(sent).hexdigest() if sent else ""
 
 

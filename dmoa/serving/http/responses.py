@@ -301,7 +301,7 @@ class Rendering:
         """Return the reply's `dmoa` object, None where the client wants none."""
         if self._order.body.dmoa is False:
             return None
-        told = reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts, trace_url=self._trace_url)
+        told = reply_dmoa(answer, pool=self._pool, with_texts=bool(self._order.body.options.trace), trace_url=self._trace_url)
         return told.model_copy(update={"ignored": list(self._order.ignored)}) if self._order.ignored else told
 
     @property

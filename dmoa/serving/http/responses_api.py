@@ -155,24 +155,20 @@ class ResponsesRequest(LenientModel):
     max_tool_calls: Any = None
     stream_options: Any = None
 
-    @property
-    def includes_logprobs(self) -> bool:
-        """Whether the log-probabilities of the text are to be part of it."""
-        return isinstance(self.include, list) and "message.output_text.logprobs" in self.include
-
 
 def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedRequest:
     """Return the order of a request. Raises RequestError, whose fields are named as in the request."""
     if request.model not in model_names(service):
         raise unknown_model(request.model, service)
     messages, places = _messages(request)
+    includes_logprobs = isinstance(request.include, list) and "message.output_text.logprobs" in request.include
     tree = {
         "model": request.model,
         "messages": messages,
         "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(request.tools or [])] or None,
         "tool_choice": _tool_choice(request.tool_choice),
         "response_format": _format(request.text.format if request.text else None),
-        "logprobs": True if request.top_logprobs or request.includes_logprobs else None,
+        "logprobs": True if request.top_logprobs or includes_logprobs else None,
         "max_tokens": request.max_output_tokens,
         "dmoa": request.dmoa.model_dump() if request.dmoa else request.dmoa,
     }

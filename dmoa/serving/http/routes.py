@@ -9,7 +9,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, SHOWN_HEADERS, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
-from dmoa.serving.trace_list import summary_of_failure
+from dmoa.serving.trace_list import summary_of_failure, unknown_trace
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Event, Query, StepRecord
 
@@ -229,7 +229,7 @@ class _Front:
         """Return the trace of a query, to the key that made it."""
         found = await self._service().trace(trace_id, page.owner_of(request))
         if found is None:
-            raise page.unknown_trace(trace_id)
+            raise unknown_trace(trace_id)
         return json_response(found)
 
     async def outcome(self, request: Request) -> Response:
@@ -240,8 +240,7 @@ class _Front:
         return json_response(responses.OutcomeReply(trace_id=outcome.trace_id, kept=said))
 
     async def _parsed(self, model: type[requests.R], request: Request) -> requests.R:
-        kind = request.headers.get("content-type", "")
-        return requests.parse_body(model, await request.body(), kind, refuses_unknown=self._refuses_unknown)
+        return await requests.parsed(model, request, refuses_unknown=self._refuses_unknown)
 
     async def _respond(self, request: Request, order: requests.ParsedRequest, render: _Render) -> Response:
         order = replace(order, query=replace(order.query, traceparent=request.headers.get("traceparent", "")[:_TRACEPARENT]))
@@ -249,8 +248,8 @@ class _Front:
         rendering = render(order, self._service().pool, trace_url=at if order.body.is_stored else None)
         headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
         body, events = order.body, self._service().ask(order.query, order.policy, order.agent)
-        owner = _key_hash(request)
-        kept = self._kept(order.query, order.policy, events, owner, body.user, body.labels, is_stored=body.is_stored)
+        told = {"user": body.user, "metadata": body.labels}
+        kept = self._kept(order.query, order.policy, events, _key_hash(request), is_stored=body.is_stored, **told)
         items = _named(kept, rendering)
         if body.stream:
             return EventStream(_events(items, rendering), headers)
@@ -262,27 +261,21 @@ class _Front:
         policy: str,
         events: AsyncGenerator[Event],
         key_hash: str,
-        user: str | None,
-        metadata: Mapping[str, str],
         *,
         is_stored: bool = True,
-        branched_at: int | None = None,
+        **told: Any,
     ) -> AsyncGenerator[Event]:
-        """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met."""
+        """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met.
+
+        `told`: what else an `AnsweredQuery` holds.
+        """
         started_unix_s, service = time.time(), self._service()
         with self._places.take():
             try:
                 async with aclosing(events) as items:
                     async for item in items:
                         if isinstance(item, Answer):
-                            answered = AnsweredQuery(
-                                query=query,
-                                answer=item,
-                                user=user,
-                                metadata=dict(metadata),
-                                is_stored=is_stored,
-                                branched_at=branched_at,
-                            )
+                            answered = AnsweredQuery(query=query, answer=item, is_stored=is_stored, **told)
                             service.record(answered, key_hash)
                         yield item
             except DmoaError as error:
@@ -295,7 +288,7 @@ class _Front:
     ) -> Answer:
         """Run a branch from before a step of a trace, which holds a place as any other query, and return its answer."""
         metadata = {"branched_from": trace_id, "branched_at": str(step)}
-        items = self._kept(query, policy, events, _key_hash(request), None, metadata, branched_at=step)
+        items = self._kept(query, policy, events, _key_hash(request), metadata=metadata, branched_at=step)
         return await until_gone(request.receive, _last(items))
 
 
