@@ -38,10 +38,7 @@ def find_actor(kind: ActorKind, app: str) -> Any:
 
 
 def ensure_actor(actor: type, kind: ActorKind, app: str, *arguments: object) -> Any:
-    """Return an app's actor, created of these arguments if it is not there yet.
-
-    It is detached, restarts for as long as its app lives and takes no CPU of Ray's.
-    """
+    """Return an app's detached actor, made of these arguments if it is not there; it restarts for as long as its app lives."""
     name = actor_name(kind, app)
     options = {"name": name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached", "max_restarts": -1}
     return ray.remote(actor).options(**options, max_concurrency=1000, num_cpus=0).remote(*arguments)
@@ -53,10 +50,7 @@ def default_state_uri(app: str) -> str:
 
 
 def served_before_restart(app: str) -> dict[str, Any] | None:
-    """Return what an app served last (`config`, `configured`) to an actor that Ray restarted; None to any other.
-
-    The constructor of such an actor sees only what the actor was first created with.
-    """
+    """Return what an app served last (`config`, `configured`) to an actor that Ray restarted as it was first made; else None."""
     if not ray.get_runtime_context().was_current_actor_reconstructed:
         return None
     found = _internal_kv_get(f"dmoa/config/{app}".encode())
@@ -64,10 +58,7 @@ def served_before_restart(app: str) -> dict[str, Any] | None:
 
 
 async def once_up(ask: Callable[[], Awaitable[T]]) -> T:
-    """Return what an actor answers; while it restarts it is asked again, for `RESTART_S`. What is asked may be done twice.
-
-    Raises what the actor raises, and then ActorUnavailableError.
-    """
+    """Return what an actor answers, asked again while it restarts, for `RESTART_S`: then it raises ActorUnavailableError."""
     loop = asyncio.get_running_loop()
     give_up = loop.time() + RESTART_S
     while True:

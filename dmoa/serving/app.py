@@ -145,10 +145,7 @@ class SwarmIngress:
                 yield event
 
     async def answer_here(self, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
-        """Answer one query on this ingress's version of the pool, whose fingerprint comes first.
-
-        Raises PoolChangedError, and RequestError for an agent that this version does not have.
-        """
+        """Answer on this version of the pool, its fingerprint first. Raises PoolChangedError, RequestError (no such agent)."""
         if agent is not None and agent not in self.agents:
             raise unknown_model(agent, self)
         yield self._fingerprint
@@ -201,7 +198,6 @@ class SwarmIngress:
             self._explorer.offer(lambda: self._explore(query, key_hash))
 
     async def _explore(self, query: Query, key_hash: str) -> None:
-        """Ask a query that was answered once more, of all agents, to learn from."""
         again, hurried = asked_again(query, self._config.router.guards.held_back), self._explorer.hurried
         try:
             async with aclosing(self._exploring.ask(again, "exploring")) as events:
@@ -237,10 +233,7 @@ class SwarmIngress:
 
 
 async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
-    """Yield what the streaming handle `answer` of a running ingress yields for a query. Raises its errors.
-
-    PoolChangedError as well where that ingress was lost, or none took the query in time: then the query begins again.
-    """
+    """Yield what a running ingress yields for a query. Raises its errors; PoolChangedError where it is lost, or is too late."""
     responses = ask(answer, query, policy, agent).response
     is_done = False
     try:

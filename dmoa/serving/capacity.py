@@ -274,10 +274,7 @@ def hosts_of(deployment: Deployment, supply: Supply) -> tuple[GpuNode, ...]:
 
 
 def memory_of(deployment: Deployment, supply: Supply) -> int | None:
-    """Return the memory of the largest GPU that a replica may get; None: unknown of one of them.
-
-    Where there is none, what is published for the kind that it asks for.
-    """
+    """Return the memory of the largest GPU that a replica may get, without any that published for its kind; None: unknown."""
     nodes = hosts_of(deployment, supply)
     if not nodes:
         return published_bytes((deployment.accelerator_type,)) if deployment.accelerator_type else None
@@ -352,7 +349,6 @@ def _pieces_of(gpus: float, width: float) -> int:
 
 
 def _asked(pieces: int, width: float, where: str) -> str:
-    """Return the sentence about pieces that there is no room for."""
     if width > 1:
         return (
             f"{pieces} replicas at min_replicas have {width:g} GPUs or more, each on one node, {where}; lower min_replicas or "
@@ -463,7 +459,6 @@ def _listed(rows: Sequence[str]) -> str:
 
 
 def _largest(item: Deployment, supply: Supply) -> str:
-    """Return whose memory was counted, in words."""
     best = max(hosts_of(item, supply), key=lambda node: node.memory_bytes or 0, default=None)
     if best is None:
         return f" of a {item.accelerator_type} as published"
@@ -510,11 +505,7 @@ class DryRun:
 
 
 def dry_run(config: Config, address: str | None = None) -> DryRun:
-    """Return what starting a pool would come to, on the Ray at `address` or else on this machine.
-
-    Reads configuration files of models, never weights. Raises ConfigError where no Ray answers at the address, or as
-    `local_supply`.
-    """
+    """Return what starting a pool on the Ray at `address`, or here, would come to; reads no weights. Raises ConfigError."""
     supply = joined_supply(address) if address else local_supply()
     used = [config.llms[agent.llm] for agent in callable_agents(config)]
     loaded = [llm.model for llm in used if llm.options.memory_use]
@@ -522,10 +513,7 @@ def dry_run(config: Config, address: str | None = None) -> DryRun:
 
 
 def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str], *, is_here: bool = False) -> DryRun:
-    """Return the same for GPUs and model sizes that are known already; sizes are by the `model` field.
-
-    `is_here`: the agents are to run on this machine.
-    """
+    """Return the same for GPUs and model sizes, by the `model` field, that are known; `is_here`: agents run on this machine."""
     plan = plan_of(config)
     adapters = _adapter_bytes(config)
     memories = {

@@ -249,7 +249,6 @@ class ServerClient:
 
 
 def _error(message: str, error: openai.APIError) -> DmoaError:
-    """Return dmoa's error for what the server answered."""
     status = error.status_code if isinstance(error, openai.APIStatusError) else 0
     if 400 <= status < 500:
         return RequestError(message, param=error.param, code=error.code, status=status)

@@ -22,10 +22,7 @@ BUILDER = "dmoa.serving.deploy:build_pool"
 
 
 def build_pool(args: dict[str, Any]) -> Any:
-    """Return the bound Serve application of a pool, given as the tree of its YAML file; Serve calls this.
-
-    Raises ConfigError for a bad pool, and for one whose server others can reach where no API keys are set.
-    """
+    """Return the Serve application of a pool's YAML tree. Raises ConfigError for a bad pool, or one exposed without keys."""
     config = from_tree(copy.deepcopy(args), source="args")
     check_exposure(config.server.host, hash_keys(os.environ), insecure=False)
     return build_with_keys(config)

@@ -88,10 +88,7 @@ class FeedbackStore:
             _LOG.warning("unfinished files of feedback stay where they are: %s", error)
 
     def load(self) -> tuple[list[Feedback], bytes] | None:
-        """Return the records and the state, None where there are none. Raises ConfigError where they cannot be read.
-
-        A first save that was cut off leaves records alone: they are what is kept.
-        """
+        """Return records and state, or None; records alone where the first save was cut off. Raises ConfigError if unreadable."""
         names = (f"{self._root}/{FILE}", f"{self._root}/{STATE}")
         has_records, has_state = (info.type == arrow_fs.FileType.File for info in self._fs.get_file_info(list(names)))
         if has_state and not has_records:

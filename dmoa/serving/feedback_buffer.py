@@ -155,10 +155,7 @@ class FeedbackBuffer:
         return [record for _, _, record in sorted(itertools.chain(*self._groups.values()), key=lambda entry: entry[1])]
 
     def since(self, number: int) -> tuple[int, list[Feedback]]:
-        """Return how many records have come, and of the ones after so many those that are kept or among the newest.
-
-        A full sample takes ever fewer of what comes; whoever follows the stream sees it all.
-        """
+        """Return how many records have come, and those after `number` that are kept or new: who follows the stream sees all."""
         newer = {place: record for _, place, record in itertools.chain(*self._groups.values()) if place >= number}
         newer |= {place: record for place, record in self._newest if place >= number}
         return self.seen, [newer[place] for place in sorted(newer)]
@@ -190,10 +187,7 @@ class FeedbackBuffer:
             tenant.outcomes = OrderedDict((_name_of(one), one) for one in outcomes)
 
     def add(self, state: bytes) -> None:
-        """Take up what another buffer came to know since, beside its records: its word on an answer counts.
-
-        Raises ConfigError for a state that cannot be read.
-        """
+        """Take up what another buffer came to know since: its word counts. Raises ConfigError for a state that cannot be read."""
         for name, traces, outcomes in read_state(state):
             tenant = self._tenants.setdefault(name, _Tenant())
             for trace_id, unix_s in traces.items():

@@ -172,10 +172,7 @@ def free_port() -> int:
 
 
 def _start_serve(host: str, port: int, app: str, *, is_here: bool) -> str:
-    """Start Serve, unless it runs; return the host that is listened on. Raises ConfigError, also for another port.
-
-    `is_here`: on this machine, with nothing running yet.
-    """
+    """Start Serve, unless it runs; return the host it listens on. Raises ConfigError. `is_here`: on a new Ray of this machine."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.context import _get_global_client
@@ -332,10 +329,7 @@ def ray_address(address: str | None) -> str | None:
 
 
 def _use_token() -> None:
-    """Send the token that Ray keeps for this user, unless the environment says otherwise; call before importing Ray.
-
-    A Ray that a program started for itself wants it, and one that wants none ignores it (Ray 2.60).
-    """
+    """Send this user's token for Ray, unless the environment says otherwise; a Ray that wants none ignores it."""
     if token_path().is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 

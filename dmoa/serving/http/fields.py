@@ -192,7 +192,6 @@ def final_call(
 
 
 def _choice(tools: list[ToolSpec], choice: str | NamedTool | None) -> str:
-    """Return the choice of tools in `FinalCall`'s words, or none."""
     names = [tool.function.name for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -208,7 +207,6 @@ def _choice(tools: list[ToolSpec], choice: str | NamedTool | None) -> str:
 
 
 def _form(wanted: ResponseFormat | None) -> dict[str, Any]:
-    """Return the fields of a `FinalCall` that tell of the answer's form."""
     if wanted is None or wanted.type == "text":
         return {}
     if wanted.type == "json_object":

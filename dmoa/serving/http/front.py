@@ -156,7 +156,6 @@ class Front:
         self._knows_routes = True
 
     async def _hand_on(self, scope: Scope, receive: Receive, body: bytes, answer: _Answer) -> None:
-        """Have a request answered whose body was read."""
         is_read = False
 
         async def replayed() -> Message:
@@ -286,7 +285,6 @@ class _Answer:
         self._is_serves = self._is_done = self._is_stream = False
 
     async def send(self, message: Message) -> None:
-        """Pass one message on."""
         if message["type"] == "http.response.start":
             message = self._started(message)
             if self._is_serves:
@@ -362,10 +360,7 @@ def places_behind(most: int) -> int:
 
 
 def middlewares() -> list[Middleware]:
-    """Bound the connections of this process and return its front; whoever of Serve's processes listens calls this as it starts.
-
-    By `SETTING`, which `dmoa serve` sets.
-    """
+    """Bound this process's connections and return its front; of Serve's processes those that listen call it (`SETTING`)."""
     from ray.serve.context import _get_internal_replica_context
 
     bound_connections()

@@ -61,8 +61,6 @@ _LAST_EVENTS = {STREAMING: last_event("/chat/completions", _LOST), RESPONDING: l
 
 @dataclass(slots=True)
 class _Proxy:
-    """One proxy, as the keeper knows it."""
-
     states: mmap.mmap
     copies: dict[int, socket.socket] = field(default_factory=dict)
     """Of its connections, by the proxy's own number of each."""
@@ -380,10 +378,7 @@ class _KeptCycle(httptools_impl.RequestResponseCycle):
 
 
 class _KeptServer(uvicorn.Server):
-    """uvicorn's server on the kept port, with the connections that were idle when the last one died.
-
-    An ingress that Serve replaces or ends stops to listen at once; its queries go on.
-    """
+    """uvicorn's server on the kept port, with connections that the last one left idle; replaced, it stops listening at once."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         kept = KeptProtocol.kept

@@ -38,10 +38,7 @@ def is_open(path: str) -> bool:
 
 
 def hash_keys(env: Mapping[str, str], variable: str = VARIABLE) -> tuple[str, ...]:
-    """Return the SHA-256 hex digests of the comma-separated keys in `variable`; empty if it is unset or empty.
-
-    Raises ConfigError if the variable holds separators but no key: whoever set it meant to have one.
-    """
+    """Return SHA-256 hex digests of comma-separated keys in a variable, none if unset. Raises ConfigError for commas alone."""
     raw = env.get(variable, "")
     keys = [key for part in raw.split(",") if (key := part.strip())]
     if raw and not keys:

@@ -670,7 +670,6 @@ def unknown_model(model: str, service: SwarmService) -> RequestError:
 
 
 def _limits(options: DmoaOptions, service: SwarmService) -> Limits:
-    """Return the query's limits: the pool's, where the client does not ask for less."""
     pool = service.limits
     return Limits(
         max_steps=_lower(options.max_steps, pool.max_steps) or pool.max_steps,

@@ -263,10 +263,7 @@ class Rendering:
         return _event(described(error)[1]) + DONE
 
     def closing(self, answer: Answer) -> bytes:
-        """Return the chunks that end a stream: what was not sent of the text, the reason, usage, `[DONE]`.
-
-        Raises EmptyAnswerError.
-        """
+        """Return the chunks that end a stream: the rest of the text, the reason, usage, `[DONE]`. Raises EmptyAnswerError."""
         events = b""
         check_not_empty(answer)
         first, *others = choices_of(answer)
@@ -298,7 +295,6 @@ class Rendering:
         return events
 
     def _dmoa(self, answer: Answer) -> ReplyDmoa | None:
-        """Return the reply's `dmoa` object, None where the client wants none."""
         if self._order.body.dmoa is False:
             return None
         told = reply_dmoa(answer, pool=self._pool, with_texts=bool(self._order.body.options.trace), trace_url=self._trace_url)

@@ -306,7 +306,6 @@ async def _named(items: AsyncGenerator[Event], rendering: responses.Rendering) -
 
 
 async def _last(items: AsyncGenerator[Event]) -> Answer:
-    """Run a query to its end and return the Answer."""
     async with aclosing(items):
         async for item in items:
             if isinstance(item, Answer):

@@ -72,10 +72,7 @@ class SwarmService(SwarmClient, Protocol):
         """Return the router's aggregate in the Prometheus text format."""
 
     async def trace(self, trace_id: str, key_hash: str | None) -> dict[str, Any] | None:
-        """Return the trace of a query that the same key made; None if there is none, or another key made it.
-
-        Without a key, which is what an admin's is, anybody's.
-        """
+        """Return the trace of a query that the same key made, without a key (an admin) anybody's; None if there is none."""
 
     def record(self, answered: AnsweredQuery, key_hash: str) -> None:
         """Keep the trace of an answered query, or no more than that there was one; returns at once and never raises."""

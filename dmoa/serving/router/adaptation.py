@@ -154,10 +154,7 @@ class Adaptation:
         *,
         frozen: str | None = None,
     ) -> None:
-        """Take up what was kept for the same pool. `frozen`: why learning was frozen where the router kept its state before.
-
-        Raises CheckpointError where it cannot be read.
-        """
+        """Take up what was kept for the same pool; `frozen`: why it was so at the place before. Raises CheckpointError."""
         self._state, self._config, self._versions, self._clock = state, config, versions, clock
         self._guards = config.router.guards
         self._held = HeldBack(config)
@@ -229,7 +226,6 @@ class Adaptation:
         return is_tried and all(self._state.load_version(version) for version in (trial.control, trial.candidate))
 
     def _resume(self) -> None:
-        """Go on with the tests of the trial, if there is one."""
         trial = self._kept.trial
         self._arms, self._control_gate = {}, None
         self._versions.wanted = frozenset({self._kept.anchor, *self._kept.tried})
@@ -476,7 +472,7 @@ class Adaptation:
         if record.version == self._versions.version:
             self._save()
             return self._told("refused", [f"gate {record.version} is current already"], verdicts, record.version), None
-        self._versions.keep(gate, record)
+        self._state.save_version(gate, record)
         note = f"update {said.update} on {said.used} queries ({said.signal}{', shift' if said.shift else ''})"
         is_tried = "canary" not in self._guards.skip
         if is_tried:
@@ -676,7 +672,6 @@ class Adaptation:
 
 
 def _would(shadow: Shadow) -> str:
-    """Say what an observed gate would have changed."""
     if not shadow.inputs:
         return "would have been installed; no inputs yet to say what it changes"
     first = ", ".join(f"{name} {share:.0%}" for name, share in list(shadow.first.items())[:5])

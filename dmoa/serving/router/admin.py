@@ -43,10 +43,7 @@ class RouterAdmin:
             ) from error
 
     def install(self, files: dict[str, bytes], note: str = "") -> dict[str, Any]:
-        """Make a checkpoint (see `checkpoint_files`) the current gate; returns what changed, as `RouterActor.install`.
-
-        Raises CheckpointError where the router refuses it; DmoaError while the router is away.
-        """
+        """Make a checkpoint (`checkpoint_files`) current, as `RouterActor.install`. Raises CheckpointError, DmoaError (away)."""
         return self._call("install", files, note)
 
     def rollback(self, version: str | None = None, note: str = "") -> dict[str, Any]:

@@ -69,7 +69,11 @@ def shadow_check(gate: Gate, version: str, current: Gate, inputs: Sequence[Float
             raise CheckpointError(
                 f"gate {version}: {name} holds NaN or infinity; only finite weights are allowed; train it again"
             )
-    decisions = _decide(gate, version, [*inputs, *_made_up(gate.spec.input_dim)])[: len(inputs)]
+    rows = [*inputs, *_made_up(gate.spec.input_dim)]
+    decisions = judged(gate, rows, version=version)
+    for decision in (*decisions, *judged(gate, rows, decisions, version=version)):
+        _check(decision, version)
+    decisions = decisions[: len(inputs)]
     if not inputs:
         return Shadow(inputs=0, same_first=None, mean_k=None, first={}), ([], [])
     before = judged(current, inputs)
@@ -107,15 +111,6 @@ def judged(gate: Gate, inputs: Sequence[FloatArray], before: Decisions | None = 
         return decider.decide([RouteRequest(input_X=x, hidden_H=h) for x, h in zip(inputs, states, strict=True)])
     except RoutingError as error:
         raise CheckpointError(f"gate {version}: shadow check: {error}") from error
-
-
-def _decide(gate: Gate, version: str, inputs: Sequence[FloatArray]) -> Decisions:
-    """Return the first steps' decisions, after a check of them and of the second steps'."""
-    first = judged(gate, inputs, version=version)
-    second = judged(gate, inputs, first, version=version)
-    for decision in (*first, *second):
-        _check(decision, version)
-    return first
 
 
 def _check(decision: RouteDecision, version: str) -> None:
@@ -281,12 +276,8 @@ class GateVersions:
             )
         return gate, record, shadow_check(gate, record.version, self.gate, inputs)
 
-    def keep(self, gate: Gate, record: Checkpoint) -> None:
-        """Keep a version that is not current, for as long as `wanted` names it."""
-        self._state.save_version(gate, record)
-
     def adopt(self, gate: Gate, record: Checkpoint, note: str) -> Change:
-        """Make a gate current that `check` gave and `keep` kept, because it passed the guards; the state may be written later."""
+        """Make a kept gate current that `check` gave, because it passed the guards; the state may be written later."""
         with self._state.patience():
             return self._change(gate, record, "adapted", note, None)
 
