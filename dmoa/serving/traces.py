@@ -101,8 +101,7 @@ class TraceStore:
         self._writing = asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
         self._tender: asyncio.Task[None] | None = None
-        earlier = self._places() if served is not None else []
-        for uri in earlier:
+        for uri in self._places() if served is not None else ():
             with suppress(ConfigError):  # it could be opened once
                 if uri != bounds.trace_uri:
                     self._reach(uri)
@@ -195,16 +194,17 @@ class TraceStore:
         summary, calls = summarise(one.answer, question=question, created_unix_s=one.created_unix_s)
         if one.branched_at:
             _, calls = summarise(one.own, question=question, created_unix_s=one.created_unix_s)
-        self._add(KeptTrace(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
+        self._take(KeptTrace(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
         self._exporter.put(one)
-        self._shrink()
-        self._save_soon()
         return one
 
     async def put_failed(self, summary_json: str, key_hash: str) -> None:
         """Keep the summary of a query that was not answered."""
         summary = TraceSummary.model_validate_json(summary_json)
-        self._add(KeptTrace(owner=tenant_of(key_hash), summary=summary, calls=(), size=len(summary_json)))
+        self._take(KeptTrace(owner=tenant_of(key_hash), summary=summary, calls=(), size=len(summary_json)))
+
+    def _take(self, kept: KeptTrace) -> None:
+        self._add(kept)
         self._shrink()
         self._save_soon()
 

@@ -279,6 +279,7 @@ class Adaptation:
             name: {"pairs": arm.whole.pairs, "worse_by": round(arm.whole.mean, 4), "evidence": round(arm.evidence, 3)}
             for name, arm in list(self._arms.items())  # a thread may change them
         }
+        shown = {"control", "candidate", "update", "begun_unix_s", "queries"}
         return {
             "mode": self.mode,
             "ledger": kept.ledger,
@@ -286,15 +287,7 @@ class Adaptation:
             "cooldown_s": round(self._cooldown_left_s(), 1),
             "anchor": kept.anchor,
             "held_back": len(self._held),
-            "trial": trial
-            and {
-                "control": trial.control,
-                "candidate": trial.candidate,
-                "update": trial.update,
-                "begun_unix_s": trial.begun_unix_s,
-                "queries": dict(trial.queries),
-                "signals": arms,
-            },
+            "trial": trial and trial.model_dump(mode="json", include=shown) | {"signals": arms},
             "counts": dict(kept.counts),
             "failures": dict(kept.failures),
             "distrusted": list(kept.distrusted),
