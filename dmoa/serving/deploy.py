@@ -29,10 +29,7 @@ def build_pool(args: dict[str, Any]) -> Any:
 
 
 def build_with_keys(config: Config) -> Any:
-    """Return the bound Serve application of a pool, with the keys of the environment.
-
-    Raises ConfigError as `build_app`, and where there are no API keys and others can reach the Serve that runs here already.
-    """
+    """Return the Serve application of a pool, keys from the environment. Raises ConfigError, also for a Serve open to others."""
     key_hashes = hash_keys(os.environ)
     running = context._get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if running is not None:

@@ -12,7 +12,6 @@ from ray.util import metrics as ray_metrics
 from dmoa.types import Answer, RouterStatus
 
 _LATENCY_MS = [50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000]
-"""Upper ends of the histogram's buckets."""
 
 
 class QueryMetrics:

@@ -18,13 +18,13 @@ from typing import Any
 
 from pyarrow import fs as arrow_fs
 from pyarrow.lib import ArrowException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dmoa.reading import MAX_LINE_BYTES
 from dmoa.serving.actors import unpack_record
 from dmoa.serving.trace_list import TraceCalls, TraceSummary
 from dmoa.storage import json_line, place_of, write_at
-from dmoa.trace import Trace
+from dmoa.trace import ReplyModel, Trace
 from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.traces")
@@ -79,10 +79,8 @@ class KeptTrace:
         return unpack_record(self.packed).trace() if self.packed else None
 
 
-class Indexed(BaseModel):
+class Indexed(ReplyModel):
     """A line of an index."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     owner: str
     offset: int = Field(ge=0)

@@ -24,7 +24,6 @@ from dmoa.reading import without_texts
 from dmoa.types import FinalCall
 
 MAX_NEW_TOKENS = 131072
-"""Most tokens that a client may ask for."""
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 65536
 """Longest JSON Schema of a form or of a tool's parameters."""

@@ -232,8 +232,8 @@ class PageRoutes:
         return json_response(BranchReply(answer=answer.text, dmoa=reply_dmoa(answer, pool=service.pool, with_texts=True)))
 
     async def runs(self) -> Response:
-        """List the trainings and evaluations that the page can show: of a server none, `dmoa view` shows those on a disk."""
-        return json_response(RunsReply(data=[]))
+        """List the trainings and evaluations that the page can show."""
+        return json_response(RunsReply(data=[]))  # a server has none: `dmoa view` shows those on a disk
 
     async def run(self, run_id: str) -> Response:
         """Tell of one training or evaluation."""
@@ -244,12 +244,6 @@ def unknown_run(run_id: str) -> RequestError:
     """Return the error of a run that is not there."""
     message = f"run_id is {run_id[:80]!r}; there is no such run"
     return RequestError(message, param="run_id", code="unknown_run", status=404)
-
-
-BODIES: tuple[type[BaseModel], ...] = (RollbackRequest, WhatIfRequest, BranchRequest)
-"""Request records for the OpenAPI document, ..."""
-REPLIES: tuple[type[BaseModel], ...] = (StatusReply, TracePage, GatesReply, RollbackReply, WhatIfReply, BranchReply, RunsReply)
-"""... and those of replies."""
 
 
 def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow) -> None:

@@ -148,7 +148,7 @@ def create_app(
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
     page.add_routes(app, service_getter, front.follow)
-    responses.install_document(app, has_keys=bool(key_hashes), bodies=(ResponsesRequest, *page.BODIES), replies=page.REPLIES)
+    responses.install_document(app, has_keys=bool(key_hashes))
     app.add_route(DOCS_PATH, lambda request: HTMLResponse(responses.docs_page(app.openapi())), methods=["GET"])
     return app
 

@@ -110,10 +110,7 @@ class RouterActor:
             self._watcher = self._spawn(self._watch())
 
     async def configure(self, config_json: str, configured: str | None = None) -> str:
-        """Serve this configuration from now on; returns the gate version that new queries begin with.
-
-        The same configuration with the same checkpoint changes nothing: what was installed since stays.
-        """
+        """Serve a configuration from now on; returns the current gate version. The same one, checkpoint too, changes nothing."""
         config = Config.model_validate_json(config_json)
         async with self._changing:
             if (config, configured) != (self._config, self._configured):
@@ -259,10 +256,7 @@ class RouterActor:
         return found[0] if found else None
 
     async def route(self, packed: bytes, version: str) -> bytes:
-        """Decide steps of queries on this version of the pool: packed RouteRequests in, packed RouteDecisions out, or errors.
-
-        Raises PoolChangedError where the router serves another version.
-        """
+        """Decide packed RouteRequests of a version of the pool: packed RouteDecisions, or errors. Raises PoolChangedError."""
         self._begin()
         check_version(version, self._pool_version)
         requests: list[RouteRequest] = unpack_record(packed)

@@ -39,7 +39,6 @@ from dmoa.validation import describe, short
 _LOG = logging.getLogger("dmoa.router")
 FILE = "adaptation.json"
 MAX_EVENTS = 256
-"""Events that are remembered."""
 MAX_LINE = 64
 """Versions of a trial whose queries still count."""
 KEPT_CANDIDATES = 8

@@ -102,10 +102,7 @@ class RemoteRouter:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
-        """Hand the configuration to the actor, once it is up, and take a copy of its weights; returns the gate version.
-
-        Raises ConfigError where the actor refuses what is configured, or cannot read or write its state.
-        """
+        """Hand the configuration to the actor, once up, and copy its weights; returns the gate version. Raises ConfigError."""
         try:
             text = self._config.model_dump_json()
             version: str = await once_up(lambda: self._actor.configure.remote(text, self._configured))

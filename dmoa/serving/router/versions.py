@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from dmoa.agents.pool import build_pool_gate, fingerprint, fit_gate
 from dmoa.checkpoint import Checkpoint, read_files
@@ -20,6 +20,7 @@ from dmoa.core.gate import Gate
 from dmoa.core.inference import Decider
 from dmoa.errors import CheckpointError, RoutingError
 from dmoa.serving.router.state import RouterState
+from dmoa.trace import ReplyModel
 from dmoa.types import FloatArray, RouteDecision, RouteRequest, is_untrained
 from dmoa.validation import describe, did_you_mean, short
 
@@ -36,10 +37,8 @@ MAX_ADAPTED = 16
 MAX_NOTE_CHARACTERS = 500
 
 
-class Shadow(BaseModel):
+class Shadow(ReplyModel):
     """What a gate decides on the inputs that the router was asked about last."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     inputs: int
     """Recent inputs; 0 where nothing was routed yet, then only made-up inputs were tried."""
@@ -135,10 +134,8 @@ def _first(decision: RouteDecision) -> str:
 Action = Literal["configured", "install", "adapted", "rollback"]
 
 
-class HistoryEntry(BaseModel):
+class HistoryEntry(ReplyModel):
     """One change of the version that new queries begin with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     version: str
     action: Action
