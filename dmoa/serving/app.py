@@ -161,10 +161,7 @@ class SwarmIngress:
         await asyncio.gather(*self._tasks.values())
 
     async def ready(self) -> dict[str, str]:
-        """Return agent -> "up", "cold", or the reason why it is neither.
-
-        An agent that may be cold is not asked, because that would wake it and keep it awake: the router's word stands for it.
-        """
+        """Return agent -> "up", "cold", or why it is neither. Who may sleep is not asked, for that wakes it: the router tells."""
         names = [agent.name for agent in callable_agents(self._config)]
         asked = [name for name in names if name not in self._sleepers]
         states = dict.fromkeys(asked, UP) | await self._agents.unready(asked, READY_TIMEOUT_S)

@@ -365,7 +365,9 @@ def _memory(config: Config, item: Deployment, memory: Memory, supply: Supply) ->
     options = config.llms[item.llm].options
     assert options.memory_use is not None  # else there was no budget
     share = _share(item, options.memory_use)
-    where = f"{gib(memory.budget_bytes)} ({share:g} of {gib(memory.memory_bytes)}{_largest(item, supply)})"
+    best = max(hosts_of(item, supply), key=lambda node: node.memory_bytes or 0, default=None)
+    whose = f" of {' '.join(best.kinds) or 'the GPUs'} on {best.name}" if best else f" of a {item.accelerator_type} as published"
+    where = f"{gib(memory.budget_bytes)} ({share:g} of {gib(memory.memory_bytes)}{whose})"
     adapters = f" and {gib(memory.adapters_bytes)} of adapters" if memory.adapters_bytes else ""
     if memory.room_bytes <= 0:
         ways = "raise tensor_parallel_size and gpus, name a larger kind of GPU" if options.gpu_split else "name a larger GPU"
@@ -456,13 +458,6 @@ def _nodes(nodes: Iterable[GpuNode]) -> str:
 
 def _listed(rows: Sequence[str]) -> str:
     return ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
-
-
-def _largest(item: Deployment, supply: Supply) -> str:
-    best = max(hosts_of(item, supply), key=lambda node: node.memory_bytes or 0, default=None)
-    if best is None:
-        return f" of a {item.accelerator_type} as published"
-    return f" of {' '.join(best.kinds) or 'the GPUs'} on {best.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

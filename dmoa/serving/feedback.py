@@ -387,16 +387,15 @@ class FeedbackSender:
             return
         self._pending += len(taken)
         try:
-            packed = await asyncio.to_thread(self._packed, taken)
+            packed = await asyncio.to_thread(
+                lambda: pack_record([feedback_of(one, key_hash=key_hash, salt=self._salt) for one, key_hash in taken])
+            )
             async with asyncio.timeout(PATIENCE_S):
                 await self._actor.put.remote(packed)
         except (RayError, TimeoutError) as error:
             self._give_up(len(taken), type(error).__name__)
         finally:
             self._pending -= len(taken)
-
-    def _packed(self, finished: Sequence[tuple[AnsweredQuery, str]]) -> bytes:
-        return pack_record([feedback_of(one, key_hash=key_hash, salt=self._salt) for one, key_hash in finished])
 
     def _give_up(self, number: int, reason: str) -> None:
         before, self.given_up = self.given_up, self.given_up + number

@@ -185,7 +185,8 @@ def _start_serve(host: str, port: int, app: str, *, is_here: bool) -> str:
                 f"server.port is {port}; Serve listens on {options.host}:{options.port} on this Ray; give that port "
                 "(--port), or start a Ray of its own (no --address)"
             )
-        owner = _listening_app(running)
+        groups = running.get_serve_details().get("target_groups", ())  # of an app, where its ingress listens itself
+        owner = next((str(group["app_name"]) for group in groups if group.get("app_name") and group.get("targets")), None)
         if owner not in {None, app}:
             raise ConfigError(
                 f"app is {app!r}; the ingress of app {owner!r} has port {port} to itself on this Ray; start that one with "
@@ -205,12 +206,6 @@ def _start_serve(host: str, port: int, app: str, *, is_here: bool) -> str:
         why = f"server: Serve's proxy did not start on {host}:{port}: {last_words(error)}"
         raise DmoaError(f"{why}; start again, on another address if it is taken") from error
     return host
-
-
-def _listening_app(serve: Any) -> str | None:
-    """Return the app of a running Serve whose ingress listens itself, None where the proxy does."""
-    groups = serve.get_serve_details().get("target_groups", ())
-    return next((str(group["app_name"]) for group in groups if group.get("app_name") and group.get("targets")), None)
 
 
 def _build(

@@ -15,10 +15,7 @@ _LATENCY_MS = [50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_
 
 
 class QueryMetrics:
-    """Counts answered queries; Ray exports the numbers of every replica.
-
-    Tokens are those of all calls, lost ones and the explored included; `kind` is prompt or completion.
-    """
+    """Counts answered queries, and the tokens of all calls, lost and explored ones too; Ray exports every replica's numbers."""
 
     def __init__(self, pool: str) -> None:
         tags = {"pool": pool}

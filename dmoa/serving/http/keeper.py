@@ -241,7 +241,9 @@ class PortKeeper:
 
     def _refuse(self, client: socket.socket) -> None:
         """Tell a client to try again, and read on for a while, so that it reads the answer before it is reset."""
-        self._keep_guest(client, _LINGER_S)
+        self._guests[client] = time.monotonic() + _LINGER_S
+        if len(self._guests) > _MAX_GUESTS:
+            self._end(next(iter(self._guests)))
         self._watch(client, self._drain)
         left_s = self._return_s - (time.monotonic() - self._away_since_s)
         try:
@@ -250,11 +252,6 @@ class PortKeeper:
             client.shutdown(socket.SHUT_WR)
         except OSError:
             self._end(client)
-
-    def _keep_guest(self, client: socket.socket, seconds: float) -> None:
-        self._guests[client] = time.monotonic() + seconds
-        if len(self._guests) > _MAX_GUESTS:
-            self._end(next(iter(self._guests)))
 
     def _drain(self, client: socket.socket) -> None:
         try:

@@ -658,8 +658,7 @@ class Adaptation:
         self._note(action, trial.candidate, note)
         self._kept.tried = [*self._kept.tried, trial.candidate][-KEPT_CANDIDATES:]
         self._kept.trial = None
-        self._arms, self._control_gate = {}, None
-        self._versions.wanted = frozenset({self._kept.anchor, *self._kept.tried})
+        self._resume()
         self._versions.drop_old()
 
 
