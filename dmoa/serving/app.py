@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import replace
+from contextlib import aclosing, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.pool import check_files, check_vllm, fingerprint
 from dmoa.config import Config, callable_agents
-from dmoa.errors import DmoaError, PoolChangedError, RequestError
+from dmoa.errors import CheckpointError, DmoaError, NoAgentError, PoolChangedError, RequestError
 from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
 from dmoa.reading import read_json
@@ -37,15 +37,16 @@ from dmoa.serving.http.requests import unknown_model
 from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
 from dmoa.serving.metrics import QueryMetrics, exposition
-from dmoa.serving.observatory import Observatory
 from dmoa.serving.placement import INGRESS, deployment_names
 from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, query_drain_s
 from dmoa.serving.router.actor import RouterActor
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
+from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, TraceSummary
 from dmoa.serving.traces import TraceOutbox, TraceStore
+from dmoa.serving.what_if import DecidedStep, branch, by_gate, by_policy
 from dmoa.swarm import Swarm, abilities_of
-from dmoa.trace import AnsweredQuery
+from dmoa.trace import AnsweredQuery, Trace
 from dmoa.types import Answer, Event, Query
 
 _LOG = logging.getLogger("dmoa.ingress")
@@ -53,6 +54,8 @@ READY_TIMEOUT_S = 2.0
 """How long /readyz waits for an agent's answer."""
 APP = "dmoa"
 """Name of the Serve application unless told otherwise."""
+AWAY = "the router is away; try again in a moment"
+TRACES_AWAY = "the trace store is away; try again in a moment"
 _HEAD = "node:__internal_head__"
 """Resource that Ray gives to the head alone, one of it."""
 
@@ -227,6 +230,73 @@ class SwarmIngress:
             await self._outbox.put(replace(answered, pool=self.pool, fingerprint=by), key_hash)
         except RayError as error:
             _LOG.warning("trace %s was lost: %s", trace_id, type(error).__name__)
+
+
+class Observatory:
+    """What the page of a server reads and does, over the actors of its app; implements `service.PageService`."""
+
+    def __init__(self, *, traces: Any, router: RemoteRouter, actor: Any, swarm: Swarm) -> None:
+        """`traces` and `actor` are the trace store's and the router's handles."""
+        self._traces = traces
+        self._router = router
+        self._actor = actor
+        self._swarm = swarm
+        self._agents = swarm.config.agent_names
+
+    async def status(self) -> dict[str, Any] | None:
+        """Return the router's account of itself; None while it is away."""
+        found = await self._router.status()
+        return None if found is None else asdict(found)
+
+    async def statistics(self, key_hash: str | None) -> list[AgentStatistics]:
+        """Return what the agents did in the traces of a key."""
+        try:
+            return await self._traces.statistics.remote(self._agents, key_hash)
+        except RayError:
+            return []
+
+    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> TracePage:
+        """Return a page of the traces of a key. Raises RequestError (503) while the store is away: it does not have none."""
+        try:
+            return await self._traces.listed.remote(wanted, key_hash)
+        except RayError as error:
+            raise RequestError(TRACES_AWAY, code="traces_away", status=503) from error
+
+    async def gates(self) -> dict[str, Any]:
+        """Return the current gate and the history. Raises NoAgentError while the router is away."""
+        history, status = await self._ask("history"), await self._ask("status")
+        return {"current": status.gate_version, "history": history}  # the last entry may be of an offer that was refused
+
+    async def rollback(self, version: str | None, note: str) -> dict[str, Any]:
+        """Make an earlier gate current again. Raises RequestError where there is none such."""
+        return await self._ask("rollback", version, note)
+
+    async def what_if(self, trace: Trace, *, gate_version: str | None, policy: str | None) -> list[DecidedStep]:
+        """Decide every step of a trace again. Raises RequestError."""
+        if gate_version is not None:
+            return await by_gate(trace, self._router, gate_version)
+        return await by_policy(trace, self._swarm, policy or "")
+
+    def branch(
+        self, trace: Trace, trace_id: str, *, step: int, policy: str | None, agents: tuple[str, ...]
+    ) -> tuple[Query, AsyncGenerator[Event]]:
+        """Return the query that goes on from before a step of a trace, and its events. Raises RequestError."""
+        return branch(trace, self._swarm, trace_id, step=step, policy=policy, agents=agents)
+
+    def failed(self, summary: TraceSummary, key_hash: str) -> None:
+        """Keep the summary of a query that was not answered."""
+        with suppress(RayError):
+            self._traces.put_failed.remote(summary.model_dump_json(), key_hash)
+
+    async def _ask(self, method: str, *arguments: object) -> Any:
+        try:
+            return await getattr(self._actor, method).remote(*arguments)
+        except RayTaskError as error:
+            if isinstance(error.cause, CheckpointError):
+                raise RequestError(f"version: {error.cause}", param="version", code="unknown_version", status=404) from error
+            raise
+        except RayError as error:
+            raise NoAgentError(AWAY) from error
 
 
 async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
