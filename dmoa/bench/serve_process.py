@@ -154,9 +154,9 @@ def _export_spans(app: str, endpoint: str | None) -> None:
     import ray
 
     from dmoa.config import RouterConfig, TracingConfig
-    from dmoa.serving.actors import NAMESPACE, traces_name
+    from dmoa.serving.actors import find_actor
 
-    store = ray.get_actor(traces_name(app), namespace=NAMESPACE)
+    store = find_actor("traces", app)
     ray.get(store.configure.remote(RouterConfig(), TracingConfig(otlp_endpoint=endpoint)))
 
 
@@ -167,10 +167,10 @@ def _offer(app: str) -> None:
     from ray.exceptions import RayError
 
     from dmoa.checkpoint import describe_gate, files_of, read_files
-    from dmoa.serving.actors import NAMESPACE, router_name
+    from dmoa.serving.actors import find_actor
 
     with contextlib.suppress(RayError, ValueError):
-        router = ray.get_actor(router_name(app), namespace=NAMESPACE)
+        router = find_actor("router", app)
         status = ray.get(router.status.remote())
         gate, old = read_files(ray.get(router.weights.remote(status.gate_version)), "the current gate")
         with torch.no_grad():

@@ -27,6 +27,7 @@ from dmoa.config import TracingConfig
 from dmoa.errors import DmoaError
 from dmoa.serving.launch import SERVE_FLAGS
 from dmoa.serving.otlp import SEND_S, Exporter
+from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Query
 
 ON_BAR, OFF_BAR = 1.05, 0.01
@@ -89,8 +90,8 @@ def off_cost_s(calls: int = _OFF_CALLS) -> float:
     )
 
     async def measured() -> float:
-        exporter = Exporter(TracingConfig())
-        return seconds_per_call(lambda: exporter.put(query, answer, pool="null", ended_unix_s=0.0), calls)
+        exporter, answered = Exporter(TracingConfig()), AnsweredQuery(query=query, answer=answer, pool="null")
+        return seconds_per_call(lambda: exporter.put(answered), calls)
 
     return asyncio.run(measured())
 

@@ -9,7 +9,7 @@ import logging
 import pickle
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 from platformdirs import user_state_path
@@ -18,6 +18,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 
 _LOG = logging.getLogger("dmoa.feedback")
 T = TypeVar("T")
+ActorKind = Literal["router", "traces", "feedback"]
 NAMESPACE = "dmoa"
 RESTART_S = 60.0
 """How long an actor that restarts is waited for by what cannot begin without it."""
@@ -26,19 +27,21 @@ SAVE_PATIENCE_S = 5.0
 _PAUSE_S = 0.1
 
 
-def router_name(app: str) -> str:
-    """Return the name of an app's router actor."""
-    return f"dmoa-router-{app}"
+def actor_name(kind: ActorKind, app: str) -> str:
+    """Return the name of an app's actor."""
+    return f"dmoa-{kind}-{app}"
 
 
-def traces_name(app: str) -> str:
-    """Return the name of an app's trace store actor."""
-    return f"dmoa-traces-{app}"
+def find_actor(kind: ActorKind, app: str) -> Any:
+    """Return an app's actor. Raises ValueError where it is not there."""
+    return ray.get_actor(actor_name(kind, app), namespace=NAMESPACE)
 
 
-def feedback_name(app: str) -> str:
-    """Return the name of an app's feedback actor."""
-    return f"dmoa-feedback-{app}"
+def ensure_actor(actor: type, kind: ActorKind, app: str, *arguments: object) -> Any:
+    """Return an app's detached actor, made of these arguments if it is not there; it restarts for as long as its app lives."""
+    name = actor_name(kind, app)
+    options = {"name": name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached", "max_restarts": -1}
+    return ray.remote(actor).options(**options, max_concurrency=1000, num_cpus=0).remote(*arguments)
 
 
 def default_state_uri(app: str) -> str:
@@ -46,24 +49,8 @@ def default_state_uri(app: str) -> str:
     return (user_state_path("dmoa") / "router" / app).as_uri()
 
 
-def detached(name: str) -> dict[str, Any]:
-    """Return the options of a detached actor that restarts for as long as its app lives and takes no CPU of Ray's."""
-    return {
-        "name": name,
-        "namespace": NAMESPACE,
-        "get_if_exists": True,
-        "lifetime": "detached",
-        "max_restarts": -1,
-        "max_concurrency": 1000,
-        "num_cpus": 0,
-    }
-
-
 def served_before_restart(app: str) -> dict[str, Any] | None:
-    """Return what an app served last (`config`, `configured`) to an actor that Ray restarted; None to any other.
-
-    The constructor of such an actor sees only what the actor was first created with.
-    """
+    """Return what an app served last (`config`, `configured`) to an actor that Ray restarted as it was first made; else None."""
     if not ray.get_runtime_context().was_current_actor_reconstructed:
         return None
     found = _internal_kv_get(f"dmoa/config/{app}".encode())
@@ -71,10 +58,7 @@ def served_before_restart(app: str) -> dict[str, Any] | None:
 
 
 async def once_up(ask: Callable[[], Awaitable[T]]) -> T:
-    """Return what an actor answers; while it restarts it is asked again, for `RESTART_S`. What is asked may be done twice.
-
-    Raises what the actor raises, and then ActorUnavailableError.
-    """
+    """Return what an actor answers, asked again while it restarts, for `RESTART_S`: then it raises ActorUnavailableError."""
     loop = asyncio.get_running_loop()
     give_up = loop.time() + RESTART_S
     while True:
@@ -124,14 +108,15 @@ def end_actors(app: str, patience_s: float = SAVE_PATIENCE_S) -> None:
     """
     give_up, saving = time.monotonic() + patience_s, {}
     with contextlib.suppress(ValueError):
-        saving["traces"] = ray.get_actor(traces_name(app), namespace=NAMESPACE).end.remote()
+        saving["traces"] = find_actor("traces", app).end.remote()
     with contextlib.suppress(ValueError):
-        saving["feedback"] = ray.get_actor(feedback_name(app), namespace=NAMESPACE).save.remote()
+        saving["feedback"] = find_actor("feedback", app).save.remote()
     for what, saved in saving.items():
         try:
             ray.get(saved, timeout=max(0.0, give_up - time.monotonic()))
         except RayError as error:
             _LOG.warning("%s: the last seconds were not saved: %s", what, type(error).__name__)
-    for name in (traces_name(app), feedback_name(app), router_name(app)):
+    kinds: tuple[ActorKind, ...] = ("traces", "feedback", "router")
+    for kind in kinds:
         with contextlib.suppress(ValueError):
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+            ray.kill(find_actor(kind, app))

@@ -275,10 +275,7 @@ class ServeAgentClient:
         self._queues = {name: id(handle) for name, handle in handles.items()}  # one for all agents of a deployment
 
     async def call(self, call: AgentCall) -> AgentReply:
-        """Ask one agent; cancelling this cancels the call where it runs.
-
-        Raises AgentUnavailableError, CallNotTakenError among them, AgentOverloadedError, PoolChangedError.
-        """
+        """Ask one agent; cancelling cancels the call. Raises AgentUnavailableError, AgentOverloadedError, PoolChangedError."""
         sent = ask(self._handle(self._calls, call), call, self._version)
         with self._watch(call.agent, sent, call) as watched:
             reply: AgentReply = await sent.response

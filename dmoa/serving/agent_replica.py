@@ -106,11 +106,7 @@ class IngressAgents:
             await self._elsewhere.ping(agent)
 
     async def unready(self, agents: Iterable[str], patience_s: float) -> dict[str, str]:
-        """Return agent -> why it does not answer, of those that do not.
-
-        A deployment is pinged once, whoever else asks meanwhile: pings of a thousand agents, or of people without a key, would
-        fill its queue.
-        """
+        """Return agent -> why it does not answer. A deployment is pinged once, whoever asks: pings would fill its queue else."""
         asked = {name: self._places.get(name, INGRESS) for name in agents}
         first = {place: name for name, place in reversed(asked.items())}
         found = dict(zip(first, await asyncio.gather(*(self._look(name, patience_s) for name in first.values())), strict=True))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import replace
+from contextlib import aclosing, suppress
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -17,13 +18,13 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.pool import check_files, check_vllm, fingerprint
-from dmoa.config import Config, LimitsConfig, callable_agents
-from dmoa.errors import DmoaError, PoolChangedError, RequestError
+from dmoa.config import Config, callable_agents
+from dmoa.errors import CheckpointError, DmoaError, NoAgentError, PoolChangedError, RequestError
 from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
 from dmoa.reading import read_json
 from dmoa.recovery import PATIENCE_S
-from dmoa.serving.actors import once_up
+from dmoa.serving.actors import ensure_actor, once_up
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
@@ -36,15 +37,16 @@ from dmoa.serving.http.requests import unknown_model
 from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
 from dmoa.serving.metrics import QueryMetrics, exposition
-from dmoa.serving.observatory import Observatory
 from dmoa.serving.placement import INGRESS, deployment_names
 from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, query_drain_s
-from dmoa.serving.router.actor import ensure_router
+from dmoa.serving.router.actor import RouterActor
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
-from dmoa.serving.traces import TraceOutbox, ensure_traces
+from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, TraceSummary
+from dmoa.serving.traces import TraceOutbox, TraceStore
+from dmoa.serving.what_if import DecidedStep, branch, by_gate, by_policy
 from dmoa.swarm import Swarm, abilities_of
-from dmoa.trace import AnsweredQuery
+from dmoa.trace import AnsweredQuery, Trace
 from dmoa.types import Answer, Event, Query
 
 _LOG = logging.getLogger("dmoa.ingress")
@@ -52,6 +54,8 @@ READY_TIMEOUT_S = 2.0
 """How long /readyz waits for an agent's answer."""
 APP = "dmoa"
 """Name of the Serve application unless told otherwise."""
+AWAY = "the router is away; try again in a moment"
+TRACES_AWAY = "the trace store is away; try again in a moment"
 _HEAD = "node:__internal_head__"
 """Resource that Ray gives to the head alone, one of it."""
 
@@ -75,23 +79,25 @@ class SwarmIngress:
         config = Config.model_validate_json(config_json)
         app = serve.get_replica_context().app_name
         self._config = config
+        self.pool, self.agents, self.limits = config.name, config.agent_names, config.limits
+        self.abilities = frozenset(ability for llm in config.llms.values() for ability in abilities_of(llm))
         self._key_hashes = key_hashes
         self._admin_hashes = admin_hashes
         self._mark = mark
         self._fingerprint = fingerprint(config)
-        where = deployment_names(config)
-        handles = {name: hosts[host] for name, host in where.items()}
+        handles = {name: hosts[host] for name, host in deployment_names(config).items()}
         self._sleepers = sleepers(config)
-        actor = ensure_router(config, app, configured)
+        actor = ensure_actor(RouterActor, "router", app, config_json, app, configured)
         self._router = RemoteRouter(actor, config, configured)
         watchdog = CallWatchdog(self._router.missing_replicas)
         elsewhere = ServeAgentClient(
             handles, pool_version(config), affine=affine_agents(config), sleepers=self._sleepers, watchdog=watchdog
         )
         self._agents = await asyncio.to_thread(IngressAgents, config, elsewhere)
-        self._traces = ensure_traces(app, config.router, config.tracing)
+        self._traces = ensure_actor(TraceStore, "traces", app, config.router, config.tracing, app)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
+        self.policies = self._swarm.policies
         self._explorer = Explorer(lambda: exploration(app, config.router.explore))
         self._exploring = Swarm(
             config, agents=self._agents, router=self._router, encoder=self._swarm.encoder, turn=self._explorer.turn
@@ -112,56 +118,25 @@ class SwarmIngress:
         """Return the FastAPI app; Serve calls this after the constructor."""
         take_carried_bodies()
         listen_where_ray_does()
-        config = self._config
+        server, queued = self._config.server, self.limits.max_queued_requests
         app = create_app(
             lambda: self,
             key_hashes=self._key_hashes,
             admin_hashes=self._admin_hashes,
-            server=config.server,
-            max_queued_requests=places_behind(config.limits.max_queued_requests),
+            server=server,
+            max_queued_requests=places_behind(queued),
             has_request_ids=True,  # Serve's proxy adds one of its own
         )
         app.add_middleware(LaunchMark, mark=self._mark)
-        queries = config.limits.max_queued_requests * config.server.ingress_replicas
-        server = config.server
+        queries = queued * server.ingress_replicas
         bounds = Bounds(body=server.max_body_bytes, queries=queries, has_keys=bool(self._key_hashes), origins=server.cors_origins)
         app.add_middleware(FrontNotice, bounds=bounds)
         return app
 
-    @property
-    def pool(self) -> str:
-        """The model name that clients use."""
-        return self._config.name
-
-    @property
-    def agents(self) -> tuple[str, ...]:
-        """Names of the agents, in the pool's order."""
-        return self._config.agent_names
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Names of the policies."""
-        return self._swarm.policies
-
-    @property
-    def limits(self) -> LimitsConfig:
-        """The pool's limits."""
-        return self._config.limits
-
-    @property
-    def abilities(self) -> frozenset[str]:
-        """What at least one of the pool's engines can do beyond plain replies."""
-        return frozenset(ability for llm in self._config.llms.values() for ability in abilities_of(llm))
-
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         """Answer one query on one version of the pool, here or at the ingress of a newer one; see `Swarm.ask`."""
-
-        def here(query: Query) -> AsyncGenerator[str | Event]:
-            return self.answer_here(query, policy, agent)
-
-        def elsewhere(query: Query) -> AsyncGenerator[str | Event]:
-            return _ask_ingress(self._any_ingress, query, policy, agent)
-
+        here = partial(self.answer_here, policy=policy, agent=agent)
+        elsewhere = partial(_ask_ingress, self._any_ingress, policy=policy, agent=agent)
         answering = self._fingerprint
         async with aclosing(answer_on_one_pool_version(here, elsewhere, query)) as events:
             async for event in events:
@@ -173,10 +148,7 @@ class SwarmIngress:
                 yield event
 
     async def answer_here(self, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
-        """Answer one query on this ingress's version of the pool, whose fingerprint comes first.
-
-        Raises PoolChangedError, and RequestError for an agent that this version does not have.
-        """
+        """Answer on this version of the pool, its fingerprint first. Raises PoolChangedError, RequestError (no such agent)."""
         if agent is not None and agent not in self.agents:
             raise unknown_model(agent, self)
         yield self._fingerprint
@@ -192,10 +164,7 @@ class SwarmIngress:
         await asyncio.gather(*self._tasks.values())
 
     async def ready(self) -> dict[str, str]:
-        """Return agent -> "up", "cold", or the reason why it is neither.
-
-        An agent that may be cold is not asked, because that would wake it and keep it awake: the router's word stands for it.
-        """
+        """Return agent -> "up", "cold", or why it is neither. Who may sleep is not asked, for that wakes it: the router tells."""
         names = [agent.name for agent in callable_agents(self._config)]
         asked = [name for name in names if name not in self._sleepers]
         states = dict.fromkeys(asked, UP) | await self._agents.unready(asked, READY_TIMEOUT_S)
@@ -229,7 +198,6 @@ class SwarmIngress:
             self._explorer.offer(lambda: self._explore(query, key_hash))
 
     async def _explore(self, query: Query, key_hash: str) -> None:
-        """Ask a query that was answered once more, of all agents, to learn from."""
         again, hurried = asked_again(query, self._config.router.guards.held_back), self._explorer.hurried
         try:
             async with aclosing(self._exploring.ask(again, "exploring")) as events:
@@ -264,11 +232,75 @@ class SwarmIngress:
             _LOG.warning("trace %s was lost: %s", trace_id, type(error).__name__)
 
 
-async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
-    """Yield what the streaming handle `answer` of a running ingress yields for a query. Raises its errors.
+class Observatory:
+    """What the page of a server reads and does, over the actors of its app; implements `service.PageService`."""
 
-    PoolChangedError as well where that ingress was lost, or none took the query in time: then the query begins again.
-    """
+    def __init__(self, *, traces: Any, router: RemoteRouter, actor: Any, swarm: Swarm) -> None:
+        """`traces` and `actor` are the trace store's and the router's handles."""
+        self._traces = traces
+        self._router = router
+        self._actor = actor
+        self._swarm = swarm
+        self._agents = swarm.config.agent_names
+
+    async def status(self) -> dict[str, Any] | None:
+        """Return the router's account of itself; None while it is away."""
+        found = await self._router.status()
+        return None if found is None else asdict(found)
+
+    async def statistics(self, key_hash: str | None) -> list[AgentStatistics]:
+        """Return what the agents did in the traces of a key."""
+        try:
+            return await self._traces.statistics.remote(self._agents, key_hash)
+        except RayError:
+            return []
+
+    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> TracePage:
+        """Return a page of the traces of a key. Raises RequestError (503) while the store is away: it does not have none."""
+        try:
+            return await self._traces.listed.remote(wanted, key_hash)
+        except RayError as error:
+            raise RequestError(TRACES_AWAY, code="traces_away", status=503) from error
+
+    async def gates(self) -> dict[str, Any]:
+        """Return the current gate and the history. Raises NoAgentError while the router is away."""
+        history, status = await self._ask("history"), await self._ask("status")
+        return {"current": status.gate_version, "history": history}  # the last entry may be of an offer that was refused
+
+    async def rollback(self, version: str | None, note: str) -> dict[str, Any]:
+        """Make an earlier gate current again. Raises RequestError where there is none such."""
+        return await self._ask("rollback", version, note)
+
+    async def what_if(self, trace: Trace, *, gate_version: str | None, policy: str | None) -> list[DecidedStep]:
+        """Decide every step of a trace again. Raises RequestError."""
+        if gate_version is not None:
+            return await by_gate(trace, self._router, gate_version)
+        return await by_policy(trace, self._swarm, policy or "")
+
+    def branch(
+        self, trace: Trace, trace_id: str, *, step: int, policy: str | None, agents: tuple[str, ...]
+    ) -> tuple[Query, AsyncGenerator[Event]]:
+        """Return the query that goes on from before a step of a trace, and its events. Raises RequestError."""
+        return branch(trace, self._swarm, trace_id, step=step, policy=policy, agents=agents)
+
+    def failed(self, summary: TraceSummary, key_hash: str) -> None:
+        """Keep the summary of a query that was not answered."""
+        with suppress(RayError):
+            self._traces.put_failed.remote(summary.model_dump_json(), key_hash)
+
+    async def _ask(self, method: str, *arguments: object) -> Any:
+        try:
+            return await getattr(self._actor, method).remote(*arguments)
+        except RayTaskError as error:
+            if isinstance(error.cause, CheckpointError):
+                raise RequestError(f"version: {error.cause}", param="version", code="unknown_version", status=404) from error
+            raise
+        except RayError as error:
+            raise NoAgentError(AWAY) from error
+
+
+async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
+    """Yield what a running ingress yields for a query. Raises its errors; PoolChangedError where it is lost, or is too late."""
     responses = ask(answer, query, policy, agent).response
     is_done = False
     try:

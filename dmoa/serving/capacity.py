@@ -94,12 +94,6 @@ def published_bytes(kinds: Sequence[str]) -> int | None:
     return known[0][-1] * _MIB if known else None
 
 
-def is_ambiguous(node: GpuNode) -> bool:
-    """Say whether the kind of this node's GPUs comes in several sizes and nothing says which these are."""
-    sizes = [len(PUBLISHED_MIB[kind]) for kind in node.kinds if kind in PUBLISHED_MIB]
-    return node.asked_bytes is None and bool(sizes) and min(sizes) > 1
-
-
 def nodes_of_ray(records: Iterable[Mapping[str, Any]]) -> tuple[GpuNode, ...]:
     """Return the living nodes with GPUs out of what `ray.nodes()` returns."""
     found = []
@@ -166,7 +160,6 @@ def gib(num_bytes: float) -> str:
 class Memory:
     """The memory of one GPU of a replica; where it has none, of the replica in its node's own memory. Bytes throughout."""
 
-    deployment: str
     device: Literal["gpu", "cpu", "none"]
     """none: nothing is loaded, for the model is scripted or runs at an endpoint."""
     reason: str | None = None
@@ -227,12 +220,12 @@ def estimate(
     device: Literal["gpu", "cpu"] = "gpu" if deployment.gpus else "cpu"
     use = llm.options.memory_use
     if use is None:
-        return Memory(deployment=deployment.name, device="none", reason="no model is loaded")
+        return Memory(device="none", reason="no model is loaded")
     dtype = _dtype(use, size)
     weights = None if isinstance(size, str) or dtype is None else size.weight_bytes(dtype)
     if isinstance(size, str) or dtype is None or weights is None:
         reason = size if isinstance(size, str) else f"weights of kind {size.quantization or 'int8'} are not estimated"
-        return Memory(deployment=deployment.name, device=device, reason=reason, memory_bytes=memory_bytes)
+        return Memory(device=device, reason=reason, memory_bytes=memory_bytes)
     wide, deep = (deployment.tensor_parallel, deployment.pipeline_parallel) if device == "gpu" else (1, 1)
     if use.adapter_rank is not None:
         slots = (use.max_adapters or len(deployment.adapters)) if deployment.adapters else 0
@@ -240,12 +233,11 @@ def estimate(
     else:
         adapters = sum((adapter_bytes or {}).get(name, 0) for name in deployment.adapters)
     weights, adapters = -(-weights // (wide * deep)), -(-adapters // (wide * deep))
-    budget = _budget(deployment, use, memory_bytes)
+    budget = int(memory_bytes * _share(deployment, use)) if deployment.gpus and memory_bytes is not None else None
     room = None if budget is None else budget - weights - adapters
     if device == "cpu" and use.cpu_room_gib is not None:
         room = use.cpu_room_gib * 2**30
     return Memory(
-        deployment=deployment.name,
         device=device,
         num_parameters=size.num_parameters,
         dtype=dtype,
@@ -270,31 +262,9 @@ def _dtype(use: MemoryUse, size: ModelSize | str) -> str | None:
     return "bfloat16" if size.dtype == "float32" else size.dtype  # vLLM 0.29 runs float32 models in half of it under auto
 
 
-def _budget(deployment: Deployment, use: MemoryUse, memory_bytes: int | None) -> int | None:
-    if not deployment.gpus or memory_bytes is None:
-        return None
-    # A replica with a part of a GPU has that part of its memory.
-    return int(memory_bytes * (use.gpu_share or min(1.0, deployment.gpus)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
-    """What is wrong with a plan on a cluster, and what to know of it."""
-
-    faults: tuple[str, ...]
-    """Each names field, value, what is expected and what to do; empty: it fits."""
-    notes: tuple[str, ...]
-
-
-def judge_plan(config: Config, plan: Plan, supply: Supply, memories: Mapping[str, Memory]) -> Judgement:
-    """Return every fault of a plan and the notes on it; `memories` are by deployment, for the largest GPUs that it may get."""
-    faults = [*_counts(plan, supply), *_shapes(plan, supply), *_pieces(plan, supply)]
-    for deployment in plan.deployments:
-        faults += _memory(config, deployment, memories[deployment.name], supply)
-    notes = [*_growth(plan, supply), *_spread(plan, supply)]
-    for deployment in plan.deployments:
-        notes += _remarks(deployment, memories[deployment.name], supply)
-    return Judgement(faults=tuple(dict.fromkeys(faults)), notes=tuple(dict.fromkeys(notes)))
+def _share(deployment: Deployment, use: MemoryUse) -> float:
+    """Return the part of a GPU's memory that a replica may fill: with a part of a GPU it has that part."""
+    return use.gpu_share or min(1.0, deployment.gpus)
 
 
 def hosts_of(deployment: Deployment, supply: Supply) -> tuple[GpuNode, ...]:
@@ -304,10 +274,7 @@ def hosts_of(deployment: Deployment, supply: Supply) -> tuple[GpuNode, ...]:
 
 
 def memory_of(deployment: Deployment, supply: Supply) -> int | None:
-    """Return the memory of the largest GPU that a replica may get; None: unknown of one of them.
-
-    Where there is none, what is published for the kind that it asks for.
-    """
+    """Return the memory of the largest GPU that a replica may get, without any that published for its kind; None: unknown."""
     nodes = hosts_of(deployment, supply)
     if not nodes:
         return published_bytes((deployment.accelerator_type,)) if deployment.accelerator_type else None
@@ -342,9 +309,10 @@ def _shapes(plan: Plan, supply: Supply) -> Iterator[str]:
         widest = max((node.gpus for node in nodes), default=0.0)
         if nodes and item.gpus_together > widest:
             name = "engine_kwargs.tensor_parallel_size" if item.tensor_parallel > 1 else "gpus"
+            kind = f" of kind {item.accelerator_type}" if item.accelerator_type else ""
             yield (
                 f"llms.{item.llm}.{name}: a replica's {item.gpus_together:g} GPUs belong on one node, and the "
-                f"largest of {supply.source} has {widest:g}{_of(item)} ({_nodes(nodes)}); lower "
+                f"largest of {supply.source} has {widest:g}{kind} ({_nodes(nodes)}); lower "
                 "it (pipeline_parallel_size may span nodes), or add a wider node"
             )
 
@@ -381,7 +349,6 @@ def _pieces_of(gpus: float, width: float) -> int:
 
 
 def _asked(pieces: int, width: float, where: str) -> str:
-    """Return the sentence about pieces that there is no room for."""
     if width > 1:
         return (
             f"{pieces} replicas at min_replicas have {width:g} GPUs or more, each on one node, {where}; lower min_replicas or "
@@ -397,8 +364,10 @@ def _memory(config: Config, item: Deployment, memory: Memory, supply: Supply) ->
     assert memory.memory_bytes is not None
     options = config.llms[item.llm].options
     assert options.memory_use is not None  # else there was no budget
-    part = f"{options.memory_use.gpu_share or min(1.0, item.gpus):g}"
-    where = f"{gib(memory.budget_bytes)} ({part} of {gib(memory.memory_bytes)}{_largest(item, supply)})"
+    share = _share(item, options.memory_use)
+    best = max(hosts_of(item, supply), key=lambda node: node.memory_bytes or 0, default=None)
+    whose = f" of {' '.join(best.kinds) or 'the GPUs'} on {best.name}" if best else f" of a {item.accelerator_type} as published"
+    where = f"{gib(memory.budget_bytes)} ({share:g} of {gib(memory.memory_bytes)}{whose})"
     adapters = f" and {gib(memory.adapters_bytes)} of adapters" if memory.adapters_bytes else ""
     if memory.room_bytes <= 0:
         ways = "raise tensor_parallel_size and gpus, name a larger kind of GPU" if options.gpu_split else "name a larger GPU"
@@ -417,16 +386,13 @@ def _memory(config: Config, item: Deployment, memory: Memory, supply: Supply) ->
         )
 
 
-def _growth(plan: Plan, supply: Supply) -> Iterator[str]:
+def _spread(plan: Plan, supply: Supply) -> Iterator[str]:
+    """Yield notes on GPUs that are enough, but not at max_replicas, or in pieces as large as the stages of pipelines want."""
     if plan.min_gpus <= supply.gpus < plan.max_gpus:
         yield (
             f"at max_replicas the pool asks for {plan.max_gpus:g} GPUs, {supply.source} has {supply.gpus:g}: replicas beyond "
             "that wait for a GPU"
         )
-
-
-def _spread(plan: Plan, supply: Supply) -> Iterator[str]:
-    """Yield a note where the GPUs are enough, but not in pieces as large as the stages of pipelines want."""
     piped = [item for item in plan.deployments if not item.is_on_one_node]
     widths = sorted({item.gpus_together for item in piped if item.gpus_together > 1})
     for width in widths:
@@ -458,7 +424,8 @@ def _remarks(item: Deployment, memory: Memory, supply: Supply) -> Iterator[str]:
         lacking = ", ".join(dict.fromkeys(node.name for node in nodes if node.memory_bytes is None))
         yield f"{llm}: memory is not checked, only counts are: the GPUs of {lacking} are of a kind whose memory is not known here"
     for node in nodes:
-        if is_ambiguous(node) and node.memory_bytes is not None:
+        sizes = [len(PUBLISHED_MIB[kind]) for kind in node.kinds if kind in PUBLISHED_MIB]
+        if node.asked_bytes is None and min(sizes, default=1) > 1 and node.memory_bytes is not None:
             kinds = " ".join(node.kinds)
             yield f"{node.name}: {kinds} comes in several sizes and is counted with {gib(node.memory_bytes)}, the largest"
     smallest = min((node.memory_bytes for node in nodes if node.memory_bytes is not None), default=None)
@@ -473,8 +440,7 @@ def _remarks(item: Deployment, memory: Memory, supply: Supply) -> Iterator[str]:
 
 
 def _too_many(asking: list[Deployment], needed: float, has: float, where: str) -> str:
-    rows = [f"{item.name} {item.min_replicas} x {item.gpus:g}" for item in asking]
-    shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
+    shown = _listed([f"{item.name} {item.min_replicas} x {item.gpus:g}" for item in asking])
     return (
         f"{_field(asking, 'gpus')}: {needed:g} in all at min_replicas ({shown}), and there are {has:g} {where}; "
         "lower min_replicas or gpus, set placement to shared, add GPUs, or name a cluster that has them with --address"
@@ -487,20 +453,11 @@ def _field(items: Iterable[Deployment], name: str) -> str:
 
 
 def _nodes(nodes: Iterable[GpuNode]) -> str:
-    rows = [f"{node.name} {node.gpus:g}" for node in nodes]
-    return ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "") or "no GPU"
+    return _listed([f"{node.name} {node.gpus:g}" for node in nodes]) or "no GPU"
 
 
-def _of(item: Deployment) -> str:
-    return f" of kind {item.accelerator_type}" if item.accelerator_type else ""
-
-
-def _largest(item: Deployment, supply: Supply) -> str:
-    """Return whose memory was counted, in words."""
-    best = max(hosts_of(item, supply), key=lambda node: node.memory_bytes or 0, default=None)
-    if best is None:
-        return f" of a {item.accelerator_type} as published"
-    return f" of {' '.join(best.kinds) or 'the GPUs'} on {best.name}"
+def _listed(rows: Sequence[str]) -> str:
+    return ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -512,12 +469,16 @@ class DryRun:
     memories: Mapping[str, Memory]
     """By deployment, for the largest GPUs that it may get."""
     faults: tuple[str, ...]
-    """Why it cannot start; empty: it fits."""
+    """Why it cannot start, each with field, value, what is expected and what to do; empty: it fits."""
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` writes; bytes are per GPU, and of the whole replica where it has none."""
         nodes = [asdict(node) | {"memory_bytes": node.memory_bytes} for node in self.supply.nodes]
+        memories = {
+            name: asdict(one) | {"room_tokens": one.room_tokens, "num_sequences": one.num_sequences}
+            for name, one in self.memories.items()
+        }
         return {
             "pool": self.plan.pool,
             "ok": not self.faults,
@@ -529,8 +490,7 @@ class DryRun:
                 "nodes": nodes,
             },
             "deployments": [
-                asdict(item)
-                | {"min_gpus": item.min_gpus, "max_gpus": item.max_gpus, "memory": _memory_json(self.memories[item.name])}
+                asdict(item) | {"min_gpus": item.min_gpus, "max_gpus": item.max_gpus, "memory": memories[item.name]}
                 for item in self.plan.deployments
             ],
             "parts": [asdict(part) for part in self.plan.parts],
@@ -540,11 +500,7 @@ class DryRun:
 
 
 def dry_run(config: Config, address: str | None = None) -> DryRun:
-    """Return what starting a pool would come to, on the Ray at `address` or else on this machine.
-
-    Reads configuration files of models, never weights. Raises ConfigError where no Ray answers at the address, or as
-    `local_supply`.
-    """
+    """Return what starting a pool on the Ray at `address`, or here, would come to; reads no weights. Raises ConfigError."""
     supply = joined_supply(address) if address else local_supply()
     used = [config.llms[agent.llm] for agent in callable_agents(config)]
     loaded = [llm.model for llm in used if llm.options.memory_use]
@@ -552,10 +508,7 @@ def dry_run(config: Config, address: str | None = None) -> DryRun:
 
 
 def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str], *, is_here: bool = False) -> DryRun:
-    """Return the same for GPUs and model sizes that are known already; sizes are by the `model` field.
-
-    `is_here`: the agents are to run on this machine.
-    """
+    """Return the same for GPUs and model sizes, by the `model` field, that are known; `is_here`: agents run on this machine."""
     plan = plan_of(config)
     adapters = _adapter_bytes(config)
     memories = {
@@ -568,16 +521,19 @@ def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str
         )
         for item in plan.deployments
     }
-    found = judge_plan(config, plan, supply, memories)
-    faults = list(found.faults)
+    faults = [*_counts(plan, supply), *_shapes(plan, supply), *_pieces(plan, supply)]
+    notes = [*_spread(plan, supply)]
+    for item in plan.deployments:
+        faults += _memory(config, item, memories[item.name], supply)
+        notes += _remarks(item, memories[item.name], supply)
+    faults, notes = list(dict.fromkeys(faults)), list(dict.fromkeys(notes))
     for check in (check_files, check_corpus, check_vllm) if is_here else (check_files,):
         try:
             check(config)
         except ConfigError as error:
             faults.append(str(error))
-    return DryRun(
-        plan=plan, supply=supply, memories=memories, faults=tuple(faults), notes=(*found.notes, *config.unused_scaling())
-    )
+    notes += config.unused_scaling()
+    return DryRun(plan=plan, supply=supply, memories=memories, faults=tuple(faults), notes=tuple(notes))
 
 
 def _adapter_bytes(config: Config) -> dict[str, int]:
@@ -587,9 +543,3 @@ def _adapter_bytes(config: Config) -> dict[str, int]:
         with suppress(ConfigError):
             found[name] = (resolve_adapter(name) / "adapter_model.safetensors").stat().st_size
     return found
-
-
-def _memory_json(memory: Memory) -> dict[str, Any]:
-    tree = asdict(memory)
-    del tree["deployment"]
-    return tree | {"room_tokens": memory.room_tokens, "num_sequences": memory.num_sequences}

@@ -235,7 +235,10 @@ class ServerClient:
             raise DmoaError(self._clean(f"{self.url}: cannot be reached ({error}); is the server running there?")) from error
         except openai.APIError as error:
             body = error.body if isinstance(error.body, Mapping) else {}
-            raise _error(self._clean(f"{self.url}: {body.get('message') or error.message}"), error) from error
+            message = self._clean(f"{self.url}: {body.get('message') or error.message}")
+            if isinstance(error, openai.APIStatusError) and 400 <= error.status_code < 500:
+                raise RequestError(message, param=error.param, code=error.code, status=error.status_code) from error
+            raise _KINDS.get(error.code or "", DmoaError)(message) from error
         except json.JSONDecodeError as error:
             raise self._foreign("its answer is not JSON") from error
 
@@ -246,14 +249,6 @@ class ServerClient:
     def _clean(self, text: str) -> str:
         """Return a text about the server without the key and without other secrets."""
         return redact_text(self._conceal(text))
-
-
-def _error(message: str, error: openai.APIError) -> DmoaError:
-    """Return dmoa's error for what the server answered."""
-    status = error.status_code if isinstance(error, openai.APIStatusError) else 0
-    if 400 <= status < 500:
-        return RequestError(message, param=error.param, code=error.code, status=status)
-    return _KINDS.get(error.code or "", DmoaError)(message)
 
 
 def _events(chunk: ChatCompletionChunk) -> Iterator[StepLine | TextDelta]:

@@ -22,20 +22,14 @@ BUILDER = "dmoa.serving.deploy:build_pool"
 
 
 def build_pool(args: dict[str, Any]) -> Any:
-    """Return the bound Serve application of a pool, given as the tree of its YAML file; Serve calls this.
-
-    Raises ConfigError for a bad pool, and for one whose server others can reach where no API keys are set.
-    """
+    """Return the Serve application of a pool's YAML tree. Raises ConfigError for a bad pool, or one exposed without keys."""
     config = from_tree(copy.deepcopy(args), source="args")
     check_exposure(config.server.host, hash_keys(os.environ), insecure=False)
     return build_with_keys(config)
 
 
 def build_with_keys(config: Config) -> Any:
-    """Return the bound Serve application of a pool, with the keys of the environment.
-
-    Raises ConfigError as `build_app`, and where there are no API keys and others can reach the Serve that runs here already.
-    """
+    """Return the Serve application of a pool, keys from the environment. Raises ConfigError, also for a Serve open to others."""
     key_hashes = hash_keys(os.environ)
     running = context._get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if running is not None:

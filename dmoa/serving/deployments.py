@@ -33,10 +33,7 @@ def has_affinity(scaling: AutoscalingConfig) -> bool:
 
 
 def scaling_options(scaling: AutoscalingConfig, *, max_num_seqs: int, num_agents: int = 1) -> dict[str, Any]:
-    """Return a deployment's options for replicas and queues; `max_num_seqs` is the batch of a replica's engine.
-
-    Where nothing else is set, two queries may ask all of its agents at once.
-    """
+    """Return a deployment's options for replicas and queues: by default two queries may ask all of its agents at once."""
     queued = scaling.max_queued_calls
     options: dict[str, Any] = {
         "max_ongoing_requests": max_num_seqs * _QUEUE_FACTOR if queued is None else max_num_seqs + queued,
@@ -52,18 +49,11 @@ def scaling_options(scaling: AutoscalingConfig, *, max_num_seqs: int, num_agents
 def _autoscaling(scaling: AutoscalingConfig) -> dict[str, Any]:
     # Serve judges the mean of the look back, and reports every 10 s unless told otherwise: both would outlast a short delay.
     # Ray 2.60 calls metrics_interval_s deprecated, but does not read the environment variables that it names instead.
-    quickest_s = min(scaling.upscale_delay_s, scaling.downscale_delay_s, scaling.downscale_to_zero_delay_s)
+    delays = ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s")
+    quickest_s = min(getattr(scaling, name) for name in delays)
     look_back_s = min(_LONGEST_LOOK_BACK_S, max(_SHORTEST_LOOK_BACK_S, quickest_s))
-    return {
-        "min_replicas": scaling.min_replicas,
-        "max_replicas": scaling.max_replicas,
-        "target_ongoing_requests": scaling.target_ongoing_requests,
-        "upscale_delay_s": scaling.upscale_delay_s,
-        "downscale_delay_s": scaling.downscale_delay_s,
-        "downscale_to_zero_delay_s": scaling.downscale_to_zero_delay_s,
-        "look_back_period_s": look_back_s,
-        "metrics_interval_s": look_back_s / _REPORTS,
-    }
+    same = {"min_replicas", "max_replicas", "target_ongoing_requests", *delays}
+    return scaling.model_dump(include=same) | {"look_back_period_s": look_back_s, "metrics_interval_s": look_back_s / _REPORTS}
 
 
 def bind_hosts(config: Config) -> dict[str, Any]:

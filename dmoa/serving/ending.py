@@ -73,10 +73,7 @@ class Ending:
         _adopt_orphans(False)
 
     def ready(self, status: int = 0) -> None:
-        """Say that the server answers: from now on a signal lets it finish its queries.
-
-        `status` is the exit status where the process has to be cut short.
-        """
+        """Say that the server answers: a signal lets it finish its queries; `status`: the exit status where it is cut short."""
         self._status = status
         self._core = [child for child in psutil.Process().children() if child.name() in _CORE]
         self._listen()  # again: `ray.init` sets a handler of its own
@@ -102,10 +99,7 @@ class Ending:
         os._exit(status)
 
     def _listen(self) -> int:
-        """Take the signals, also where a shell started the command in the background and SIGINT was ignored.
-
-        Returns the file descriptor that was told of them before.
-        """
+        """Take the signals, also a SIGINT that a shell has ignored; return the file descriptor that was told of them before."""
         for number in _SIGNALS:
             signal.signal(number, self._interrupt)
         return signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)

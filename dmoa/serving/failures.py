@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 
-from dmoa.config import Config, callable_agents
+from dmoa.config import AgentConfig, Config, callable_agents
 from dmoa.engines import named
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.serving.placement import deployment_names
@@ -33,10 +33,7 @@ def news(config: Config, states: Mapping[str, str], told: set[str]) -> list[str]
 
 
 def loading(config: Config, states: Mapping[str, str], messages: Mapping[str, str] | None = None) -> str:
-    """Return the deployments that are not ready yet, and the models that they load; empty where all are.
-
-    `messages` are Serve's, by name: where it finds no room for a replica they say what that needs.
-    """
+    """Return the deployments that are not ready, their models and, by Serve's `messages`, what they lack; empty where all are."""
     left = [name for name, state in states.items() if state != "HEALTHY"]
     return "; ".join(subject(config, name) + _model(config, name) + _no_room((messages or {}).get(name, "")) for name in left)
 
@@ -81,8 +78,7 @@ def wait_running(config: Config, app: str, say: Callable[[str], None] = lambda l
 
 def subject(config: Config, deployment: str) -> str:
     """Return what a deployment is to an operator: its agents by name, or its own name."""
-    names = deployment_names(config)
-    hosted = [agent for agent in callable_agents(config) if names.get(agent.name) == deployment]
+    hosted = _hosted(config, deployment)
     return f"{'agents' if len(hosted) > 1 else 'agent'} {named(hosted)}" if hosted else deployment
 
 
@@ -96,9 +92,13 @@ def explain(config: Config, deployment: str, cause: str) -> str:
 
 def _model(config: Config, deployment: str) -> str:
     """Return the model of the agents of a deployment in brackets, empty for one without agents."""
-    names = deployment_names(config)
-    llm = next((agent.llm for agent in callable_agents(config) if names.get(agent.name) == deployment), None)
+    llm = next((agent.llm for agent in _hosted(config, deployment)), None)
     return "" if llm is None else f" (llms.{llm}.model {config.llms[llm].model!r})"
+
+
+def _hosted(config: Config, deployment: str) -> list[AgentConfig]:
+    names = deployment_names(config)
+    return [agent for agent in callable_agents(config) if names.get(agent.name) == deployment]
 
 
 def _no_room(message: str) -> str:

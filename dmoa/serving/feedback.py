@@ -28,16 +28,16 @@ from dmoa.config import Config, RouterConfig
 from dmoa.errors import ConfigError, RequestError
 from dmoa.feedback import FILE, Feedback, feedback_of, is_held_back, read_feedback, tenant_of, tenants_of, write_feedback
 from dmoa.serving.actors import (
-    NAMESPACE,
     default_state_uri,
-    detached,
-    feedback_name,
+    ensure_actor,
+    find_actor,
     once_up,
     pack_record,
     served_before_restart,
     unpack_record,
 )
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
+from dmoa.serving.trace_list import unknown_trace
 from dmoa.storage import is_draft, place_of, under, write_at
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Query
@@ -88,10 +88,7 @@ class FeedbackStore:
             _LOG.warning("unfinished files of feedback stay where they are: %s", error)
 
     def load(self) -> tuple[list[Feedback], bytes] | None:
-        """Return the records and the state, None where there are none. Raises ConfigError where they cannot be read.
-
-        A first save that was cut off leaves records alone: they are what is kept.
-        """
+        """Return records and state, or None; records alone where the first save was cut off. Raises ConfigError if unreadable."""
         names = (f"{self._root}/{FILE}", f"{self._root}/{STATE}")
         has_records, has_state = (info.type == arrow_fs.FileType.File for info in self._fs.get_file_info(list(names)))
         if has_state and not has_records:
@@ -179,9 +176,8 @@ class FeedbackActor:
             # What lies at another place, or could not be read yet, is taken up before anything is written there.
             self._is_read = self._is_read and store.place == self._store.place
             self._store = store
-            self._touch()
-        if self._saver is None or self._saver.done():
-            self._saver = asyncio.get_running_loop().create_task(self._save_often())
+            self._changes += 1
+        self._start_saving()
 
     async def put(self, packed: bytes) -> None:
         """Take `Feedback` records, packed as one list."""
@@ -228,6 +224,9 @@ class FeedbackActor:
 
     def _touch(self) -> None:
         self._changes += 1
+        self._start_saving()
+
+    def _start_saving(self) -> None:
         if self._saver is None or self._saver.done():
             self._saver = asyncio.get_running_loop().create_task(self._save_often())
 
@@ -372,7 +371,7 @@ class FeedbackSender:
 
     def __init__(self, app: str) -> None:
         """Find the app's actor. Raises ValueError where there is none."""
-        self._actor = ray.get_actor(feedback_name(app), namespace=NAMESPACE)
+        self._actor = find_actor("feedback", app)
         name = f"dmoa/feedback-salt/{app}".encode()
         _internal_kv_put(name, os.urandom(32), overwrite=False)  # never saved: without it a token tells nothing
         self._salt: bytes = _internal_kv_get(name)
@@ -388,16 +387,15 @@ class FeedbackSender:
             return
         self._pending += len(taken)
         try:
-            packed = await asyncio.to_thread(self._packed, taken)
+            packed = await asyncio.to_thread(
+                lambda: pack_record([feedback_of(one, key_hash=key_hash, salt=self._salt) for one, key_hash in taken])
+            )
             async with asyncio.timeout(PATIENCE_S):
                 await self._actor.put.remote(packed)
         except (RayError, TimeoutError) as error:
             self._give_up(len(taken), type(error).__name__)
         finally:
             self._pending -= len(taken)
-
-    def _packed(self, finished: Sequence[tuple[AnsweredQuery, str]]) -> bytes:
-        return pack_record([feedback_of(one, key_hash=key_hash, salt=self._salt) for one, key_hash in finished])
 
     def _give_up(self, number: int, reason: str) -> None:
         before, self.given_up = self.given_up, self.given_up + number
@@ -411,7 +409,7 @@ class FeedbackClient:
     def __init__(self, config: Config, app: str) -> None:
         """Find the app's actor, or create it."""
         self._config_json = config.model_dump_json()
-        self._actor = ray.remote(FeedbackActor).options(**detached(feedback_name(app))).remote(self._config_json, app)
+        self._actor = ensure_actor(FeedbackActor, "feedback", app, self._config_json, app)
 
     async def start(self) -> None:
         """Hand the configuration over."""
@@ -432,8 +430,7 @@ class FeedbackClient:
 def check_said(said: Said, outcome: KeptOutcome) -> Said:
     """Return what the buffer said. Raises RequestError (404, 429) where it refused the outcome."""
     if said == "unknown":
-        message = f"trace_id is {outcome.trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
-        raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
+        raise unknown_trace(outcome.trace_id)
     if said == "too_many":
         message = "too many outcomes of this key in the last minute (router.outcomes_per_minute); send the rest later"
         raise RequestError(message, code="too_many_requests", status=429)

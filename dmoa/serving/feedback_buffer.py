@@ -10,7 +10,7 @@ import heapq
 import itertools
 import json
 import random
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -93,8 +93,8 @@ class FeedbackBuffer:
         self._tenants: dict[str, _Tenant] = {}
         self._groups: dict[tuple[str, int], list[tuple[float, int, Feedback]]] = {}
         """A heap each, whose first entry has the highest draw: the next one to go (bottom-k sample, Cohen & Kaplan 2007)."""
-        self._group_bytes: dict[tuple[str, int], int] = {}
-        self._key_bytes: dict[str, int] = {}
+        self._group_bytes: Counter[tuple[str, int]] = Counter()
+        self._key_bytes: Counter[str] = Counter()
         self._newest: deque[tuple[int, Feedback]] = deque(maxlen=MAX_NEWEST)
 
     def put(self, record: Feedback) -> None:
@@ -129,8 +129,8 @@ class FeedbackBuffer:
 
     def _count(self, group: tuple[str, int], size: int) -> None:
         self.bytes += size
-        self._group_bytes[group] = self._group_bytes.get(group, 0) + size
-        self._key_bytes[group[0]] = self._key_bytes.get(group[0], 0) + size
+        self._group_bytes[group] += size
+        self._key_bytes[group[0]] += size
 
     def judge(self, tenant_name: str, outcome: KeptOutcome, now: float) -> Said:
         """Keep what a key says of one of its queries; the last word of a source on an answer counts.
@@ -155,10 +155,7 @@ class FeedbackBuffer:
         return [record for _, _, record in sorted(itertools.chain(*self._groups.values()), key=lambda entry: entry[1])]
 
     def since(self, number: int) -> tuple[int, list[Feedback]]:
-        """Return how many records have come, and of the ones after so many those that are kept or among the newest.
-
-        A full sample takes ever fewer of what comes; whoever follows the stream sees it all.
-        """
+        """Return how many records have come, and those after `number` that are kept or new: who follows the stream sees all."""
         newer = {place: record for _, place, record in itertools.chain(*self._groups.values()) if place >= number}
         newer |= {place: record for place, record in self._newest if place >= number}
         return self.seen, [newer[place] for place in sorted(newer)]
@@ -190,10 +187,7 @@ class FeedbackBuffer:
             tenant.outcomes = OrderedDict((_name_of(one), one) for one in outcomes)
 
     def add(self, state: bytes) -> None:
-        """Take up what another buffer came to know since, beside its records: its word on an answer counts.
-
-        Raises ConfigError for a state that cannot be read.
-        """
+        """Take up what another buffer came to know since: its word counts. Raises ConfigError for a state that cannot be read."""
         for name, traces, outcomes in read_state(state):
             tenant = self._tenants.setdefault(name, _Tenant())
             for trace_id, unix_s in traces.items():
@@ -227,8 +221,7 @@ def size_of(record: Feedback) -> int:
     """Return about how many bytes a record takes in memory."""
     size = _STEP_BYTES
     for step in record.answer.steps:
-        arrays = (0 if step.route is None else step.route.input_X.nbytes) + (
-            0 if step.decision is None else step.decision.probability_A.nbytes
-        )
-        size += _STEP_BYTES + arrays + _REPLY_BYTES * len(step.replies)
+        size += _STEP_BYTES + _REPLY_BYTES * len(step.replies)
+        size += step.route.input_X.nbytes if step.route else 0
+        size += step.decision.probability_A.nbytes if step.decision else 0
     return size

@@ -172,10 +172,7 @@ def free_port() -> int:
 
 
 def _start_serve(host: str, port: int, app: str, *, is_here: bool) -> str:
-    """Start Serve, unless it runs; return the host that is listened on. Raises ConfigError, also for another port.
-
-    `is_here`: on this machine, with nothing running yet.
-    """
+    """Start Serve, unless it runs; return the host it listens on. Raises ConfigError. `is_here`: on a new Ray of this machine."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.context import _get_global_client
@@ -188,7 +185,8 @@ def _start_serve(host: str, port: int, app: str, *, is_here: bool) -> str:
                 f"server.port is {port}; Serve listens on {options.host}:{options.port} on this Ray; give that port "
                 "(--port), or start a Ray of its own (no --address)"
             )
-        owner = _listening_app(running)
+        groups = running.get_serve_details().get("target_groups", ())  # of an app, where its ingress listens itself
+        owner = next((str(group["app_name"]) for group in groups if group.get("app_name") and group.get("targets")), None)
         if owner not in {None, app}:
             raise ConfigError(
                 f"app is {app!r}; the ingress of app {owner!r} has port {port} to itself on this Ray; start that one with "
@@ -208,12 +206,6 @@ def _start_serve(host: str, port: int, app: str, *, is_here: bool) -> str:
         why = f"server: Serve's proxy did not start on {host}:{port}: {last_words(error)}"
         raise DmoaError(f"{why}; start again, on another address if it is taken") from error
     return host
-
-
-def _listening_app(serve: Any) -> str | None:
-    """Return the app of a running Serve whose ingress listens itself, None where the proxy does."""
-    groups = serve.get_serve_details().get("target_groups", ())
-    return next((str(group["app_name"]) for group in groups if group.get("app_name") and group.get("targets")), None)
 
 
 def _build(
@@ -332,10 +324,7 @@ def ray_address(address: str | None) -> str | None:
 
 
 def _use_token() -> None:
-    """Send the token that Ray keeps for this user, unless the environment says otherwise; call before importing Ray.
-
-    A Ray that a program started for itself wants it, and one that wants none ignores it (Ray 2.60).
-    """
+    """Send this user's token for Ray, unless the environment says otherwise; a Ray that wants none ignores it."""
     if token_path().is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -377,11 +366,12 @@ def _start_own_ray() -> None:
         keep_token_private(token_path())
     import ray
 
+    num_cpus = max(8, os.cpu_count() or 1)  # light replicas take none, engines one each: leave room for them
     _let_others_join(os.environ.get(_CLUSTERS) == "1")
     for attempt in range(_START_ATTEMPTS):
         try:
             with own_process_groups():
-                ray.init(address="local", log_to_driver=False, include_dashboard=False, **_local_size())
+                ray.init(address="local", log_to_driver=False, include_dashboard=False, num_cpus=num_cpus)
         except Exception as error:
             # Ray 2.60 raises a bare Exception for processes that did not come up in time.
             ray.shutdown()
@@ -393,17 +383,12 @@ def _start_own_ray() -> None:
             return
 
 
-def _local_size() -> dict[str, int]:
-    """Return the size of a Ray of our own: light replicas take no CPU, engines one each, so leave room for them."""
-    return {"num_cpus": max(8, os.cpu_count() or 1)}
-
-
 def _launched(url: str, pool: str, app: str, *, started_ray: bool) -> Launched:
     import ray
 
-    from dmoa.serving.actors import NAMESPACE, router_name
+    from dmoa.serving.actors import find_actor
 
-    status: RouterStatus = ray.get(ray.get_actor(router_name(app), namespace=NAMESPACE).status.remote())
+    status: RouterStatus = ray.get(find_actor("router", app).status.remote())
     return Launched(
         url=url,
         pool=pool,

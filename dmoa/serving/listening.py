@@ -106,33 +106,27 @@ def wait_ready(url: str, mark: str, timeout_s: float, *, patience_s: float = FOR
 
     Raises ConfigError where another one answers on the same port, NoAgentError if it is not ready in time.
     """
-    # A new connection every time, and none through a proxy: it is the own server that is asked.
-    with httpx.Client(timeout=READY_TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)) as client:
-        _wait_ready(client, url, mark, timeout_s, patience_s)
-
-
-def _wait_ready(client: httpx.Client, url: str, mark: str, timeout_s: float, patience_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     last, in_a_row, foreign_since = "no answer", 0, None
-    while time.monotonic() < deadline:
-        try:
-            reply = client.get(f"{url}/readyz")
-        except httpx.HTTPError as error:
-            last, in_a_row = str(error) or type(error).__name__, 0
-        else:
-            is_own = reply.headers.get(MARK_HEADER) == mark
-            in_a_row = in_a_row + 1 if is_own and reply.status_code == httpx.codes.OK else 0
-            if in_a_row == _NUM_SURE:
-                return
-            if is_own and in_a_row:
-                continue
-            last = reply.text[:500]
-            if not is_own and reply.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
-                foreign_since = foreign_since or time.monotonic()
-                if time.monotonic() - foreign_since > patience_s:
-                    raise ConfigError(
-                        f"server.port: another server answers at {url} as well (status {reply.status_code}); stop it, or choose "
-                        "another port (--port)"
-                    )
-        time.sleep(_PAUSE_S)
+    # A new connection every time, and none through a proxy: it is the own server that is asked.
+    with httpx.Client(timeout=READY_TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+        while time.monotonic() < deadline:
+            try:
+                reply = client.get(f"{url}/readyz")
+            except httpx.HTTPError as error:
+                last, in_a_row = str(error) or type(error).__name__, 0
+            else:
+                is_own = reply.headers.get(MARK_HEADER) == mark
+                in_a_row = in_a_row + 1 if is_own and reply.status_code == httpx.codes.OK else 0
+                if in_a_row == _NUM_SURE:
+                    return
+                if is_own and in_a_row:
+                    continue
+                last = reply.text[:500]
+                if not is_own and reply.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
+                    foreign_since = foreign_since or time.monotonic()
+                    if time.monotonic() - foreign_since > patience_s:
+                        seen = f"another server answers at {url} as well (status {reply.status_code})"
+                        raise ConfigError(f"server.port: {seen}; stop it, or choose another port (--port)")
+            time.sleep(_PAUSE_S)
     raise NoAgentError(f"{url} is not ready after {timeout_s:.0f} s: {last}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
@@ -12,14 +12,10 @@ from ray.util import metrics as ray_metrics
 from dmoa.types import Answer, RouterStatus
 
 _LATENCY_MS = [50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000]
-"""Upper ends of the histogram's buckets."""
 
 
 class QueryMetrics:
-    """Counts answered queries; Ray exports the numbers of every replica.
-
-    Tokens are those of all calls, lost ones and the explored included; `kind` is prompt or completion.
-    """
+    """Counts answered queries, and the tokens of all calls, lost and explored ones too; Ray exports every replica's numbers."""
 
     def __init__(self, pool: str) -> None:
         tags = {"pool": pool}
@@ -82,22 +78,22 @@ def exposition(status: RouterStatus | None) -> str:
         Gauge("dmoa_router_cold_agents", "Agents scaled to zero.", registry=registry).set(len(status.cold))
         gate = Gauge("dmoa_router_gate", "1 for the current gate version.", ["version", "pool"], registry=registry)
         gate.labels(version=status.gate_version, pool=status.pool).set(1)
-        active = Counter("dmoa_router_activations", "How often each agent was activated.", ["agent"], registry=registry)
-        for agent, times in status.activations.items():
-            active.labels(agent=agent).inc(times)
+        _count("activations", "How often each agent was activated.", "agent", status.activations, registry)
         if status.adaptation.get("mode", "off") != "off":
             _adaptation(status.adaptation, registry)
     return generate_latest(_Undated(registry)).decode()
 
 
+def _count(name: str, words: str, label: str, counts: Mapping[str, float], registry: CollectorRegistry) -> None:
+    counter = Counter(f"dmoa_router_{name}", words, [label], registry=registry)
+    for value, times in counts.items():
+        counter.labels(value).inc(times)
+
+
 def _adaptation(told: dict[str, Any], registry: CollectorRegistry) -> None:
     """Say what learning while serving comes to. These counters are kept with the router's state and outlive it."""
-    offers = Counter("dmoa_router_offers", "Offered gates, and trials, by what became of them.", ["state"], registry=registry)
-    for state, times in told["counts"].items():
-        offers.labels(state=state).inc(times)
-    stopped = Counter("dmoa_router_guard", "How often each guard refused, or signal ended a trial.", ["guard"], registry=registry)
-    for guard, times in told["failures"].items():
-        stopped.labels(guard=guard).inc(times)
+    _count("offers", "Offered gates, and trials, by what became of them.", "state", told["counts"], registry)
+    _count("guard", "How often each guard refused, or signal ended a trial.", "guard", told["failures"], registry)
     gauges = {
         "ledger": ("Number of the last update that was judged.", told["ledger"]),
         "frozen": ("1 while no offer is taken.", told["frozen"] is not None),

@@ -31,8 +31,8 @@ from dmoa import __version__
 from dmoa.config import SUMMARIZER, TracingConfig
 from dmoa.loopback import uses_proxies
 from dmoa.serving.trace_list import WELL
-from dmoa.trace import finite
-from dmoa.types import AgentReply, Answer, Message, Query, StepRecord, SummarizerRecord
+from dmoa.trace import AnsweredQuery, finite
+from dmoa.types import AgentReply, Message, StepRecord, SummarizerRecord
 from dmoa.validation import storable
 
 SCHEMA = "https://opentelemetry.io/schemas/1.44.0"
@@ -50,27 +50,26 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 _LOG = logging.getLogger("dmoa.tracing")
 
 
-def spans_of(
-    query: Query, answer: Answer, *, pool: str, ended_unix_s: float, content: bool, is_stored: bool = True
-) -> list[Span]:
+def spans_of(answered: AnsweredQuery, *, content: bool) -> list[Span]:
     """Return the spans of an answered query, the whole one first; `content`: with prompts and texts.
 
     Of one that is not to be stored they carry no text of any kind: words of errors may quote a prompt too.
     """
-    return list(_Spans(query, answer, pool, ended_unix_s, content, is_stored).all())
+    return list(_Spans(answered, content).all())
 
 
 class _Spans:
-    def __init__(self, query: Query, answer: Answer, pool: str, ended_unix_s: float, content: bool, is_stored: bool) -> None:
-        self._query, self._answer, self._pool, self._content = query, answer, pool, content and is_stored
-        self._is_stored = is_stored
+    def __init__(self, answered: AnsweredQuery, content: bool) -> None:
+        self._query, self._answer, self._pool, self._is_stored = answered.query, answered.own, answered.pool, answered.is_stored
+        self._content, query = content and answered.is_stored, answered.query
         parent = _PARENT.fullmatch(query.traceparent.strip().lower())
         is_parent = parent is not None and set(parent[1]) != {"0"} and set(parent[2]) != {"0"}
         own = query.trace_id if _HEX.fullmatch(query.trace_id) else secrets.token_hex(16)
         self._trace = bytes.fromhex(parent[1] if parent and is_parent else own)
         self._parent = bytes.fromhex(parent[2]) if parent and is_parent else b""
         self._root = secrets.token_bytes(8)
-        self._start_unix_s, self._end_unix_s = ended_unix_s - answer.wall_ms / 1e3, ended_unix_s
+        self._end_unix_s = answered.created_unix_s
+        self._start_unix_s = self._end_unix_s - self._answer.wall_ms / 1e3
 
     def all(self) -> Iterator[Span]:
         answer, usage = self._answer, self._answer.usage
@@ -101,9 +100,8 @@ class _Spans:
             start_unix_s += step.wall_ms / 1e3
 
     def _step(self, step: StepRecord, start_unix_s: float) -> Iterator[Span]:
-        calls = [(reply.agent, reply) for reply in step.replies]
         if step.decision is not None:
-            decision, sent = step.decision, [reply.sent_unix_s for _, reply in calls if reply.sent_unix_s]
+            decision, sent = step.decision, [reply.sent_unix_s for reply in step.replies if reply.sent_unix_s]
             attributes = {
                 "gen_ai.operation.name": "plan",
                 "dmoa.step": step.step,
@@ -116,15 +114,17 @@ class _Spans:
                 "dmoa.routed_by": decision.routed_by,
                 "dmoa.masked": decision.masked,
             }
-            yield self._span(
-                "plan", secrets.token_bytes(8), self._root, start_unix_s, min(sent, default=start_unix_s), attributes
-            )
-        for agent, reply in calls:
-            explored = any(name == agent for name, _ in step.explored)
-            own = {"dmoa.status": reply.status, "dmoa.explored": explored, "dmoa.right_probability": reply.right_probability}
-            own["dmoa.entropy_nats"] = reply.entropy.mean_nats
+            end_unix_s = min(sent, default=start_unix_s)
+            yield self._span("plan", secrets.token_bytes(8), self._root, start_unix_s, end_unix_s, attributes)
+        for reply in step.replies:
+            own = {
+                "dmoa.status": reply.status,
+                "dmoa.explored": any(name == reply.agent for name, _ in step.explored),
+                "dmoa.right_probability": reply.right_probability,
+                "dmoa.entropy_nats": reply.entropy.mean_nats,
+            }
             lost = (self._is_stored and reply.error) or reply.status if reply.status not in WELL else None
-            yield from self._call(step, agent, reply, own, start_unix_s, text=reply.text, engine=reply.engine, lost=lost)
+            yield from self._call(step, reply.agent, reply, own, start_unix_s, text=reply.text, engine=reply.engine, lost=lost)
         fold = step.summarizer
         if fold.usage.total:
             verdict = {"dmoa.verdict": fold.verdict}
@@ -244,7 +244,7 @@ class Exporter:
 
     def __init__(self, tracing: TracingConfig, *, send_s: float = SEND_S) -> None:
         self._tracing, self._send_s = tracing, send_s
-        self._waiting: list[tuple[Query, Answer, str, float, bool]] = []
+        self._waiting: list[AnsweredQuery] = []
         self._sender: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "dmoa-otlp", initializer=_give_way)
         self._client: tuple[str, httpx.Client] | None = None
@@ -255,11 +255,11 @@ class Exporter:
         """Take the settings of a configuration."""
         self._tracing = tracing
 
-    def put(self, query: Query, answer: Answer, *, pool: str, ended_unix_s: float, is_stored: bool = True) -> None:
+    def put(self, answered: AnsweredQuery) -> None:
         """Take an answered query; returns at once. One that is not to be stored is exported without texts."""
         if self._tracing.otlp_endpoint is None or len(self._waiting) >= MAX_PENDING:
             return
-        self._waiting.append((query, answer, pool, ended_unix_s, is_stored))
+        self._waiting.append(answered)
         if self._sender is None or self._sender.done():
             self._sender = asyncio.get_running_loop().create_task(self._send_often())
 
@@ -275,12 +275,8 @@ class Exporter:
             send = partial(self._send, waiting, self._tracing.otlp_endpoint, self._tracing.content)
             await asyncio.get_running_loop().run_in_executor(self._thread, send)
 
-    def _send(self, waiting: Sequence[tuple[Query, Answer, str, float, bool]], endpoint: str, content: bool) -> None:
-        spans = [
-            span
-            for query, answer, pool, ended_unix_s, is_stored in waiting
-            for span in spans_of(query, answer, pool=pool, ended_unix_s=ended_unix_s, content=content, is_stored=is_stored)
-        ]
+    def _send(self, waiting: Sequence[AnsweredQuery], endpoint: str, content: bool) -> None:
+        spans = [span for answered in waiting for span in spans_of(answered, content=content)]
         url = endpoint.rstrip("/")
         url = url if url.endswith("/v1/traces") else f"{url}/v1/traces"
         headers = {b"Content-Type": b"application/x-protobuf"} | _own_headers(os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", ""))

@@ -30,10 +30,7 @@ _LONGEST_PAUSE_S = 1.0
 
 
 def query_drain_s(deadline_s: float | None) -> float:
-    """Return how long an ingress that is replaced may go on with its queries, whose deadline by the pool is `deadline_s`.
-
-    Agents of the new pool may have models to load.
-    """
+    """Return how long a replaced ingress may go on with queries of this deadline: agents of the new pool may load models."""
     return max(_QUERY_DRAIN_S, (deadline_s or 0.0) + _DRAIN_SLACK_S)
 
 

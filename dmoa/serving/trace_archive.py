@@ -18,11 +18,13 @@ from typing import Any
 
 from pyarrow import fs as arrow_fs
 from pyarrow.lib import ArrowException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dmoa.reading import MAX_LINE_BYTES
+from dmoa.serving.actors import unpack_record
 from dmoa.serving.trace_list import TraceCalls, TraceSummary
 from dmoa.storage import json_line, place_of, write_at
+from dmoa.trace import ReplyModel, Trace
 from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.traces")
@@ -58,13 +60,29 @@ class Place:
     """Bytes, line end included; 0 where a query failed and only its summary is kept."""
 
 
-class Indexed(BaseModel):
-    """A line of an index."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+@dataclass(slots=True, kw_only=True)
+class KeptTrace:
+    """What is kept of a query: all of it in memory or in an archive, or its summary alone."""
 
     owner: str
     """The tenant whose key asked."""
+    summary: TraceSummary
+    calls: tuple[TraceCalls, ...]
+    size: int
+    """Bytes of the query as it came, or of its line."""
+    packed: bytes = b""
+    """The query as it came; empty once it is written, and where it failed or may not be kept."""
+    place: Place | None = None
+
+    def unpacked(self) -> Trace | None:
+        """Return the trace of a query that is in memory, else None."""
+        return unpack_record(self.packed).trace() if self.packed else None
+
+
+class Indexed(ReplyModel):
+    """A line of an index."""
+
+    owner: str
     offset: int = Field(ge=0)
     length: int = Field(ge=0)
     summary: TraceSummary
@@ -78,16 +96,6 @@ def _indexed(line: bytes) -> Indexed | None:
         return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """A trace that is to be written: `trace` is None where a query failed."""
-
-    owner: str
-    summary: TraceSummary
-    calls: tuple[TraceCalls, ...]
-    trace: dict[str, Any] | None
-
-
 class TraceArchive:
     """Reads and writes segments; only the trace store of one app uses a place."""
 
@@ -99,12 +107,13 @@ class TraceArchive:
         self._stray: dict[str, float] = {}
         """Files that belong to no trace, and when they were written; 0 for those that should be gone already."""
 
-    def write(self, batch: Sequence[Written]) -> list[Place]:
+    def write(self, batch: Sequence[KeptTrace]) -> list[Place]:
         """Write one segment and return where each trace is. Raises OSError."""
         segment = f"{time.time_ns() // 1_000_000:015d}-{secrets.token_hex(3)}"
         lines, index, places = bytearray(), [], []
         for one in batch:
-            line = b"" if one.trace is None else json_line(without_secrets(one.trace))
+            trace = one.unpacked()
+            line = b"" if trace is None else json_line(without_secrets(trace.model_dump(mode="json")))
             summary = TraceSummary.model_validate(without_secrets(one.summary.model_dump()))
             kept = Indexed(owner=one.owner, offset=len(lines), length=len(line), summary=summary, calls=one.calls)
             places.append(Place(archive=self, segment=segment, offset=len(lines), length=len(line)))
@@ -129,7 +138,7 @@ class TraceArchive:
             return None
         return line.decode("utf-8", "replace") if line.startswith(b"{") and line.endswith(b"\n") else None
 
-    def load(self) -> Iterator[tuple[Indexed, Place]]:
+    def load(self) -> Iterator[KeptTrace]:
         """Yield all that is there, oldest first; what cannot be read is left out with a warning. Raises OSError."""
         found = self._fs.get_file_info(arrow_fs.FileSelector(self._root, allow_not_found=True))
         files = [one for one in found if one.type == arrow_fs.FileType.File]
@@ -146,7 +155,8 @@ class TraceArchive:
                 _LOG.warning("%d traces of %s are left out: their lines in its index are damaged", lost, segment)
             self._held[segment] = len(kept)
             for one in kept:
-                yield one, Place(archive=self, segment=segment, offset=one.offset, length=one.length)
+                place = Place(archive=self, segment=segment, offset=one.offset, length=one.length)
+                yield KeptTrace(owner=one.owner, summary=one.summary, calls=one.calls, size=one.length, place=place)
         for ours in filter(None, (_OURS.fullmatch(one.base_name) for one in files)):
             if ours[0].startswith(".") or not self._held[ours[1]]:
                 self._stray[ours[0]] = int(ours[2]) / 1e3

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.trace import finite, replies_in_order, rounded
+from dmoa.trace import ReplyModel, finite, replies_in_order, rounded
 from dmoa.types import Answer, Query
 from dmoa.validation import describe, findings, redact_text, storable
 
@@ -34,10 +34,8 @@ _MAX_NATS = 3.0
 """Where the last bin of the entropies begins to hold everything above."""
 
 
-class TraceCalls(BaseModel):
+class TraceCalls(ReplyModel):
     """One agent's reply in one step, as the statistics of the agents need it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     agent: str
     status: str
@@ -49,10 +47,8 @@ class TraceCalls(BaseModel):
     latency_ms: float
 
 
-class TraceSummary(BaseModel):
+class TraceSummary(ReplyModel):
     """One query as a list shows it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     trace_id: str
     created_unix_s: float
@@ -144,10 +140,8 @@ def summary_of_failure(
     )
 
 
-class TraceFilter(BaseModel):
+class TraceFilter(ReplyModel):
     """Which traces are listed: the query string of GET /v1/dmoa/traces."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     limit: int = Field(default=50, ge=1, le=MAX_LISTED)
     """Most traces of one reply."""
@@ -183,10 +177,8 @@ class TraceFilter(BaseModel):
         )
 
 
-class TracePage(BaseModel):
+class TracePage(ReplyModel):
     """Body of GET /v1/dmoa/traces."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     data: list[TraceSummary]
     """Newest first."""
@@ -215,10 +207,14 @@ def _place(text: str) -> tuple[float, str]:
     return float(moment), trace_id
 
 
-class AgentStatistics(BaseModel):
-    """What one agent did in the traces that are kept."""
+def unknown_trace(trace_id: str) -> RequestError:
+    """Return the error of a trace that the key does not see."""
+    message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
+    return RequestError(message, param="trace_id", code="trace_not_found", status=404)
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+class AgentStatistics(ReplyModel):
+    """What one agent did in the traces that are kept."""
 
     agent: str
     calls: int

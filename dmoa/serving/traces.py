@@ -13,19 +13,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
-
-import ray
 
 from dmoa.config import Config, RouterConfig, TracingConfig
 from dmoa.errors import ConfigError
 from dmoa.feedback import tenant_of
-from dmoa.serving.actors import ClusterMemory, detached, pack_record, served_before_restart, traces_name, unpack_record
+from dmoa.serving.actors import ClusterMemory, pack_record, served_before_restart, unpack_record
 from dmoa.serving.feedback import FeedbackSender
 from dmoa.serving.otlp import Exporter
-from dmoa.serving.trace_archive import Place, TraceArchive, Written
-from dmoa.serving.trace_list import LOAD_S, NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
+from dmoa.serving.trace_archive import KeptTrace, Place, TraceArchive
+from dmoa.serving.trace_list import (
+    LOAD_S,
+    NOT_STORED,
+    AgentStatistics,
+    TraceFilter,
+    TracePage,
+    TraceSummary,
+    page_of,
+    statistics_of,
+    summarise,
+)
 from dmoa.trace import AnsweredQuery
 
 _LOG = logging.getLogger("dmoa.traces")
@@ -40,17 +47,6 @@ TEND_S = 60.0
 MAX_PLACES = 16
 """Of earlier places so many are read again where Ray restarts the store."""
 _PLACES = "places"
-
-
-@dataclass(slots=True, kw_only=True)
-class _Kept:
-    owner: str
-    summary: TraceSummary
-    calls: tuple[TraceCalls, ...]
-    size: int
-    packed: bytes = b""
-    """The query as it came; empty once it is written, and where it failed or may not be kept."""
-    place: Place | None = None
 
 
 class TraceOutbox:
@@ -93,7 +89,7 @@ class TraceStore:
             bounds, tracing = config.router, config.tracing
         self._bounds, self._tend_s = bounds, tend_s
         self._exporter = Exporter(tracing or TracingConfig())
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._kept: OrderedDict[str, KeptTrace] = OrderedDict()
         self._bytes = 0
         self._sender: FeedbackSender | None = None
         self._archives: list[TraceArchive] = []
@@ -105,8 +101,7 @@ class TraceStore:
         self._writing = asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
         self._tender: asyncio.Task[None] | None = None
-        earlier = self._places() if served is not None else []
-        for uri in earlier:
+        for uri in self._places() if served is not None else ():
             with suppress(ConfigError):  # it could be opened once
                 if uri != bounds.trace_uri:
                     self._reach(uri)
@@ -140,8 +135,8 @@ class TraceStore:
     def _read(self) -> None:
         for archive in tuple(self._unread):
             try:
-                for one, place in archive.load():
-                    self._add(_Kept(owner=one.owner, summary=one.summary, calls=one.calls, size=one.length, place=place))
+                for kept in archive.load():
+                    self._add(kept)
                 self._unread.remove(archive)
             except OSError as error:
                 _LOG.warning("traces of %s are not read: %s", archive.place, error)
@@ -199,16 +194,17 @@ class TraceStore:
         summary, calls = summarise(one.answer, question=question, created_unix_s=one.created_unix_s)
         if one.branched_at:
             _, calls = summarise(one.own, question=question, created_unix_s=one.created_unix_s)
-        self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
-        self._exporter.put(one.query, one.own, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
-        self._shrink()
-        self._save_soon()
+        self._take(KeptTrace(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
+        self._exporter.put(one)
         return one
 
     async def put_failed(self, summary_json: str, key_hash: str) -> None:
         """Keep the summary of a query that was not answered."""
         summary = TraceSummary.model_validate_json(summary_json)
-        self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=(), size=len(summary_json)))
+        self._take(KeptTrace(owner=tenant_of(key_hash), summary=summary, calls=(), size=len(summary_json)))
+
+    def _take(self, kept: KeptTrace) -> None:
+        self._add(kept)
         self._shrink()
         self._save_soon()
 
@@ -217,25 +213,23 @@ class TraceStore:
         kept = self._kept.get(trace_id)
         if kept is None or self._is_old(kept) or (key_hash is not None and kept.owner != tenant_of(key_hash)):
             return None
-        if kept.packed:
-            found: AnsweredQuery = unpack_record(kept.packed)
-            return found.trace().line().decode()
+        if (trace := kept.unpacked()) is not None:
+            return trace.line().decode()
         if kept.place is None or not kept.place.length:
             return None
         return await asyncio.to_thread(kept.place.archive.read, kept.place)
 
-    async def listed(self, wanted: TraceFilter, key_hash: str | None) -> str:
-        """Return a page of the traces of a key, newest first, as JSON; without a key, everybody's."""
-        return page_of((kept.summary for kept in self._of(key_hash)), wanted).model_dump_json()
+    async def listed(self, wanted: TraceFilter, key_hash: str | None) -> TracePage:
+        """Return a page of the traces of a key, newest first; without a key, everybody's."""
+        return page_of((kept.summary for kept in self._of(key_hash)), wanted)
 
-    async def statistics(self, agents: tuple[str, ...], key_hash: str | None) -> str:
-        """Return what the agents did in the traces of a key, as a JSON list; without a key, in all."""
+    async def statistics(self, agents: tuple[str, ...], key_hash: str | None) -> list[AgentStatistics]:
+        """Return what the agents did in the traces of a key; without a key, in all."""
         kept, since = list(self._of(key_hash)), time.time() - LOAD_S
         recent = [call for one in kept if one.summary.created_unix_s > since for call in one.calls]
-        found = statistics_of((call for one in kept for call in one.calls), agents, recent)
-        return json.dumps([one.model_dump() for one in found])
+        return statistics_of((call for one in kept for call in one.calls), agents, recent)
 
-    def _of(self, key_hash: str | None) -> Iterator[_Kept]:
+    def _of(self, key_hash: str | None) -> Iterator[KeptTrace]:
         owner = None if key_hash is None else tenant_of(key_hash)
         newest_first = (kept for kept in reversed(self._kept.values()) if not self._is_old(kept))
         return (kept for kept in newest_first if owner is None or kept.owner == owner)
@@ -243,10 +237,10 @@ class TraceStore:
     def _oldest_unix_s(self) -> float:
         return time.time() - self._bounds.trace_days * 86_400
 
-    def _is_old(self, kept: _Kept) -> bool:
+    def _is_old(self, kept: KeptTrace) -> bool:
         return kept.summary.created_unix_s < self._oldest_unix_s()
 
-    def _add(self, kept: _Kept) -> None:
+    def _add(self, kept: KeptTrace) -> None:
         before = self._kept.pop(kept.summary.trace_id, None)
         self._bytes += kept.size - (before.size if before else 0)
         self._kept[kept.summary.trace_id] = kept
@@ -283,7 +277,7 @@ class TraceStore:
         if archive is None or not new:
             return
         try:
-            places = await asyncio.to_thread(lambda: archive.write([_written(kept) for kept in new]))
+            places = await asyncio.to_thread(archive.write, new)
         except OSError as error:
             _LOG.warning("%d traces are not written: %s", len(new), error)
             return
@@ -304,16 +298,3 @@ class TraceStore:
                 await self._exporter.flush()
         except TimeoutError:
             _LOG.warning("spans of the last seconds were not taken in time")
-
-
-def _written(kept: _Kept) -> Written:
-    trace = None
-    if kept.packed:
-        found: AnsweredQuery = unpack_record(kept.packed)
-        trace = found.trace().model_dump(mode="json")
-    return Written(owner=kept.owner, summary=kept.summary, calls=kept.calls, trace=trace)
-
-
-def ensure_traces(app: str, bounds: RouterConfig, tracing: TracingConfig) -> Any:
-    """Return the app's trace store actor, created if it is not there yet."""
-    return ray.remote(TraceStore).options(**detached(traces_name(app))).remote(bounds, tracing, app)

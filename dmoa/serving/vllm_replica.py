@@ -48,10 +48,7 @@ def vllm_deployment(config: Config, llm: str, hosted: Sequence[AgentConfig], opt
 def llm_config(
     config: Config, llm: str, hosted: Sequence[AgentConfig], *, source: str | None = None, options: dict[str, Any] | None = None
 ) -> LLMConfig:
-    """Return ray.serve.llm's configuration of an LLM; `source`: where a replica loads the weights from, if not by their name.
-
-    Raises ConfigError for an LLM whose engine is another.
-    """
+    """Return ray.serve.llm's configuration of an LLM, its weights from `source` or by name. Raises ConfigError (other engine)."""
     part = config.llms[llm]
     given = vllm_options(part, llm)
     on_cpu = part.gpus == 0

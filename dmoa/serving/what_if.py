@@ -9,30 +9,25 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from dmoa.errors import RequestError, RoutingError
 from dmoa.orchestrator import advance, begin
 from dmoa.protocols import Router
 from dmoa.swarm import Swarm
-from dmoa.trace import Trace, answer_of_trace, query_of_trace
+from dmoa.trace import ReplyModel, Trace, answer_of_trace, query_of_trace
 from dmoa.types import Event, FloatArray, Query, RouteDecision, RouteRequest, Stop
 from dmoa.validation import did_you_mean
 
 
-class AgentChance(BaseModel):
+class AgentChance(ReplyModel):
     """One agent in a decision."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     agent: str
     probability: float
 
 
-class DecidedStep(BaseModel):
+class DecidedStep(ReplyModel):
     """One recorded step, decided again."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     step: int
     asked: list[str]

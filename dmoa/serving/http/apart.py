@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+from concurrent.futures import Future
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -68,7 +69,6 @@ class _Request:
         self._start: list[Message] = []
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Have the app answer, in its own loop."""
         try:
             await app(scope, self._receive, self._send)
         finally:
@@ -100,28 +100,21 @@ def serve_apart() -> None:
         async def serve(self, sockets: list[socket.socket] | None = None) -> None:
             """Return once the server has ended, which it does where this is cancelled; raises what ended it."""
             loop, serving = asyncio.get_running_loop(), super().serve(sockets)
-            ended: asyncio.Future[None] = loop.create_future()
-
-            def end(error: BaseException | None) -> None:
-                if ended.done():
-                    return
-                if error is None:
-                    ended.set_result(None)
-                else:
-                    ended.set_exception(error)
+            ended: Future[None] = Future()
+            ended.set_running_or_notify_cancel()  # from now on whoever waits for it cannot cancel it
 
             def run() -> None:
-                error = None
                 try:
                     with asyncio.Runner(loop_factory=type(loop)) as runner:
                         runner.run(serving)
-                except BaseException as found:  # SystemExit too, of which a thread says nothing: raised where it is awaited
-                    error = found
-                loop.call_soon_threadsafe(end, error)
+                except BaseException as error:  # SystemExit too, of which a thread says nothing: raised where it is awaited
+                    ended.set_exception(error)
+                else:
+                    ended.set_result(None)
 
             threading.Thread(target=run, name="dmoa-http", daemon=True).start()
             try:
-                await ended
+                await asyncio.wrap_future(ended)
             finally:
                 self.should_exit = self.force_exit = True
 

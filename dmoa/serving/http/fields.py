@@ -20,12 +20,10 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from dmoa.errors import RequestError
-from dmoa.policies.registry import EXPLORING, is_gated
 from dmoa.reading import without_texts
 from dmoa.types import FinalCall
 
 MAX_NEW_TOKENS = 131072
-"""Most tokens that a client may ask for."""
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 65536
 """Longest JSON Schema of a form or of a tool's parameters."""
@@ -193,7 +191,6 @@ def final_call(
 
 
 def _choice(tools: list[ToolSpec], choice: str | NamedTool | None) -> str:
-    """Return the choice of tools in `FinalCall`'s words, or none."""
     names = [tool.function.name for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -209,7 +206,6 @@ def _choice(tools: list[ToolSpec], choice: str | NamedTool | None) -> str:
 
 
 def _form(wanted: ResponseFormat | None) -> dict[str, Any]:
-    """Return the fields of a `FinalCall` that tell of the answer's form."""
     if wanted is None or wanted.type == "text":
         return {}
     if wanted.type == "json_object":
@@ -231,13 +227,6 @@ def _check_size(schema: dict[str, Any] | None, param: str) -> None:
 def _depth(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
-
-
-def unread_options(policy: str, *, max_agents: int | None, epsilon: float | None) -> tuple[str, ...]:
-    """Return those of a client's options that its policy does not read."""
-    unread = {"dmoa.max_agents": max_agents is not None and not is_gated(policy)}
-    unread |= {"dmoa.epsilon": epsilon is not None and policy != EXPLORING}
-    return tuple(name for name, is_unread in unread.items() if is_unread)
 
 
 def check_parts(body: bytes) -> None:

@@ -30,7 +30,7 @@ from dmoa.serving.http.apart import Passage, serve_apart
 from dmoa.serving.http.connection import LINGER_S, MIN_BYTES_PER_S, bound_connections
 from dmoa.serving.http.errors import RETRY_AFTER_S, SurpriseGuard, encode_json, error_response, last_event, tidy
 from dmoa.serving.http.keeper import APP_VARIABLE, innermost, keep_port, keep_silent
-from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, ConcurrencyLimit, body_too_large, cors_headers, declared_bytes
+from dmoa.serving.http.middleware import ConcurrencyLimit, body_too_large, cors_headers, declared_bytes, header_of, is_open
 
 BODY_S = 10.0
 """How long a body may take, beside the time that its bytes have at `MIN_BYTES_PER_S`."""
@@ -138,8 +138,7 @@ class Front:
         path = tidy(scope["path"][len(prefix) :])
         try:
             body = await self._body(scope, receive, app)
-            is_open = path in OPEN_PATHS or path.startswith(ASSETS)
-            with nullcontext() if is_open else app.take(is_query=scope["method"] == "POST"):
+            with nullcontext() if is_open(path) else app.take(is_query=scope["method"] == "POST"):
                 await self._hand_on(scope, receive, body, answer)
         except RequestError as error:
             await self._refuse(scope, receive, send, _refusal(error, scope, app))
@@ -157,7 +156,6 @@ class Front:
         self._knows_routes = True
 
     async def _hand_on(self, scope: Scope, receive: Receive, body: bytes, answer: _Answer) -> None:
-        """Have a request answered whose body was read."""
         is_read = False
 
         async def replayed() -> Message:
@@ -287,7 +285,6 @@ class _Answer:
         self._is_serves = self._is_done = self._is_stream = False
 
     async def send(self, message: Message) -> None:
-        """Pass one message on."""
         if message["type"] == "http.response.start":
             message = self._started(message)
             if self._is_serves:
@@ -350,7 +347,7 @@ def _is_serves(name: bytes, value: bytes) -> bool:
 
 
 def _key_of(scope: Scope) -> str:
-    sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    sent = header_of(scope["headers"], b"authorization")
     return hashlib.sha256(sent).hexdigest() if sent else ""
 
 
@@ -363,10 +360,7 @@ def places_behind(most: int) -> int:
 
 
 def middlewares() -> list[Middleware]:
-    """Bound the connections of this process and return its front; whoever of Serve's processes listens calls this as it starts.
-
-    By `SETTING`, which `dmoa serve` sets.
-    """
+    """Bound this process's connections and return its front; of Serve's processes those that listen call it (`SETTING`)."""
     from ray.serve.context import _get_internal_replica_context
 
     bound_connections()

@@ -61,8 +61,6 @@ _LAST_EVENTS = {STREAMING: last_event("/chat/completions", _LOST), RESPONDING: l
 
 @dataclass(slots=True)
 class _Proxy:
-    """One proxy, as the keeper knows it."""
-
     states: mmap.mmap
     copies: dict[int, socket.socket] = field(default_factory=dict)
     """Of its connections, by the proxy's own number of each."""
@@ -243,7 +241,9 @@ class PortKeeper:
 
     def _refuse(self, client: socket.socket) -> None:
         """Tell a client to try again, and read on for a while, so that it reads the answer before it is reset."""
-        self._keep_guest(client, _LINGER_S)
+        self._guests[client] = time.monotonic() + _LINGER_S
+        if len(self._guests) > _MAX_GUESTS:
+            self._end(next(iter(self._guests)))
         self._watch(client, self._drain)
         left_s = self._return_s - (time.monotonic() - self._away_since_s)
         try:
@@ -252,11 +252,6 @@ class PortKeeper:
             client.shutdown(socket.SHUT_WR)
         except OSError:
             self._end(client)
-
-    def _keep_guest(self, client: socket.socket, seconds: float) -> None:
-        self._guests[client] = time.monotonic() + seconds
-        if len(self._guests) > _MAX_GUESTS:
-            self._end(next(iter(self._guests)))
 
     def _drain(self, client: socket.socket) -> None:
         try:
@@ -380,10 +375,7 @@ class _KeptCycle(httptools_impl.RequestResponseCycle):
 
 
 class _KeptServer(uvicorn.Server):
-    """uvicorn's server on the kept port, with the connections that were idle when the last one died.
-
-    An ingress that Serve replaces or ends stops to listen at once; its queries go on.
-    """
+    """uvicorn's server on the kept port, with connections that the last one left idle; replaced, it stops listening at once."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         kept = KeptProtocol.kept

@@ -32,11 +32,13 @@ SHOWN_HEADERS = ("x-request-id", "x-dmoa-ignored", "retry-after")
 """What a page of another origin may read of an answer's headers."""
 
 
-def hash_keys(env: Mapping[str, str], variable: str = VARIABLE) -> tuple[str, ...]:
-    """Return the SHA-256 hex digests of the comma-separated keys in `variable`; empty if it is unset or empty.
+def is_open(path: str) -> bool:
+    """Tell whether a path, without the prefix of its app, is read without a key."""
+    return path in OPEN_PATHS or path.startswith(ASSETS)
 
-    Raises ConfigError if the variable holds separators but no key: whoever set it meant to have one.
-    """
+
+def hash_keys(env: Mapping[str, str], variable: str = VARIABLE) -> tuple[str, ...]:
+    """Return SHA-256 hex digests of comma-separated keys in a variable, none if unset. Raises ConfigError for commas alone."""
     raw = env.get(variable, "")
     keys = [key for part in raw.split(",") if (key := part.strip())]
     if raw and not keys:
@@ -54,6 +56,11 @@ def check_exposure(host: str, key_hashes: tuple[str, ...], insecure: bool, where
     )
 
 
+def header_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
+    """Return the first value of a header, empty where it was not sent; `name` in lower case."""
+    return next((value for known, value in headers if known.lower() == name), b"")
+
+
 def identify(headers: Iterable[tuple[bytes, bytes]], key_hashes: tuple[str, ...]) -> str:
     """Return the hash of the key that a request carries, "" where no keys are configured.
 
@@ -61,7 +68,7 @@ def identify(headers: Iterable[tuple[bytes, bytes]], key_hashes: tuple[str, ...]
     """
     if not key_hashes:
         return ""
-    value = next((value for name, value in headers if name.lower() == b"authorization"), b"")
+    value = header_of(headers, b"authorization")
     found = _known(value, key_hashes)
     if not found:
         what = "no API key" if not value else "this API key is not known"
@@ -98,13 +105,11 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", "")) or "/"
         if scope["type"] == "http":
-            is_open = path in OPEN_PATHS or path.startswith(ASSETS)
-            sent = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-            admin, key_hash = _known(sent, self.admin_hashes), None
+            admin, key_hash = _known(header_of(scope["headers"], b"authorization"), self.admin_hashes), None
             try:
                 key_hash = admin or identify(scope["headers"], self.key_hashes)
             except RequestError as error:
-                if not is_open:
+                if not is_open(path):
                     await error_response(error)(scope, receive, send)
                     return
             state = scope.setdefault("state", {})
@@ -114,7 +119,7 @@ class KeyCheck:
 
 def cors_headers(scope: Scope, origins: Iterable[str]) -> dict[str, str]:
     """Return the headers by which a page of one of the origins, which a request may come from, can read its answer."""
-    origin = next((value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"origin"), "")
+    origin = header_of(scope["headers"], b"origin").decode("latin-1")
     if not origin or not {"*", origin} & set(origins):
         return {}
     allowed = (
@@ -200,7 +205,7 @@ def body_too_large(seen: str, max_bytes: int) -> RequestError:
 
 def declared_bytes(scope: Scope) -> int | None:
     """Return the length that a request declares for its body; None where it declares none."""
-    value = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
+    value = header_of(scope["headers"], b"content-length")
     # More digits than this are over any limit, and int() refuses more than 4300.
     return int(value[:20]) if value.isdigit() else None
 
@@ -216,18 +221,13 @@ class ConcurrencyLimit:
     def take(self) -> Iterator[None]:
         """Hold one place. Raises RequestError (429) when all are taken."""
         if self.taken >= self.max_queued_requests:
-            raise too_many_queries(self.taken, self.max_queued_requests)
+            message = (
+                f"{self.taken} queries are in flight, and {self.max_queued_requests} is the limit (limits.max_queued_requests); "
+                "try again after the seconds in Retry-After"
+            )
+            raise RequestError(message, code="too_many_requests", status=429)
         self.taken += 1
         try:
             yield
         finally:
             self.taken -= 1
-
-
-def too_many_queries(taken: int, most: int) -> RequestError:
-    """Return the refusal of a query beyond those in flight."""
-    message = (
-        f"{taken} queries are in flight, and {most} is the limit (limits.max_queued_requests); "
-        "try again after the seconds in Retry-After"
-    )
-    return RequestError(message, code="too_many_requests", status=429)

@@ -20,10 +20,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from dmoa.errors import RequestError
 from dmoa.serving.http.errors import LenientPaths, install_handlers, json_response
 from dmoa.serving.http.fields import WHOLE, RequestModel
-from dmoa.serving.http.requests import parse_body
+from dmoa.serving.http.requests import parsed
 from dmoa.serving.http.responses import failures, posted, replied
 from dmoa.serving.http.service import SwarmService
-from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, described_filter
+from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, described_filter, unknown_trace
 from dmoa.serving.what_if import DecidedStep
 from dmoa.trace import ReplyDmoa, Trace, reply_dmoa
 from dmoa.types import Answer, Event, Query
@@ -184,7 +184,7 @@ class PageRoutes:
                 is_admin=request.state.is_admin,
                 can_ask=True,
                 router=await service.page.status(),
-                statistics=[AgentStatistics.model_validate(one) for one in await service.page.statistics(owner_of(request))],
+                statistics=await service.page.statistics(owner_of(request)),
             )
         )
 
@@ -202,7 +202,7 @@ class PageRoutes:
         if not request.state.is_admin:
             why = "rollback: it needs an admin key; send one of DMOA_ADMIN_KEYS, or use `dmoa router rollback`"
             raise RequestError(why, code="admin_only", status=403)
-        wanted = parse_body(RollbackRequest, await request.body(), request.headers.get("content-type", ""))
+        wanted = await parsed(RollbackRequest, request)
         done = await self._service().page.rollback(wanted.version, wanted.note)
         return json_response({name: done[name] for name in RollbackReply.model_fields})
 
@@ -214,7 +214,7 @@ class PageRoutes:
 
     async def what_if(self, request: Request, trace_id: str) -> Response:
         """Decide the steps of a query of the key again, by another gate version or policy; asks no agent."""
-        wanted = parse_body(WhatIfRequest, await request.body(), request.headers.get("content-type", ""))
+        wanted = await parsed(WhatIfRequest, request)
         if (wanted.gate_version is None) == (wanted.policy is None):
             raise RequestError("gate_version: send it, or policy, and not both", param="gate_version", code="invalid_value")
         trace = await self._trace(request, trace_id)
@@ -223,7 +223,7 @@ class PageRoutes:
 
     async def branch(self, request: Request, trace_id: str) -> Response:
         """Ask again from before a step of a query of the key; what comes of it is a query of its own."""
-        wanted = parse_body(BranchRequest, await request.body(), request.headers.get("content-type", ""))
+        wanted = await parsed(BranchRequest, request)
         trace, service = await self._trace(request, trace_id), self._service()
         query, events = service.page.branch(
             trace, uuid.uuid4().hex, step=wanted.step, policy=wanted.policy, agents=tuple(wanted.agents)
@@ -233,32 +233,17 @@ class PageRoutes:
 
     async def runs(self) -> Response:
         """List the trainings and evaluations that the page can show."""
-        return json_response(RunsReply(data=[RunLine.model_validate(one) for one in await self._service().page.runs()]))
+        return json_response(RunsReply(data=[]))  # a server has none: `dmoa view` shows those on a disk
 
     async def run(self, run_id: str) -> Response:
         """Tell of one training or evaluation."""
-        found = await self._service().page.run(run_id)
-        if found is None:
-            raise unknown_run(run_id)
-        return json_response(found)
-
-
-def unknown_trace(trace_id: str) -> RequestError:
-    """Return the error of a trace that the key does not see."""
-    message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
-    return RequestError(message, param="trace_id", code="trace_not_found", status=404)
+        raise unknown_run(run_id)
 
 
 def unknown_run(run_id: str) -> RequestError:
     """Return the error of a run that is not there."""
     message = f"run_id is {run_id[:80]!r}; there is no such run"
     return RequestError(message, param="run_id", code="unknown_run", status=404)
-
-
-BODIES: tuple[type[BaseModel], ...] = (RollbackRequest, WhatIfRequest, BranchRequest)
-"""Request records for the OpenAPI document, ..."""
-REPLIES: tuple[type[BaseModel], ...] = (StatusReply, TracePage, GatesReply, RollbackReply, WhatIfReply, BranchReply, RunsReply)
-"""... and those of replies."""
 
 
 def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow) -> None:

@@ -17,8 +17,10 @@ from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
+from starlette.requests import Request
 
 from dmoa.errors import RequestError
+from dmoa.policies.registry import EXPLORING, is_gated
 from dmoa.reading import BYTE_ORDER_MARK, read_json
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.serving.http.fields import (
@@ -36,7 +38,6 @@ from dmoa.serving.http.fields import (
     final_call,
     refused,
     text_or_list,
-    unread_options,
 )
 from dmoa.serving.http.service import SwarmService
 from dmoa.types import FinalCall, Limits, Message, Query, Role
@@ -227,11 +228,6 @@ class SharedRequest(LenientModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
-    def wants_texts(self) -> bool:
-        """Whether the reply carries agents' texts and summaries."""
-        return bool(self.options.trace)
-
-    @property
     def labels(self) -> dict[str, str]:
         """The client's own words about the query; a plain completion has none."""
         return {}
@@ -240,12 +236,6 @@ class SharedRequest(LenientModel):
     def is_stored(self) -> bool:
         """Whether the query may be kept and learnt from; a plain completion cannot say."""
         return True
-
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        """The stop texts that are not empty, none if the field was absent."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(text for text in given if text)
 
 
 class ChatRequest(SharedRequest):
@@ -313,11 +303,6 @@ class CompletionRequest(SharedRequest):
     logprobs: Annotated[Any, Only()] = None
     suffix: Annotated[Any, Only("")] = None
 
-    @property
-    def text(self) -> str:
-        """The prompt as one text."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
-
 
 class OutcomeRequest(RequestModel):
     """What a client knows of one of its queries."""
@@ -337,6 +322,12 @@ class OutcomeRequest(RequestModel):
 
 
 R = TypeVar("R", bound=RequestModel)
+
+
+async def parsed(model: type[R], request: Request, *, refuses_unknown: bool = False) -> R:
+    """Return the checked body of a request. Raises RequestError as `parse_body`."""
+    content_type = request.headers.get("content-type", "")
+    return parse_body(model, await request.body(), content_type, refuses_unknown=refuses_unknown)
 
 
 def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknown: bool = False) -> R:
@@ -397,8 +388,11 @@ def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequenc
     return (*unknown, *unused)[:MAX_IGNORED]
 
 
-def _unread(request: SharedRequest, policy: str) -> tuple[str, ...]:
-    return unread_options(policy, max_agents=request.options.max_agents, epsilon=request.options.epsilon)
+def _unread(options: DmoaOptions, policy: str) -> tuple[str, ...]:
+    """Return those of a client's options that its policy does not read."""
+    unread = {"dmoa.max_agents": options.max_agents is not None and not is_gated(policy)}
+    unread |= {"dmoa.epsilon": options.epsilon is not None and policy != EXPLORING}
+    return tuple(name for name, is_unread in unread.items() if is_unread)
 
 
 _LOG = logging.getLogger("dmoa.http")
@@ -517,7 +511,8 @@ def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[st
     _check_messages(request)
     is_system = [message.role in ("system", "developer") for message in request.messages]
     end = len(is_system) - (is_system[::-1].index(False) if False in is_system else 0)
-    last, asked = request.messages[end - 1], _place_of_question(request)
+    last = request.messages[end - 1]
+    asked = next((i for i in reversed(range(len(request.messages))) if request.messages[i].role == "user"), None)
     if last.role not in ("user", "tool") or asked is None:
         seen = f"is {last.role!r}; expected 'user' for the last message; end the conversation with the question"
         raise refused(f"messages[{end - 1}].role", seen)
@@ -546,13 +541,8 @@ def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[st
             n=request.n,
         ),
     )
-    ignored = (*_ignored(request, service.abilities, unknown), *_unread(request, policy))
+    ignored = (*_ignored(request, service.abilities, unknown), *_unread(request.options, policy))
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
-
-
-def _place_of_question(request: ChatRequest) -> int | None:
-    """Return where the last message of the user's is, None where there is none."""
-    return next((i for i in reversed(range(len(request.messages))) if request.messages[i].role == "user"), None)
 
 
 def _turn(message: ChatMessage, names: Mapping[str | None, str]) -> Message:
@@ -567,9 +557,9 @@ def _turn(message: ChatMessage, names: Mapping[str | None, str]) -> Message:
 def completion_order(request: CompletionRequest, service: SwarmService) -> ParsedRequest:
     """Return the order of a plain completion. Raises RequestError (400, 404)."""
     policy, agent = resolve(request, service)
-    final = final_call(n=request.n)
-    query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens, final=final)
-    ignored = (*_ignored(request, service.abilities), *_unread(request, policy))
+    final, prompt = final_call(n=request.n), request.prompt if isinstance(request.prompt, str) else request.prompt[0]
+    query = _query(request, service, text=_question(prompt, "prompt"), max_tokens=request.max_tokens, final=final)
+    ignored = (*_ignored(request, service.abilities), *_unread(request.options, policy))
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
 
 
@@ -591,9 +581,7 @@ def outcome_of(request: OutcomeRequest, agents: Sequence[str]) -> KeptOutcome:
 def _check_messages(request: ChatRequest) -> None:
     """Raise RequestError for a message without content, which only an assistant's may be."""
     for number, message in enumerate(request.messages):
-        if message.role == "assistant":
-            continue
-        if isinstance(message.content, str) or message.content:
+        if message.role == "assistant" or isinstance(message.content, str) or message.content:
             continue
         param = f"messages[{number}].content"
         if "content" not in message.model_fields_set:
@@ -621,11 +609,12 @@ def _query(
 ) -> Query:
     if request.stream_options is not None and not request.stream:
         raise refused("stream_options", "given without stream; set stream: true, or leave it out")
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     sampling: dict[str, Any] = {
         "temperature": request.temperature,
         "top_p": request.top_p,
         "max_tokens": max_tokens,
-        "stop": request.stop_texts or None,
+        "stop": tuple(text for text in stop if text) or None,
         "seed": request.seed,
         "top_k": -1 if request.top_k == 0 else request.top_k,  # for all tokens, as vLLM writes it; others refuse 0
         "min_p": request.min_p,
@@ -681,7 +670,6 @@ def unknown_model(model: str, service: SwarmService) -> RequestError:
 
 
 def _limits(options: DmoaOptions, service: SwarmService) -> Limits:
-    """Return the query's limits: the pool's, where the client does not ask for less."""
     pool = service.limits
     return Limits(
         max_steps=_lower(options.max_steps, pool.max_steps) or pool.max_steps,

@@ -19,7 +19,7 @@ from pydantic.json_schema import models_json_schema
 from dmoa.errors import EmptyAnswerError, RequestError
 from dmoa.serving.http.errors import RETRY_AFTER_S, ErrorReply, described, encode_json
 from dmoa.serving.http.middleware import OPEN_PATHS
-from dmoa.serving.http.requests import ChatRequest, CompletionRequest, OutcomeRequest, ParsedRequest
+from dmoa.serving.http.requests import ParsedRequest
 from dmoa.trace import ReplyDmoa, ReplyModel, finite, reply_dmoa, step_probabilities
 from dmoa.types import Answer, Choice, StepRecord, ToolCall
 
@@ -263,10 +263,7 @@ class Rendering:
         return _event(described(error)[1]) + DONE
 
     def closing(self, answer: Answer) -> bytes:
-        """Return the chunks that end a stream: what was not sent of the text, the reason, usage, `[DONE]`.
-
-        Raises EmptyAnswerError.
-        """
+        """Return the chunks that end a stream: the rest of the text, the reason, usage, `[DONE]`. Raises EmptyAnswerError."""
         events = b""
         check_not_empty(answer)
         first, *others = choices_of(answer)
@@ -298,10 +295,9 @@ class Rendering:
         return events
 
     def _dmoa(self, answer: Answer) -> ReplyDmoa | None:
-        """Return the reply's `dmoa` object, None where the client wants none."""
         if self._order.body.dmoa is False:
             return None
-        told = reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts, trace_url=self._trace_url)
+        told = reply_dmoa(answer, pool=self._pool, with_texts=bool(self._order.body.options.trace), trace_url=self._trace_url)
         return told.model_copy(update={"ignored": list(self._order.ignored)}) if self._order.ignored else told
 
     @property
@@ -413,6 +409,9 @@ _ERRORS: dict[int, str] = {
     503: "No agent is left (`no_agent`), or every contribution was empty (`empty_answer`).",
     504: "The deadline passed before any contribution existed.",
 }
+_BODIES: dict[str, type[BaseModel]] = {}
+_REPLIES: dict[str, type[BaseModel]] = {}
+"""Records that the routes take and answer with, by the names under which the document has them."""
 _OF_BODIES = (400, 401, 404, 413, 415)
 _OF_QUERIES = (422, 429, 503, 504)
 
@@ -422,6 +421,7 @@ def shown(model: type[BaseModel], description: str = "Done.") -> dict[str, Any]:
 
     Given as `model` FastAPI would build a validator of its own for each status of each route, which no reply of ours needs.
     """
+    _REPLIES[model.__name__] = model
     return {"description": description, "content": {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}}
 
 
@@ -451,41 +451,31 @@ def completions(request: type[BaseModel], reply: type[BaseModel] | None) -> dict
 
 def posted(reply: type[BaseModel] | None, body: type[BaseModel], *statuses: int) -> dict[str, Any]:
     """Return FastAPI's arguments for a route that takes a body of ours."""
+    _BODIES[body.__name__] = body
     content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
     extra = {"requestBody": {"required": True, "content": content}}
     return replied(reply, *_OF_BODIES, *statuses) | {"openapi_extra": extra}
 
 
-def install_document(
-    app: FastAPI, *, has_keys: bool, bodies: tuple[type[BaseModel], ...] = (), replies: tuple[type[BaseModel], ...] = ()
-) -> None:
-    """Complete the document that FastAPI makes of the routes: schemas of requests and replies, which it is not told, and keys.
-
-    `bodies`, `replies`: records beside those of the completions, outcomes and failures.
-    """
+def install_document(app: FastAPI, *, has_keys: bool) -> None:
+    """Complete the document that FastAPI makes of the routes: schemas of requests and replies, which it is not told, and keys."""
     make = app.openapi
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _complete(make(), has_keys, (*_BODIES, *bodies), (*_REPLIES, *replies))
+            _complete(make(), has_keys)
         return make()
 
     app.openapi = build  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
 
 
-_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, OutcomeRequest)
-_REPLIES: tuple[type[BaseModel], ...] = (ErrorReply, ReadyReply, NotReadyReply, ChatReply, TextReply, OutcomeReply)
-
-
-def _complete(
-    document: dict[str, Any], has_keys: bool, bodies: tuple[type[BaseModel], ...], replies: tuple[type[BaseModel], ...]
-) -> None:
+def _complete(document: dict[str, Any], has_keys: bool) -> None:
     components = document["components"]
-    _, sent = models_json_schema([(kind, "serialization") for kind in replies], ref_template=_REF)
+    _, sent = models_json_schema([(kind, "serialization") for kind in _REPLIES.values()], ref_template=_REF)
     for about in (one for schema in sent["$defs"].values() for one in schema.get("properties", {}).values()):
         if about.get("default", "") is None:
             del about["default"]  # as FastAPI's own: what is null in a reply stands there, or is left out
-    _, requests = models_json_schema([(kind, "validation") for kind in bodies], ref_template=_REF)
+    _, requests = models_json_schema([(kind, "validation") for kind in _BODIES.values()], ref_template=_REF)
     components["schemas"] = dict(sorted((components["schemas"] | sent["$defs"]).items())) | requests["$defs"]
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

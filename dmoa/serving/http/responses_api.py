@@ -29,13 +29,17 @@ from dmoa.serving.http.requests import (
 )
 from dmoa.serving.http.responses import Rendering, check_not_empty, choices_of, sent, step_line
 from dmoa.serving.http.service import SwarmService
-from dmoa.types import Answer, Choice, StepRecord
+from dmoa.types import Answer, Choice, StepRecord, TokenUsage
 
 _STATELESS = "this server stores no responses; send the whole conversation as input"
 _TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text")
 _PIECE = 64
-_TOLD = {"reasoning": "response.reasoning_summary_text", "message": "response.output_text"}
-_PARTS = {"reasoning": "response.reasoning_summary_part", "message": "response.content_part"}
+_Kind = Literal["reasoning", "message"]
+"""Items that come in pieces: how their ids begin, where their parts are, and the events that tell of text and parts."""
+_IDS = {"reasoning": "rs", "message": "msg"}
+_PARTS = {"reasoning": "summary", "message": "content"}
+_TEXT_EVENTS = {"reasoning": "response.reasoning_summary_text", "message": "response.output_text"}
+_PART_EVENTS = {"reasoning": "response.reasoning_summary_part", "message": "response.content_part"}
 
 
 class Part(LenientModel):
@@ -151,24 +155,20 @@ class ResponsesRequest(LenientModel):
     max_tool_calls: Any = None
     stream_options: Any = None
 
-    @property
-    def includes_logprobs(self) -> bool:
-        """Whether the log-probabilities of the text are to be part of it."""
-        return isinstance(self.include, list) and "message.output_text.logprobs" in self.include
-
 
 def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedRequest:
     """Return the order of a request. Raises RequestError, whose fields are named as in the request."""
     if request.model not in model_names(service):
         raise unknown_model(request.model, service)
     messages, places = _messages(request)
+    includes_logprobs = isinstance(request.include, list) and "message.output_text.logprobs" in request.include
     tree = {
         "model": request.model,
         "messages": messages,
         "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(request.tools or [])] or None,
         "tool_choice": _tool_choice(request.tool_choice),
         "response_format": _format(request.text.format if request.text else None),
-        "logprobs": True if request.top_logprobs or request.includes_logprobs else None,
+        "logprobs": True if request.top_logprobs or includes_logprobs else None,
         "max_tokens": request.max_output_tokens,
         "dmoa": request.dmoa.model_dump() if request.dmoa else request.dmoa,
     }
@@ -297,6 +297,22 @@ def _format(wanted: TextFormat | None) -> dict[str, Any] | None:
     return {"type": wanted.type, **({"json_schema": form} if wanted.type == "json_schema" else {})}
 
 
+def _usage(usage: TokenUsage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.total,
+    }
+
+
+def _part(kind: _Kind, text: str) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "summary_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
 class ResponseRendering(Rendering):
     """Renders one order's answer as a response, in one piece or as events."""
 
@@ -306,7 +322,7 @@ class ResponseRendering(Rendering):
         self._number = 0
         self._output: list[dict[str, Any]] = []
         """Items that are done."""
-        self._open: str | None = None
+        self._open: _Kind | None = None
         """Kind of the item that is under way: reasoning or message."""
         self._shown = ""
         """What of it was sent."""
@@ -317,8 +333,8 @@ class ResponseRendering(Rendering):
         check_not_empty(answer)
         choice = choices_of(answer)[0]
         steps = "".join(map(step_line, answer.steps)) if self._tells_steps else ""
-        items = [self._reasoning(steps + choice.reasoning)] if steps or choice.reasoning else []
-        items += [self._message(sent(choice.text), choice)] if choice.text.strip() else []
+        items = [self._item("reasoning", sent(steps + choice.reasoning))] if steps or choice.reasoning else []
+        items += [self._item("message", sent(choice.text), choice)] if choice.text.strip() else []
         return self._response(self._status(choice), [*items, *self._calls_of(choice)], answer)
 
     def opening(self) -> bytes:
@@ -384,18 +400,16 @@ class ResponseRendering(Rendering):
     def _id(self, kind: str, number: int = 0) -> str:
         return f"{kind}_{self._order.query.trace_id}{f'_{number}' if number else ''}"
 
-    def _reasoning(self, text: str) -> dict[str, Any]:
-        number = self._num_done("reasoning")
-        return {"type": "reasoning", "id": self._id("rs", number), "summary": [{"type": "summary_text", "text": sent(text)}]}
+    def _item_id(self, kind: _Kind) -> str:
+        """Return an id that comes once: thoughts may come between pieces of a text, so those that are done are counted."""
+        return self._id(_IDS[kind], sum(item["type"] == kind for item in self._output))
 
-    def _message(self, text: str, choice: Choice | None = None, status: str = "completed") -> dict[str, Any]:
-        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": list((choice and choice.logprobs) or [])}
-        name = self._id("msg", self._num_done("message"))
-        return {"type": "message", "id": name, "status": status, "role": "assistant", "content": [part]}
-
-    def _num_done(self, kind: str) -> int:
-        """Return how many items of a kind are done: thoughts may come between pieces of a text, and ids come once."""
-        return sum(item["type"] == kind for item in self._output)
+    def _item(self, kind: _Kind, text: str, choice: Choice | None = None, status: str = "completed") -> dict[str, Any]:
+        item: dict[str, Any] = {"type": kind, "id": self._item_id(kind)}
+        if kind == "reasoning":
+            return item | {"summary": [_part(kind, text)]}
+        part = _part(kind, text) | {"logprobs": list((choice and choice.logprobs) or [])}
+        return item | {"status": status, "role": "assistant", "content": [part]}
 
     def _calls_of(self, choice: Choice) -> list[dict[str, Any]]:
         return [
@@ -410,24 +424,17 @@ class ResponseRendering(Rendering):
             for number, call in enumerate(choice.tool_calls, 1)
         ]
 
-    def _add(self, kind: Literal["reasoning", "message"], text: str) -> bytes:
+    def _add(self, kind: _Kind, text: str) -> bytes:
         """Return the events of a piece of an item, which is begun where another is under way."""
         events = b"" if self._open in (None, kind) else self._close(None)
-        name = self._id("rs" if kind == "reasoning" else "msg", self._num_done(kind))
-        place = {"output_index": len(self._output), "item_id": name}
-        index = {"summary_index": 0} if kind == "reasoning" else {"content_index": 0}
         if self._open is None:
             self._open = kind
-            item = (
-                self._reasoning("") | {"summary": []}
-                if kind == "reasoning"
-                else self._message("", status="in_progress") | {"content": []}
-            )
-            events += self._tell("response.output_item.added", output_index=place["output_index"], item=item)
-            events += self._tell(f"{_PARTS[kind]}.added", part=self._empty(kind, ""), **place, **index)
+            item = self._item(kind, "", status="in_progress") | {_PARTS[kind]: []}
+            events += self._tell("response.output_item.added", output_index=len(self._output), item=item)
+            events += self._tell(f"{_PART_EVENTS[kind]}.added", part=_part(kind, ""), **self._place(kind))
         self._shown += sent(text)
         more: dict[str, Any] = {} if kind == "reasoning" else {"logprobs": []}
-        return events + self._tell(f"{_TOLD[kind]}.delta", delta=sent(text), **place, **index, **more)
+        return events + self._tell(f"{_TEXT_EVENTS[kind]}.delta", delta=sent(text), **self._place(kind), **more)
 
     def _close(self, choice: Choice | None) -> bytes:
         """Return the events that end the item under way, none where none is."""
@@ -435,22 +442,18 @@ class ResponseRendering(Rendering):
         if kind is None:
             return b""
         self._open, self._shown = None, ""
-        item = self._reasoning(text) if kind == "reasoning" else self._message(text, choice)
-        place = {"output_index": len(self._output), "item_id": item["id"]}
-        index = {"summary_index": 0} if kind == "reasoning" else {"content_index": 0}
+        item, place = self._item(kind, text, choice), self._place(kind)
         more = {} if kind == "reasoning" else {"logprobs": item["content"][0]["logprobs"]}
         self._output.append(item)
         return (
-            self._tell(f"{_TOLD[kind]}.done", text=text, **place, **index, **more)
-            + self._tell(f"{_PARTS[kind]}.done", part=self._empty(kind, text), **place, **index)
+            self._tell(f"{_TEXT_EVENTS[kind]}.done", text=text, **place, **more)
+            + self._tell(f"{_PART_EVENTS[kind]}.done", part=_part(kind, text), **place)
             + self._tell("response.output_item.done", output_index=place["output_index"], item=item)
         )
 
-    @staticmethod
-    def _empty(kind: str, text: str) -> dict[str, Any]:
-        if kind == "reasoning":
-            return {"type": "summary_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def _place(self, kind: _Kind) -> dict[str, Any]:
+        """Return where the item under way is, and the part of it that is its text."""
+        return {"output_index": len(self._output), "item_id": self._item_id(kind), f"{_PARTS[kind]}_index": 0}
 
     def _tell(self, kind: str, **content: Any) -> bytes:
         event = {"type": kind, "sequence_number": self._number, **content}
@@ -460,7 +463,6 @@ class ResponseRendering(Rendering):
     def _response(self, status: str, output: Iterable[dict[str, Any]], answer: Answer | None = None) -> dict[str, Any]:
         asked = self._request
         told = self._dmoa(answer) if answer else None
-        usage = answer.usage if answer else None
         given = asked.text.format if asked.text and asked.text.format else None
         return {
             "id": self._id("resp"),
@@ -476,9 +478,7 @@ class ResponseRendering(Rendering):
             "output": list(output),
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": asked.reasoning.model_dump(include={"effort", "summary"})
-            if asked.reasoning
-            else {"effort": None, "summary": None},
+            "reasoning": (asked.reasoning or Reasoning()).model_dump(include={"effort", "summary"}),
             "store": False,
             "temperature": asked.temperature,
             "text": {"format": given.model_dump(by_alias=True, exclude_none=True) if given else {"type": "text"}},
@@ -486,15 +486,7 @@ class ResponseRendering(Rendering):
             "tools": [tool.model_dump() for tool in asked.tools or []],
             "top_p": asked.top_p,
             "truncation": "disabled",
-            "usage": None
-            if usage is None
-            else {
-                "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-                "output_tokens": usage.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-                "total_tokens": usage.total,
-            },
+            "usage": _usage(answer.usage) if answer else None,
             "user": asked.user,
             "metadata": self._order.body.labels,
             **({"dmoa": told.model_dump(mode="json")} if told else {}),

@@ -9,9 +9,9 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, SHOWN_HEADERS, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
-from dmoa.serving.trace_list import summary_of_failure
+from dmoa.serving.trace_list import summary_of_failure, unknown_trace
 from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Event, Query, StepRecord
 
@@ -112,7 +112,7 @@ def create_app(
     # FastAPI's own pages of documentation load scripts from elsewhere.
     app = FastAPI(title="dmoa", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     places, is_strict = ConcurrencyLimit(max_queued_requests), server.unknown_fields == "refuse"
-    front = _Front(service_getter, places, has_request_ids=has_request_ids, refuses_unknown=is_strict)
+    front = _Front(service=service_getter, places=places, has_request_ids=has_request_ids, refuses_unknown=is_strict)
     errors.install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=server.max_body_bytes)
@@ -148,7 +148,7 @@ def create_app(
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
     page.add_routes(app, service_getter, front.follow)
-    responses.install_document(app, has_keys=bool(key_hashes), bodies=(ResponsesRequest, *page.BODIES), replies=page.REPLIES)
+    responses.install_document(app, has_keys=bool(key_hashes))
     app.add_route(DOCS_PATH, lambda request: HTMLResponse(responses.docs_page(app.openapi())), methods=["GET"])
     return app
 
@@ -157,53 +157,46 @@ _Render = Callable[..., responses.Rendering]
 """Makes the rendering of an order, given the pool's name and `trace_url`."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Front:
     """The routes' handlers, and what they share: the service and the count of queries in flight."""
 
-    def __init__(
-        self,
-        service_getter: Callable[[], SwarmService],
-        places: ConcurrencyLimit,
-        *,
-        has_request_ids: bool,
-        refuses_unknown: bool,
-    ) -> None:
-        self._service = service_getter
-        self._refuses_unknown = refuses_unknown
-        self._places = places
-        self._has_request_ids = has_request_ids
-        self._created = int(time.time())
-        """Unix seconds from which on the models are there."""
+    service: Callable[[], SwarmService]
+    places: ConcurrencyLimit
+    has_request_ids: bool
+    refuses_unknown: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Unix seconds from which on the models are there."""
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        order = requests.chat_order(await self._parsed(requests.ChatRequest, request), self._service())
+        order = requests.chat_order(await self._parsed(requests.ChatRequest, request), self.service())
         return await self._respond(request, order, partial(responses.Rendering, is_chat=True))
 
     async def completion(self, request: Request) -> Response:
         """Answer a plain prompt."""
-        order = requests.completion_order(await self._parsed(requests.CompletionRequest, request), self._service())
+        order = requests.completion_order(await self._parsed(requests.CompletionRequest, request), self.service())
         return await self._respond(request, order, partial(responses.Rendering, is_chat=False))
 
     async def response(self, request: Request) -> Response:
         """Answer a conversation as a response, which is not stored."""
         asked = await self._parsed(ResponsesRequest, request)
-        order = responses_order(asked, self._service())
+        order = responses_order(asked, self.service())
         return await self._respond(request, order, partial(ResponseRendering, request=asked))
 
     async def models(self) -> responses.ModelListReply:
         """List the names that `model` may hold: the pool, the pool under each policy, each agent."""
-        return responses.ModelListReply(object="list", data=[self._model(name) for name in requests.model_names(self._service())])
+        return responses.ModelListReply(object="list", data=[self._model(name) for name in requests.model_names(self.service())])
 
     async def model(self, model: str) -> responses.ModelReply:
         """Describe one model name."""
-        service = self._service()
+        service = self.service()
         if model not in requests.model_names(service):
             raise requests.unknown_model(model, service)
         return self._model(model)
 
     def _model(self, name: str) -> responses.ModelReply:
-        return responses.ModelReply(id=name, object="model", created=self._created, owned_by=self._service().pool)
+        return responses.ModelReply(id=name, object="model", created=self.created, owned_by=self.service().pool)
 
     async def healthz(self) -> responses.AliveReply:
         """Say that the server is alive."""
@@ -211,7 +204,7 @@ class _Front:
 
     async def readyz(self, request: Request) -> Response:
         """Say whether every agent is up, or cold: scaled to zero, started when it is asked; which ones, to those with a key."""
-        service, is_told = self._service(), request.state.key_hash is not None
+        service, is_told = self.service(), request.state.key_hash is not None
         states = await service.ready()
         down = [name for name in service.agents if states.get(name) not in ("up", "cold")]
         shown = states if is_told else {}
@@ -223,35 +216,33 @@ class _Front:
 
     async def metrics(self) -> Response:
         """Return the router's aggregate."""
-        return Response(await self._service().metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self.service().metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def trace(self, request: Request, trace_id: str) -> Response:
         """Return the trace of a query, to the key that made it."""
-        found = await self._service().trace(trace_id, page.owner_of(request))
+        found = await self.service().trace(trace_id, page.owner_of(request))
         if found is None:
-            raise page.unknown_trace(trace_id)
+            raise unknown_trace(trace_id)
         return json_response(found)
 
     async def outcome(self, request: Request) -> Response:
         """Take what a client knows of how good an answer to one of its queries was, or one agent's reply."""
-        service = self._service()
+        service = self.service()
         outcome = requests.outcome_of(await self._parsed(requests.OutcomeRequest, request), service.agents)
         said = await service.judge(outcome, _key_hash(request))
         return json_response(responses.OutcomeReply(trace_id=outcome.trace_id, kept=said))
 
     async def _parsed(self, model: type[requests.R], request: Request) -> requests.R:
-        kind = request.headers.get("content-type", "")
-        return requests.parse_body(model, await request.body(), kind, refuses_unknown=self._refuses_unknown)
+        return await requests.parsed(model, request, refuses_unknown=self.refuses_unknown)
 
     async def _respond(self, request: Request, order: requests.ParsedRequest, render: _Render) -> Response:
         order = replace(order, query=replace(order.query, traceparent=request.headers.get("traceparent", "")[:_TRACEPARENT]))
         at = f"{str(request.base_url).rstrip('/')}/#/query/{order.query.trace_id}"
-        rendering = render(order, self._service().pool, trace_url=at if order.body.is_stored else None)
-        headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
-        body, events = order.body, self._service().ask(order.query, order.policy, order.agent)
-        owner = _key_hash(request)
-        kept = self._kept(order.query, order.policy, events, owner, body.user, body.labels, is_stored=body.is_stored)
-        items = _named(kept, rendering)
+        rendering = render(order, self.service().pool, trace_url=at if order.body.is_stored else None)
+        headers = rendering.headers | ({} if self.has_request_ids else {"X-Request-Id": order.query.trace_id})
+        body, events = order.body, self.service().ask(order.query, order.policy, order.agent)
+        told = {"user": body.user, "metadata": body.labels, "is_stored": body.is_stored}
+        items = self._kept(order.query, order.policy, events, _key_hash(request), rendering, **told)
         if body.stream:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
@@ -262,58 +253,39 @@ class _Front:
         policy: str,
         events: AsyncGenerator[Event],
         key_hash: str,
-        user: str | None,
-        metadata: Mapping[str, str],
-        *,
-        is_stored: bool = True,
-        branched_at: int | None = None,
+        rendering: responses.Rendering | None = None,
+        **told: Any,
     ) -> AsyncGenerator[Event]:
-        """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met."""
-        started_unix_s, service = time.time(), self._service()
-        with self._places.take():
+        """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met.
+
+        An error names fields as the request of `rendering` does; `told`: what else an `AnsweredQuery` holds.
+        """
+        started_unix_s, service = time.time(), self.service()
+        with self.places.take():
             try:
                 async with aclosing(events) as items:
                     async for item in items:
                         if isinstance(item, Answer):
-                            answered = AnsweredQuery(
-                                query=query,
-                                answer=item,
-                                user=user,
-                                metadata=dict(metadata),
-                                is_stored=is_stored,
-                                branched_at=branched_at,
-                            )
-                            service.record(answered, key_hash)
+                            service.record(AnsweredQuery(query=query, answer=item, **told), key_hash)
                         yield item
             except DmoaError as error:
-                lost = summary_of_failure(query, policy, error, started_unix_s, is_stored=is_stored)
-                service.page.failed(lost, key_hash)
-                raise
+                is_stored = told.get("is_stored", True)
+                service.page.failed(summary_of_failure(query, policy, error, started_unix_s, is_stored=is_stored), key_hash)
+                named = rendering.renamed(error) if rendering and isinstance(error, RequestError) else error
+                if named is error:
+                    raise
+                raise named from error
 
     async def follow(
         self, request: Request, query: Query, policy: str, events: AsyncGenerator[Event], trace_id: str, step: int
     ) -> Answer:
         """Run a branch from before a step of a trace, which holds a place as any other query, and return its answer."""
         metadata = {"branched_from": trace_id, "branched_at": str(step)}
-        items = self._kept(query, policy, events, _key_hash(request), None, metadata, branched_at=step)
+        items = self._kept(query, policy, events, _key_hash(request), metadata=metadata, branched_at=step)
         return await until_gone(request.receive, _last(items))
 
 
-async def _named(items: AsyncGenerator[Event], rendering: responses.Rendering) -> AsyncGenerator[Event]:
-    """Yield a query's events; an error names fields as the request does."""
-    try:
-        async with aclosing(items):
-            async for item in items:
-                yield item
-    except RequestError as error:
-        named = rendering.renamed(error)
-        if named is error:
-            raise
-        raise named from error
-
-
 async def _last(items: AsyncGenerator[Event]) -> Answer:
-    """Run a query to its end and return the Answer."""
     async with aclosing(items):
         async for item in items:
             if isinstance(item, Answer):
@@ -347,5 +319,4 @@ async def _events(items: AsyncGenerator[Event], rendering: responses.Rendering) 
 
 
 def _key_hash(request: Request) -> str:
-    key_hash: str = request.state.key_hash
-    return key_hash
+    return request.state.key_hash

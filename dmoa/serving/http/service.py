@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from dmoa.config import LimitsConfig
 from dmoa.protocols import SwarmClient
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
-from dmoa.serving.trace_list import TraceFilter, TraceSummary
+from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, TraceSummary
 from dmoa.serving.what_if import DecidedStep
 from dmoa.trace import AnsweredQuery, Trace
 from dmoa.types import Event, Query
@@ -23,10 +23,10 @@ class PageService(Protocol):
     async def status(self) -> dict[str, Any] | None:
         """Return the router's account of itself; None while it is away."""
 
-    async def statistics(self, key_hash: str | None) -> list[dict[str, Any]]:
+    async def statistics(self, key_hash: str | None) -> list[AgentStatistics]:
         """Return what the agents did in the traces of a key; None: of all keys."""
 
-    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> dict[str, Any]:
+    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> TracePage:
         """Return a page of the traces of a key; None: of all keys. Raises DmoaError while they are away."""
 
     async def gates(self) -> dict[str, Any]:
@@ -43,12 +43,6 @@ class PageService(Protocol):
     ) -> tuple[Query, AsyncGenerator[Event]]:
         """Return the query `trace_id` that goes on from before a step of a trace, and its events. Raises RequestError."""
 
-    async def runs(self) -> list[dict[str, Any]]:
-        """Return the trainings and evaluations that can be shown."""
-
-    async def run(self, run_id: str) -> dict[str, Any] | None:
-        """Return what is shown of one of them; None where there is none such."""
-
     def failed(self, summary: TraceSummary, key_hash: str) -> None:
         """Keep the summary of a query that was not answered; returns at once and never raises."""
 
@@ -56,25 +50,16 @@ class PageService(Protocol):
 class SwarmService(SwarmClient, Protocol):
     """One pool that answers queries, and tells of itself."""
 
-    @property
-    def pool(self) -> str:
-        """The pool's name: the model name that clients use."""
-
-    @property
-    def agents(self) -> tuple[str, ...]:
-        """Names of the agents, in the pool's order."""
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Names of the policies; the first one answers where a client names none. `single` is among them."""
-
-    @property
-    def limits(self) -> LimitsConfig:
-        """The pool's limits; a client may only lower them."""
-
-    @property
-    def abilities(self) -> frozenset[str]:
-        """What at least one engine of the pool can do beyond plain replies, as `EngineEntry.abilities` names it."""
+    pool: str
+    """The pool's name: the model name that clients use."""
+    agents: tuple[str, ...]
+    """Names of the agents, in the pool's order."""
+    policies: tuple[str, ...]
+    """Names of the policies; the first one answers where a client names none. `single` is among them."""
+    limits: LimitsConfig
+    """The pool's limits; a client may only lower them."""
+    abilities: frozenset[str]
+    """What at least one engine of the pool can do beyond plain replies, as `EngineEntry.abilities` names it."""
 
     @property
     def page(self) -> PageService:
@@ -87,10 +72,7 @@ class SwarmService(SwarmClient, Protocol):
         """Return the router's aggregate in the Prometheus text format."""
 
     async def trace(self, trace_id: str, key_hash: str | None) -> dict[str, Any] | None:
-        """Return the trace of a query that the same key made; None if there is none, or another key made it.
-
-        Without a key, which is what an admin's is, anybody's.
-        """
+        """Return the trace of a query that the same key made, without a key (an admin) anybody's; None if there is none."""
 
     def record(self, answered: AnsweredQuery, key_hash: str) -> None:
         """Keep the trace of an answered query, or no more than that there was one; returns at once and never raises."""

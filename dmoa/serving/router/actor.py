@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_put
@@ -28,14 +27,11 @@ from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.serving.actors import (
-    NAMESPACE,
     ClusterMemory,
     default_state_uri,
-    detached,
     end_actors,
-    feedback_name,
+    find_actor,
     pack_record,
-    router_name,
     served_before_restart,
     unpack_record,
 )
@@ -114,10 +110,7 @@ class RouterActor:
             self._watcher = self._spawn(self._watch())
 
     async def configure(self, config_json: str, configured: str | None = None) -> str:
-        """Serve this configuration from now on; returns the gate version that new queries begin with.
-
-        The same configuration with the same checkpoint changes nothing: what was installed since stays.
-        """
+        """Serve a configuration from now on; returns the current gate version. The same one, checkpoint too, changes nothing."""
         config = Config.model_validate_json(config_json)
         async with self._changing:
             if (config, configured) != (self._config, self._configured):
@@ -237,7 +230,7 @@ class RouterActor:
     async def _listen(self) -> None:
         """Take the queries that were finished since, from the app's feedback, while gates are offered."""
         try:
-            feedback = ray.get_actor(feedback_name(self._app), namespace=NAMESPACE)
+            feedback = find_actor("feedback", self._app)
             async with asyncio.timeout(LISTEN_TIMEOUT_S):
                 life, count, packed = await feedback.newest.remote(*self._heard)
         except (ValueError, RayError, TimeoutError):
@@ -263,10 +256,7 @@ class RouterActor:
         return found[0] if found else None
 
     async def route(self, packed: bytes, version: str) -> bytes:
-        """Decide steps of queries on this version of the pool: packed RouteRequests in, packed RouteDecisions out, or errors.
-
-        Raises PoolChangedError where the router serves another version.
-        """
+        """Decide packed RouteRequests of a version of the pool: packed RouteDecisions, or errors. Raises PoolChangedError."""
         self._begin()
         check_version(version, self._pool_version)
         requests: list[RouteRequest] = unpack_record(packed)
@@ -383,8 +373,3 @@ class RouterActor:
                 await self.report_unavailable(agent, "it has no running replica")
         _LOG.info("app %s is gone: its actors end", self._app)
         await asyncio.to_thread(end_actors, self._app)
-
-
-def ensure_router(config: Config, app: str, configured: str | None = None) -> Any:
-    """Return the app's router actor, created if it is not there yet; `configured` as in `RouterActor`."""
-    return ray.remote(RouterActor).options(**detached(router_name(app))).remote(config.model_dump_json(), app, configured)

@@ -39,7 +39,6 @@ from dmoa.validation import describe, short
 _LOG = logging.getLogger("dmoa.router")
 FILE = "adaptation.json"
 MAX_EVENTS = 256
-"""Events that are remembered."""
 MAX_LINE = 64
 """Versions of a trial whose queries still count."""
 KEPT_CANDIDATES = 8
@@ -107,11 +106,11 @@ class Trial(BaseModel):
     """By signal."""
     counted_unix_s: float = 0.0
     """When the newest query that is in them was answered."""
-    queries: dict[str, int] = Field(default_factory=dict)
+    queries: Counter[str] = Field(default_factory=Counter)
     """Finished ones that are compared, by arm: control, candidate."""
-    heard: dict[str, int] = Field(default_factory=dict)
+    heard: Counter[str] = Field(default_factory=Counter)
     """All that were heard of, of any policy, and those that were given up."""
-    lost: dict[str, int] = Field(default_factory=dict)
+    lost: Counter[str] = Field(default_factory=Counter)
     """Those of them that began and were not heard of."""
 
 
@@ -133,9 +132,9 @@ class Kept(BaseModel):
     tried: list[str] = Field(default_factory=list)
     contexts: list[str] = Field(default_factory=list)
     """Kinds of queries, by whose numbers the tests are kept."""
-    counts: dict[str, int] = Field(default_factory=dict)
+    counts: Counter[str] = Field(default_factory=Counter)
     """Offers by their end: refused, observed, canary, installed, passed, rolled_back."""
-    failures: dict[str, int] = Field(default_factory=dict)
+    failures: Counter[str] = Field(default_factory=Counter)
     """Guards that refused, and signals that ended a trial."""
     distrusted: list[str] = Field(default_factory=list)
     """Agents that became surer while fewer agreed: the learner leaves them out."""
@@ -154,10 +153,7 @@ class Adaptation:
         *,
         frozen: str | None = None,
     ) -> None:
-        """Take up what was kept for the same pool. `frozen`: why learning was frozen where the router kept its state before.
-
-        Raises CheckpointError where it cannot be read.
-        """
+        """Take up what was kept for the same pool; `frozen`: why it was so at the place before. Raises CheckpointError."""
         self._state, self._config, self._versions, self._clock = state, config, versions, clock
         self._guards = config.router.guards
         self._held = HeldBack(config)
@@ -174,9 +170,10 @@ class Adaptation:
         self._counted_unix_s = 0.0
         if (trial := self._kept.trial) is not None:
             self._counted_unix_s = trial.counted_unix_s  # a router that starts anew hears of all queries once more
-            trial.heard, trial.lost = {}, {}  # those that begin are counted from 0 again, and what is heard of is set beside it
+            trial.heard.clear()  # those that begin are counted from 0 again, and what is heard of is set beside it
+            trial.lost.clear()
         if trial is not None and not self._fits(trial):
-            self._end("withdrawn", trial.candidate, "another version is current, or one of the trial is gone")
+            self._end(trial, "withdrawn", "another version is current, or one of the trial is gone")
         self._resume()
         if frozen is not None or (self._kept.frozen is not None and self._kept.trial is not None):
             self.freeze(frozen or "")  # the router before this one may have died before the trial was ended
@@ -228,7 +225,6 @@ class Adaptation:
         return is_tried and all(self._state.load_version(version) for version in (trial.control, trial.candidate))
 
     def _resume(self) -> None:
-        """Go on with the tests of the trial, if there is one."""
         trial = self._kept.trial
         self._arms, self._control_gate = {}, None
         self._versions.wanted = frozenset({self._kept.anchor, *self._kept.tried})
@@ -282,6 +278,7 @@ class Adaptation:
             name: {"pairs": arm.whole.pairs, "worse_by": round(arm.whole.mean, 4), "evidence": round(arm.evidence, 3)}
             for name, arm in list(self._arms.items())  # a thread may change them
         }
+        shown = {"control", "candidate", "update", "begun_unix_s", "queries"}
         return {
             "mode": self.mode,
             "ledger": kept.ledger,
@@ -289,15 +286,7 @@ class Adaptation:
             "cooldown_s": round(self._cooldown_left_s(), 1),
             "anchor": kept.anchor,
             "held_back": len(self._held),
-            "trial": trial
-            and {
-                "control": trial.control,
-                "candidate": trial.candidate,
-                "update": trial.update,
-                "begun_unix_s": trial.begun_unix_s,
-                "queries": trial.queries,
-                "signals": arms,
-            },
+            "trial": trial and trial.model_dump(mode="json", include=shown) | {"signals": arms},
             "counts": dict(kept.counts),
             "failures": dict(kept.failures),
             "distrusted": list(kept.distrusted),
@@ -344,7 +333,7 @@ class Adaptation:
         """Hear that an operator made a version current: it is the anchor, and a trial is over."""
         trial = self._kept.trial
         if trial is not None:
-            self._end("withdrawn", trial.candidate, f"an operator made {self._versions.version} current")
+            self._end(trial, "withdrawn", f"an operator made {self._versions.version} current")
         self._kept.anchor = self._versions.version
         self._save()
 
@@ -371,25 +360,32 @@ class Adaptation:
         try:
             gate, record, (shadow, recent) = self._versions.check(files, inputs)
         except CheckpointError as error:
-            self._count("refused", ["finite"] if "NaN" in str(error) else ["checkpoint"])
-            self._note("refused", "", f"update {said.update}: {error}")
-            self._save()
-            return self._told("refused", [str(error)]), None
+            return self._decline("refused", said, [str(error)], ["finite" if "NaN" in str(error) else "checkpoint"]), None
         verdicts = self._judge(gate, recent, said)
         failed = [verdict for verdict in verdicts if not verdict.passed]
         if failed:
-            self._count("refused", [verdict.guard for verdict in failed])
-            reasons = [f"{verdict.guard}: {verdict.words}" for verdict in failed]
-            self._note("refused", record.version, f"update {said.update}: {'; '.join(reasons)}")
-            self._save()
-            return self._told("refused", reasons, verdicts, record.version), None
+            reasons, names = [f"{verdict.guard}: {verdict.words}" for verdict in failed], [verdict.guard for verdict in failed]
+            return self._decline("refused", said, reasons, names, verdicts, record.version), None
         if self.mode == "observe":
-            self._count("observed")
-            words = _would(shadow)
-            self._note("observed", record.version, f"update {said.update}: {words}", shadow=shadow.model_dump(mode="json"))
-            self._save()
-            return self._told("observed", [words], verdicts, record.version), None
+            found = shadow.model_dump(mode="json")
+            return self._decline("observed", said, [_would(shadow)], (), verdicts, record.version, shadow=found), None
         return self._take(gate, record, said, verdicts)
+
+    def _decline(
+        self,
+        state: State,
+        said: Evidence,
+        reasons: Sequence[str],
+        failed: Iterable[str],
+        verdicts: Sequence[Verdict] = (),
+        version: str = "",
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Count, note and tell what became of an offer that changes nothing."""
+        self._count(state, failed)
+        self._note(state, version, f"update {said.update}: {'; '.join(reasons)}", **more)
+        self._save()
+        return self._told(state, reasons, verdicts, version)
 
     def _closed(self, said: Evidence) -> tuple[str, str] | None:
         """Return why no offer, or not this one, is looked at, in a word and in a sentence; None where it is."""
@@ -468,7 +464,7 @@ class Adaptation:
         if record.version == self._versions.version:
             self._save()
             return self._told("refused", [f"gate {record.version} is current already"], verdicts, record.version), None
-        self._versions.keep(gate, record)
+        self._state.save_version(gate, record)
         note = f"update {said.update} on {said.used} queries ({said.signal}{', shift' if said.shift else ''})"
         is_tried = "canary" not in self._guards.skip
         if is_tried:
@@ -496,7 +492,7 @@ class Adaptation:
             self._resume()
             return
         if version == trial.control:  # which is known already
-            self._end("withdrawn", trial.candidate, f"update {said.update} goes back to the gate before it")
+            self._end(trial, "withdrawn", f"update {said.update} goes back to the gate before it")
             return
         trial.candidate, trial.update, trial.shift = version, said.update, trial.shift or said.shift
         trial.line = [*trial.line, version][-MAX_LINE:]
@@ -504,8 +500,8 @@ class Adaptation:
         self._versions.wanted |= {version}
 
     def _count(self, end: str, failed: Iterable[str] = ()) -> None:
-        for counter, names in ((self._kept.counts, [end]), (self._kept.failures, failed)):
-            counter.update(Counter(counter) + Counter(names))
+        self._kept.counts[end] += 1
+        self._kept.failures.update(failed)
 
     def _told(self, state: State, reasons: Sequence[str], verdicts: Sequence[Verdict] = (), version: str = "") -> dict[str, Any]:
         return {
@@ -544,36 +540,30 @@ class Adaptation:
         mine = [one for one in mine if one.created_unix_s > self._counted_unix_s]
         for record in mine:
             trial.counted_unix_s = max(trial.counted_unix_s, record.created_unix_s)
-            name = "candidate" if arms[str(record.answer.gate_version)] else "control"
-            trial.heard[name] = trial.heard.get(name, 0) + 1
+            trial.heard["candidate" if arms[str(record.answer.gate_version)] else "control"] += 1
         readings = [one for one in mine if one.answer.policy == "dmoa"]
         for record, reading in zip(readings, read_queries(readings, self._control_gate or self._versions.gate), strict=True):
-            self._add(reading, self._context(record), is_candidate=arms[str(record.answer.gate_version)])
-        lost = sum(trial.lost.values())
-        self._add_lost(*begun)
-        return self._conclude(is_told_once=sum(trial.lost.values()) > lost) if readings or any(trial.lost.values()) else None
+            self._add(trial, reading, self._context(record), is_candidate=arms[str(record.answer.gate_version)])
+        lost = trial.lost.total()
+        self._add_lost(trial, *begun)
+        return self._conclude(trial, is_told_once=trial.lost.total() > lost) if readings or trial.lost.total() else None
 
     def _context(self, record: Feedback) -> int:
         route = record.answer.steps[0].route
         assert route is not None  # `is_of_pool` has seen to it
         return self._contexts.of(query_part(route.input_X, self._config.gate.preset))
 
-    def _add(self, reading: Reading, context: int | None, *, is_candidate: bool) -> None:
-        trial = self._kept.trial
-        assert trial is not None
-        name = "candidate" if is_candidate else "control"
-        trial.queries[name] = trial.queries.get(name, 0) + (not reading.lost)
+    def _add(self, trial: Trial, reading: Reading, context: int | None, *, is_candidate: bool) -> None:
+        trial.queries["candidate" if is_candidate else "control"] += not reading.lost
         if not is_candidate and context is not None:
             self._usual.append((reading.failures, context))
         for signal, arm in self._arms.items():
             arm.add(getattr(reading, signal), context, is_suspect=is_candidate)
 
-    def _add_lost(self, current: int, other: int) -> None:
+    def _add_lost(self, trial: Trial, current: int, other: int) -> None:
         """Count queries as failed that began long enough ago and were not heard of."""
-        trial, now = self._kept.trial, self._clock()
-        assert trial is not None
-        is_candidate_current = trial.candidate == self._versions.version
-        candidate, control = (current, other) if is_candidate_current else (other, current)
+        now = self._clock()
+        candidate, control = (current, other) if trial.candidate == self._versions.version else (other, current)
         if not self._begun:
             self._base = candidate, control
         if candidate < self._base[0] or control < self._base[1]:  # the router was started anew, and counts from 0
@@ -589,18 +579,17 @@ class Adaptation:
             return
         # The control first: what it lost as well is known then when the candidate is tested, however many come at once.
         for name, begun, is_candidate in (("control", old[2], False), ("candidate", old[1], True)):
-            for _ in range(max(0, begun - trial.heard.get(name, 0))):
-                trial.lost[name], trial.heard[name] = trial.lost.get(name, 0) + 1, trial.heard.get(name, 0) + 1
-                self._add(Reading(math.nan, math.nan, math.nan, math.nan, lost=1.0), None, is_candidate=is_candidate)
+            for _ in range(begun - trial.heard[name]):
+                trial.lost[name] += 1
+                trial.heard[name] += 1
+                self._add(trial, Reading(math.nan, math.nan, math.nan, math.nan, lost=1.0), None, is_candidate=is_candidate)
 
-    def _conclude(self, *, is_told_once: bool) -> Change | None:
+    def _conclude(self, trial: Trial, *, is_told_once: bool) -> Change | None:
         """End the trial where the candidate is worse, or has stood it; `is_told_once`: feedback will not tell of this again."""
-        trial = self._kept.trial
-        assert trial is not None
         worse = [name for name, arm in self._arms.items() if arm.is_found]
         if worse:
             return self._roll_back(trial, worse)
-        done = min(trial.queries.get(name, 0) for name in ("candidate", "control")) >= self._guards.canary_queries
+        done = min(trial.queries[name] for name in ("candidate", "control")) >= self._guards.canary_queries
         change = self._pass(trial) if done and self.mode == "canary" else None
         if done and self.mode == "on":
             self._next_window(trial)
@@ -611,11 +600,11 @@ class Adaptation:
     def _roll_back(self, trial: Trial, worse: Sequence[str]) -> Change | None:
         named = {"failures" if name == "lost" else name: self._arms[name] for name in worse}
         words = [f"{name} {arm.where}, evidence {arm.evidence:.3g}" for name, arm in named.items()]
-        note = f"update {trial.update} after {trial.queries.get('candidate', 0)} queries: {'; '.join(words)}"
+        note = f"update {trial.update} after {trial.queries['candidate']} queries: {'; '.join(words)}"
         self._kept.cooldown_until_unix_s = self._clock() + self._guards.cooldown_s
         self._count("rolled_back", list(named))
         change = self._back(trial, note)
-        self._end("rolled back", trial.candidate, note)
+        self._end(trial, "rolled back", note)
         self._save()
         return change
 
@@ -623,13 +612,13 @@ class Adaptation:
         """Make a canary that was not found worse current."""
         found = self._state.load_version(trial.candidate)
         if found is None:
-            self._end("withdrawn", trial.candidate, "it is no longer kept; offer it again")
+            self._end(trial, "withdrawn", "it is no longer kept; offer it again")
             return None
-        count = trial.queries.get("candidate", 0)
+        count = trial.queries["candidate"]
         self._count("passed")
         if trial.shift:
             self._kept.anchor = trial.candidate
-        self._end("passed", trial.candidate, f"update {trial.update}: not found worse on {count} queries")
+        self._end(trial, "passed", f"update {trial.update}: not found worse on {count} queries")
         return self._versions.adopt(*found, f"update {trial.update}: stood the canary on {count} queries")
 
     def _next_window(self, trial: Trial) -> None:
@@ -640,11 +629,13 @@ class Adaptation:
             trial.control = trial.pending
             self._count("passed")
         trial.renews, trial.shift = trial.shift, False
-        trial.pending, trial.tests, trial.queries, trial.heard, trial.lost = trial.candidate, {}, {}, {}, {}
+        trial.pending, trial.tests = trial.candidate, {}
+        for counter in (trial.queries, trial.heard, trial.lost):
+            counter.clear()
         trial.line = [version for version in trial.line if version != trial.control]
         self._begun.clear()
         if trial.control == trial.candidate:
-            self._end("passed", trial.candidate, f"update {trial.update}: not found worse over two windows of queries")
+            self._end(trial, "passed", f"update {trial.update}: not found worse over two windows of queries")
             return
         trial.begun_unix_s = self._clock()
         self._resume()
@@ -655,7 +646,7 @@ class Adaptation:
         if trial is None:
             return None
         change = self._back(trial, why)
-        self._end("withdrawn", trial.candidate, why)
+        self._end(trial, "withdrawn", why)
         return change
 
     def _back(self, trial: Trial, why: str) -> Change | None:
@@ -663,19 +654,15 @@ class Adaptation:
         with self._state.patience():
             return self._versions.rollback(trial.control, why) if trial.control != self._versions.version else None
 
-    def _end(self, action: str, version: str, note: str) -> None:
-        trial = self._kept.trial
-        assert trial is not None
-        self._note(action, version, note)
+    def _end(self, trial: Trial, action: str, note: str) -> None:
+        self._note(action, trial.candidate, note)
         self._kept.tried = [*self._kept.tried, trial.candidate][-KEPT_CANDIDATES:]
         self._kept.trial = None
-        self._arms, self._control_gate = {}, None
-        self._versions.wanted = frozenset({self._kept.anchor, *self._kept.tried})
+        self._resume()
         self._versions.drop_old()
 
 
 def _would(shadow: Shadow) -> str:
-    """Say what an observed gate would have changed."""
     if not shadow.inputs:
         return "would have been installed; no inputs yet to say what it changes"
     first = ", ".join(f"{name} {share:.0%}" for name, share in list(shadow.first.items())[:5])

@@ -31,8 +31,10 @@ class RouterAdmin:
         self._app = app
         self.address: str = ray.get_runtime_context().gcs_address
         """The Ray that is asked."""
+        from dmoa.serving.actors import find_actor
+
         try:
-            self._router()
+            find_actor("router", app)
         except ValueError as error:
             running = ", ".join(running_apps()) or "none"
             raise ConfigError(
@@ -41,17 +43,12 @@ class RouterAdmin:
             ) from error
 
     def install(self, files: dict[str, bytes], note: str = "") -> dict[str, Any]:
-        """Make a checkpoint (see `checkpoint_files`) the current gate; returns what changed, as `RouterActor.install`.
-
-        Raises CheckpointError where the router refuses it; DmoaError while the router is away.
-        """
-        changed: dict[str, Any] = self._call("install", files, note)
-        return changed
+        """Make a checkpoint (`checkpoint_files`) current, as `RouterActor.install`. Raises CheckpointError, DmoaError (away)."""
+        return self._call("install", files, note)
 
     def rollback(self, version: str | None = None, note: str = "") -> dict[str, Any]:
         """Make an earlier version current again, by default the one before. Raises CheckpointError, DmoaError."""
-        changed: dict[str, Any] = self._call("rollback", version, note)
-        return changed
+        return self._call("rollback", version, note)
 
     def offer(self, files: dict[str, bytes], evidence: dict[str, Any]) -> dict[str, Any]:
         """Offer a gate that was adapted, as `RouterActor.offer`; a refusal is no error.
@@ -59,59 +56,41 @@ class RouterAdmin:
         Raises ConfigError for evidence that cannot be read, DmoaError while the router is away: offer it again then, for an
         update that was taken is refused the second time.
         """
-        told: dict[str, Any] = self._call("offer", files, evidence)
-        return told
+        return self._call("offer", files, evidence)
 
     def freeze(self, note: str = "") -> dict[str, Any]:
         """Take no offer until `thaw`; returns the status of adaptation. Raises DmoaError."""
-        status: dict[str, Any] = self._call("freeze", note)
-        return status
+        return self._call("freeze", note)
 
     def thaw(self, note: str = "") -> dict[str, Any]:
         """Take offers again; returns the status of adaptation. Raises DmoaError."""
-        status: dict[str, Any] = self._call("thaw", note)
-        return status
+        return self._call("thaw", note)
 
     def history(self) -> list[dict[str, Any]]:
         """Return the changes of the current version and what became of offers, oldest first. Raises DmoaError."""
-        changes: list[dict[str, Any]] = self._call("history")
-        return changes
+        return self._call("history")
 
     def status(self) -> RouterStatus:
         """Return the router's account of itself. Raises DmoaError."""
-        status: RouterStatus = self._call("status")
-        return status
+        return self._call("status")
 
     def weights(self, version: str) -> dict[str, bytes]:
         """Return the files of a version's checkpoint. Raises DmoaError, also for one that is not kept."""
-        files: dict[str, bytes] = self._call("weights", version)
-        return files
+        return self._call("weights", version)
 
     def feedback(self) -> tuple[bytes, bytes]:
         """Return the records and the state of the app's feedback, as `FeedbackActor.snapshot`. Raises ConfigError, DmoaError."""
-        found: tuple[bytes, bytes] = self._call("snapshot", actor=self._feedback())
-        return found
+        return self._call("snapshot", actor=self._feedback())
 
     def feedback_since(self, life: str, number: int) -> tuple[str, int, bytes, bytes]:
         """Return what came to the app's feedback since, as `FeedbackActor.since`. Raises ConfigError, DmoaError."""
-        found: tuple[str, int, bytes, bytes] = self._call("since", life, number, actor=self._feedback())
-        return found
-
-    def _router(self) -> Any:
-        """Return the app's router, by its name: it is another actor where the app was ended and served anew."""
-        import ray
-
-        from dmoa.serving.actors import NAMESPACE, router_name
-
-        return ray.get_actor(router_name(self._app), namespace=NAMESPACE)
+        return self._call("since", life, number, actor=self._feedback())
 
     def _feedback(self) -> Any:
-        import ray
-
-        from dmoa.serving.actors import NAMESPACE, feedback_name
+        from dmoa.serving.actors import find_actor
 
         try:
-            return ray.get_actor(feedback_name(self._app), namespace=NAMESPACE)
+            return find_actor("feedback", self._app)
         except ValueError:
             raise ConfigError(f"app {self._app!r} keeps no feedback; set router.feedback to on") from None
 
@@ -119,8 +98,11 @@ class RouterAdmin:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
+        from dmoa.serving.actors import find_actor
+
         try:
-            return ray.get(getattr(actor or self._router(), method).remote(*arguments), timeout=CALL_TIMEOUT_S)
+            actor = actor or find_actor("router", self._app)  # by its name: another one where the app was served anew
+            return ray.get(getattr(actor, method).remote(*arguments), timeout=CALL_TIMEOUT_S)
         except RayTaskError as error:
             if isinstance(error.cause, DmoaError):
                 raise error.cause from error
@@ -143,7 +125,8 @@ def running_apps() -> list[str]:
     """Return the names of the apps that have a router on this Ray."""
     import ray
 
-    from dmoa.serving.actors import NAMESPACE, router_name
+    from dmoa.serving.actors import NAMESPACE, actor_name
 
-    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
-    return sorted(name.removeprefix(router_name("")) for name in names if name.startswith(router_name("")))
+    prefix, named = actor_name("router", ""), ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
+    return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))

@@ -102,10 +102,7 @@ class RemoteRouter:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
-        """Hand the configuration to the actor, once it is up, and take a copy of its weights; returns the gate version.
-
-        Raises ConfigError where the actor refuses what is configured, or cannot read or write its state.
-        """
+        """Hand the configuration to the actor, once up, and copy its weights; returns the gate version. Raises ConfigError."""
         try:
             text = self._config.model_dump_json()
             version: str = await once_up(lambda: self._actor.configure.remote(text, self._configured))
@@ -197,10 +194,9 @@ class RemoteRouter:
         """Return the actor's own account of itself; None while it is away."""
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                status: RouterStatus = await self._actor.status.remote()
+                return await self._actor.status.remote()
         except (RayError, TimeoutError):
             return None
-        return status
 
     async def missing_replicas(self) -> MissingReplicas:
         """Return the agents that no replica can be answering, though they should have one; nobody while the router is away.
@@ -318,11 +314,10 @@ class RemoteRouter:
         packed = pack_record((self._view, replace(decided, inputs=inputs)))
         try:
             async with asyncio.timeout(ROUTE_TIMEOUT_S + LOOK_S):
-                view: RouterView = unpack_record(await self._actor.look.remote(packed, self._version))
+                return unpack_record(await self._actor.look.remote(packed, self._version))
         except (RayError, TimeoutError):
             local.add_decided(decided)
             raise
-        return view
 
     def _build_local(self) -> LocalRouter:
         from dmoa.routing import LocalRouter

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from dmoa.agents.pool import build_pool_gate, fingerprint, fit_gate
 from dmoa.checkpoint import Checkpoint, read_files
@@ -20,6 +20,7 @@ from dmoa.core.gate import Gate
 from dmoa.core.inference import Decider
 from dmoa.errors import CheckpointError, RoutingError
 from dmoa.serving.router.state import RouterState
+from dmoa.trace import ReplyModel
 from dmoa.types import FloatArray, RouteDecision, RouteRequest, is_untrained
 from dmoa.validation import describe, did_you_mean, short
 
@@ -36,10 +37,8 @@ MAX_ADAPTED = 16
 MAX_NOTE_CHARACTERS = 500
 
 
-class Shadow(BaseModel):
+class Shadow(ReplyModel):
     """What a gate decides on the inputs that the router was asked about last."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     inputs: int
     """Recent inputs; 0 where nothing was routed yet, then only made-up inputs were tried."""
@@ -69,7 +68,11 @@ def shadow_check(gate: Gate, version: str, current: Gate, inputs: Sequence[Float
             raise CheckpointError(
                 f"gate {version}: {name} holds NaN or infinity; only finite weights are allowed; train it again"
             )
-    decisions = _decide(gate, version, [*inputs, *_made_up(gate.spec.input_dim)])[: len(inputs)]
+    rows = [*inputs, *_made_up(gate.spec.input_dim)]
+    decisions = judged(gate, rows, version=version)
+    for decision in (*decisions, *judged(gate, rows, decisions, version=version)):
+        _check(decision, version)
+    decisions = decisions[: len(inputs)]
     if not inputs:
         return Shadow(inputs=0, same_first=None, mean_k=None, first={}), ([], [])
     before = judged(current, inputs)
@@ -109,15 +112,6 @@ def judged(gate: Gate, inputs: Sequence[FloatArray], before: Decisions | None = 
         raise CheckpointError(f"gate {version}: shadow check: {error}") from error
 
 
-def _decide(gate: Gate, version: str, inputs: Sequence[FloatArray]) -> Decisions:
-    """Return the first steps' decisions, after a check of them and of the second steps'."""
-    first = judged(gate, inputs, version=version)
-    second = judged(gate, inputs, first, version=version)
-    for decision in (*first, *second):
-        _check(decision, version)
-    return first
-
-
 def _check(decision: RouteDecision, version: str) -> None:
     probability_A, count = decision.probability_A, len(decision.agents)
     is_valid = (
@@ -140,10 +134,8 @@ def _first(decision: RouteDecision) -> str:
 Action = Literal["configured", "install", "adapted", "rollback"]
 
 
-class HistoryEntry(BaseModel):
+class HistoryEntry(ReplyModel):
     """One change of the version that new queries begin with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     version: str
     action: Action
@@ -281,12 +273,8 @@ class GateVersions:
             )
         return gate, record, shadow_check(gate, record.version, self.gate, inputs)
 
-    def keep(self, gate: Gate, record: Checkpoint) -> None:
-        """Keep a version that is not current, for as long as `wanted` names it."""
-        self._state.save_version(gate, record)
-
     def adopt(self, gate: Gate, record: Checkpoint, note: str) -> Change:
-        """Make a gate current that `check` gave and `keep` kept, because it passed the guards; the state may be written later."""
+        """Make a kept gate current that `check` gave, because it passed the guards; the state may be written later."""
         with self._state.patience():
             return self._change(gate, record, "adapted", note, None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import time
@@ -24,7 +23,7 @@ from dmoa.flat import reply_of
 from dmoa.serving.feedback import check_said
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.serving.http.routes import create_app
-from dmoa.serving.trace_list import TraceFilter, TraceSummary
+from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, TraceSummary
 from dmoa.serving.traces import TraceStore
 from dmoa.serving.what_if import DecidedStep
 from dmoa.trace import AnsweredQuery, Trace
@@ -114,13 +113,11 @@ class FakePage:
         gate = self.history[-1]["version"]
         return None if self.is_away else {"app": "dmoa", "pool": "tiny", "gate_version": gate, "decisions": 3}
 
-    async def statistics(self, key_hash: str | None) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(await self.store.statistics(AGENTS, key_hash))
-        return found
+    async def statistics(self, key_hash: str | None) -> list[AgentStatistics]:
+        return await self.store.statistics(AGENTS, key_hash)
 
-    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(await self.store.listed(wanted, key_hash))
-        return found
+    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> TracePage:
+        return await self.store.listed(wanted, key_hash)
 
     async def gates(self) -> dict[str, Any]:
         if self.is_away:
@@ -141,12 +138,6 @@ class FakePage:
         self, trace: Trace, trace_id: str, *, step: int, policy: str | None, agents: tuple[str, ...]
     ) -> tuple[Query, AsyncGenerator[Event]]:
         raise AssertionError("no trace of this service is whole")
-
-    async def runs(self) -> list[dict[str, Any]]:
-        return [{"id": "r1", "name": "train", "kind": "training", "unix_s": None}]
-
-    async def run(self, run_id: str) -> dict[str, Any] | None:
-        return {"id": "r1", "kind": "training"} if run_id == "r1" else None
 
     def failed(self, summary: TraceSummary, key_hash: str) -> None:
         self.failures.append(summary)

@@ -12,7 +12,7 @@ from dmoa.agents.pool import build_encoder, build_local, build_pool_gate, finger
 from dmoa.config import Config, LimitsConfig
 from dmoa.routing import LocalRouter
 from dmoa.serving.actors import pack_record
-from dmoa.serving.trace_list import TraceSummary
+from dmoa.serving.trace_list import AgentStatistics, TraceSummary
 from dmoa.serving.traces import TraceStore
 from dmoa.serving.what_if import DecidedStep, branch, by_gate, by_policy
 from dmoa.swarm import Swarm
@@ -34,9 +34,8 @@ class PoolPage(FakePage):
     async def status(self) -> dict[str, Any] | None:
         return {"gate_version": self.history[-1]["version"], "pool": self.swarm.config.name, "decisions": 1, "score": "raw"}
 
-    async def statistics(self, key_hash: str | None) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(await self.store.statistics(self.swarm.config.agent_names, key_hash))
-        return found
+    async def statistics(self, key_hash: str | None) -> list[AgentStatistics]:
+        return await self.store.statistics(self.swarm.config.agent_names, key_hash)
 
     async def what_if(self, trace: Trace, *, gate_version: str | None, policy: str | None) -> list[DecidedStep]:
         if gate_version is not None:

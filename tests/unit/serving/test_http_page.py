@@ -14,8 +14,8 @@ from ray.exceptions import ActorUnavailableError
 import dmoa
 from dmoa.errors import RequestError
 from dmoa.serving.actors import pack_record
+from dmoa.serving.app import Observatory
 from dmoa.serving.http.middleware import ADMIN_VARIABLE, hash_keys
-from dmoa.serving.observatory import Observatory
 from dmoa.serving.trace_list import TraceFilter
 from dmoa.types import RouterStatus
 from tests.unit.serving.fake_service import AGENTS, FakeService, connect, make_app

@@ -40,8 +40,13 @@ def answer() -> Answer:
     return make_answer("t1", steps=(first, second), wall_ms=100.0)
 
 
+def answered(query: Query | None = None, **more: Any) -> AnsweredQuery:
+    values: dict[str, Any] = {"query": query or asked(), "answer": answer(), "pool": "tiny", "created_unix_s": NOW}
+    return AnsweredQuery(**(values | more))
+
+
 def spans(query: Query, *, content: bool = False) -> list[Any]:
-    return spans_of(query, answer(), pool="tiny", ended_unix_s=NOW, content=content)
+    return spans_of(answered(query), content=content)
 
 
 def value_of(span: Any, key: str) -> Any:
@@ -139,7 +144,7 @@ def test_only_what_was_lost_is_an_error() -> None:
     step = make_step(
         0, "19", replies=(reply("sorter", status="examiner"), lost), summarizer=SummarizerRecord(mode="select", verdict="rule")
     )
-    found = spans_of(asked(), make_answer("t1", steps=(step,)), pool="tiny", ended_unix_s=NOW, content=False)
+    found = spans_of(answered(answer=make_answer("t1", steps=(step,))), content=False)
     told = {span.name: (span.status.message, value_of(span, "gen_ai.response.finish_reasons")) for span in found}
     assert (told["invoke_agent sorter"], told["invoke_agent adder"]) == (("", ["stop"]), ("no ?", None))
 
@@ -180,10 +185,7 @@ async def test_a_collector_gets_the_spans_of_a_query(collector: Any, monkeypatch
     url, taken, *_ = collector
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-key=a%20b,x-name=J%C3%BCrgen")
     store = TraceStore(RouterConfig(), TracingConfig(otlp_endpoint=url))
-    kept = AnsweredQuery(
-        query=asked(), answer=answer(), pool="tiny", fingerprint="f", user=None, metadata={}, created_unix_s=time.time()
-    )
-    await store.put_all([(pack_record(kept), "k")])
+    await store.put_all([(pack_record(answered(created_unix_s=time.time())), "k")])
     await until(lambda: bool(taken))
     ((path, key, body),) = taken
     request = ExportTraceServiceRequest.FromString(body)
@@ -196,10 +198,7 @@ async def test_a_collector_gets_the_spans_of_a_query(collector: Any, monkeypatch
 async def test_a_store_that_ends_sends_the_spans_that_wait(collector: Any) -> None:
     url, taken, *_ = collector
     store = TraceStore(RouterConfig(), TracingConfig(otlp_endpoint=url))
-    kept = AnsweredQuery(
-        query=asked(), answer=answer(), pool="tiny", fingerprint="f", user=None, metadata={}, created_unix_s=time.time()
-    )
-    await store.put_all([(pack_record(kept), "k")])
+    await store.put_all([(pack_record(answered(created_unix_s=time.time())), "k")])
     await store.end()
     assert [path for path, *_ in taken] == ["/v1/traces"]
 
@@ -208,9 +207,9 @@ async def test_what_is_answered_while_spans_are_sent_is_sent_too(collector: Any)
     url, taken, answers = collector
     answers.clear()
     exporter = Exporter(TracingConfig(otlp_endpoint=url), send_s=0.01)
-    exporter.put(asked(), answer(), pool="first", ended_unix_s=NOW)
+    exporter.put(answered(pool="first"))
     await until(lambda: len(taken) == 1)
-    exporter.put(asked(), answer(), pool="second", ended_unix_s=NOW)
+    exporter.put(answered(pool="second"))
     answers.set()
     await until(lambda: len(taken) == 2)
     assert b"invoke_workflow second" in taken[1][2]
@@ -220,7 +219,7 @@ async def test_texts_of_a_query_that_may_not_be_stored_are_not_sent(collector: A
     url, taken, *_ = collector
     exporter = Exporter(TracingConfig(otlp_endpoint=url, content=True))
     for is_stored in (False, True):
-        exporter.put(asked(), answer(), pool="tiny", ended_unix_s=NOW, is_stored=is_stored)
+        exporter.put(answered(is_stored=is_stored))
         await exporter.flush()
     for text in (b"What is secret?", b"out of memory"):  # an error may quote a prompt
         assert [text in body for _, _, body in taken] == [False, True]
@@ -228,13 +227,13 @@ async def test_texts_of_a_query_that_may_not_be_stored_are_not_sent(collector: A
 
 async def test_a_collector_that_is_away_costs_a_warning(logged: Logged) -> None:
     exporter = Exporter(TracingConfig(otlp_endpoint="http://127.0.0.1:9"))
-    exporter.put(asked(), answer(), pool="tiny", ended_unix_s=NOW)
+    exporter.put(answered())
     await exporter.flush()
     assert "12 spans were not taken by http://127.0.0.1:9/v1/traces" in logged.text
 
 
 async def test_it_is_off_unless_an_endpoint_is_named() -> None:
     exporter = Exporter(TracingConfig())
-    exporter.put(asked(), answer(), pool="tiny", ended_unix_s=NOW)
+    exporter.put(answered())
     await exporter.flush()
     assert exporter._sender is None

@@ -94,7 +94,7 @@ async def ids(store: TraceStore, key_hash: str | None = "k", **wanted: Any) -> l
     """The ids that a key is shown, page after page."""
     found: list[str] = []
     while True:
-        page = json.loads(await store.listed(TraceFilter.parse(wanted), key_hash))
+        page = (await store.listed(TraceFilter.parse(wanted), key_hash)).model_dump()
         found += [one["trace_id"] for one in page["data"]]
         if page["next"] is None:
             return found
@@ -131,7 +131,7 @@ async def test_load_is_the_mean_number_of_calls_in_flight_in_the_last_minute() -
         step = make_step(0, "18", replies=(reply("adder", latency_ms=latency_ms),), active=("adder",))
         one = replace(answered(f"t{number}"), answer=make_answer(f"t{number}", steps=(step,)), created_unix_s=time.time() - ago_s)
         await store.put_all([(pack_record(one), "k")])
-    told = {one["agent"]: one for one in json.loads(await store.statistics(("adder", "sorter"), "k"))}
+    told = {one.agent: one.model_dump() for one in await store.statistics(("adder", "sorter"), "k")}
     assert (told["adder"]["load"], told["sorter"]["load"], told["adder"]["calls"]) == (0.5, 0.0, 3)
     assert [one.load for one in statistics_of([], ["adder"])] == [None]
 
@@ -142,13 +142,13 @@ async def test_a_query_that_may_not_be_stored_is_counted_and_forgotten(tmp_path:
     one = replace(answered("t1", text="What is my secret?"), is_stored=False)
     await store.put_all([(pack_record(one), "k")], "an app that learns")
     await put(store, "t2")
-    listed = json.loads(await store.listed(TraceFilter(), "k"))["data"]
+    listed = (await store.listed(TraceFilter(), "k")).model_dump()["data"]
     assert [(row["trace_id"], row["question"]) for row in listed] == [("t2", "What is 12 + 7?"), ("t1", "(not stored)")]
     assert await store.get("t1", "k") is None
     await store.save()
     assert await store.get("t1", None) is None
     assert "secret" not in words_in(tmp_path)
-    assert json.loads(await store.statistics((), "k"))[0]["calls"] == 2
+    assert (await store.statistics((), "k"))[0].calls == 2
 
 
 def test_calls_stand_in_the_order_of_their_agents_and_are_timed_from_the_first() -> None:
@@ -169,9 +169,9 @@ async def test_calls_before_a_branch_are_counted_once() -> None:
     branch = replace(answered("t2"), answer=make_answer("t2", steps=steps), branched_at=1)
     store = TraceStore(RouterConfig())
     await store.put_all([(pack_record(one), "k") for one in (whole, branch)])
-    told = {one["agent"]: (one["calls"], one["tokens"]) for one in json.loads(await store.statistics((), "k"))}
+    told = {one.agent: (one.calls, one.tokens) for one in await store.statistics((), "k")}
     assert told == {"adder": (1, 4), "sorter": (2, 8)}
-    shown = json.loads(await store.listed(TraceFilter(), "k"))["data"]
+    shown = (await store.listed(TraceFilter(), "k")).model_dump()["data"]
     assert [one["steps"] for one in shown] == [2, 2]
 
 
@@ -331,7 +331,7 @@ async def test_statistics_count_what_each_agent_did() -> None:
     store = TraceStore(RouterConfig())
     await put(store, "t1")
     await put(store, "t2")
-    (b, a) = json.loads(await store.statistics(("b", "a"), "k"))
+    (b, a) = [one.model_dump() for one in await store.statistics(("b", "a"), "k")]
     assert (a["calls"], a["active"], a["share"], a["failed"]) == (2, 2, 1.0, 0)
     assert a["entropies"] == [0, 2] + [0] * 10  # 0.25 nats of 3 in bins of a quarter
     assert (b["calls"], b["share"], sum(b["entropies"]), b["tokens_per_s"]) == (0, 0.0, 0, None)
@@ -365,7 +365,7 @@ async def test_traces_survive_a_restart_without_the_secrets_in_their_texts(tmp_p
         assert (found.answer, found.query["text"]) == ("19", "my api_key=[redacted] is lost")
         assert found.routes[0].input_X[1] == float(np.float32(0.2))
     assert "abcd1234efgh5678" not in words_in(tmp_path)
-    (calls,) = json.loads(await restarted.statistics(("a",), "mine"))
+    (calls,) = [one.model_dump() for one in await restarted.statistics(("a",), "mine")]
     assert calls["calls"] == 1
 
 
@@ -522,7 +522,7 @@ async def test_too_old_a_trace_is_gone_though_nobody_asks(tmp_path: Path, monkey
     await put(store, "old")
     await store.save()
     with days_later(monkeypatch, 40):
-        assert (await store.get("old", "k"), await ids(store), json.loads(await store.statistics((), "k"))) == (None, [], [])
+        assert (await store.get("old", "k"), await ids(store), await store.statistics((), "k")) == (None, [], [])
         await until(lambda: not names_in(tmp_path))
 
 
