@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 
 from dmoa.policies.graphs import IMPROVE
-from dmoa.policies.options import Count, OneOptions, Optioned, Temperature, ask, others, texts
-from dmoa.policies.registry import policy
+from dmoa.policies.options import Count, OneOptions, Temperature, ask, ask_one, texts
+from dmoa.policies.registry import PolicyContext, policy
 from dmoa.types import Activation, QueryState, StepPlan, StepRecord, Stop
 
 RATE = (
@@ -62,16 +62,18 @@ class MctsOptions(OneOptions):
     reads="2 * simulations + 1 - min(children, simulations)",
     first_step_only=False,
 )
-class MctsPolicy(Optioned):
+class MctsPolicy:
     """Steps in turns: an answer, then its rating; the answer rated best is written out at last."""
 
     name = "mcts"
-    _options: MctsOptions
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: MctsOptions = context.options
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask for an answer, for its rating, or for the last word."""
         options, done = self._options, len(state.steps)
-        agents, rater = options.agents, options.rater or options.agents[0]
+        agents, rater = options.agents, options.lead
         if done > 2 * options.simulations:
             return Stop(reason="schedule")
         if done % 2:
@@ -82,8 +84,7 @@ class MctsPolicy(Optioned):
         if number == options.simulations:
             best = best_of(nodes)
             told = {"instruction": FINISH, "history": (best,)} if best else {"history": ()}
-            last, stand_ins = ask([rater], **told), others(agents, rater, **told)
-            return StepPlan(activations=last, reserves=stand_ins, fold="pass", ends_with="schedule")
+            return ask_one(agents, rater, ends_with="schedule", **told)
         leaf = self._leaf(root)
         task, seen = (IMPROVE, (leaf.text,)) if leaf.text else ("", ())
         agent = agents[number % len(agents)]
