@@ -134,36 +134,29 @@ class Passage:
     text: str
 
 
-class SearchBackend(Protocol):
-    """Finds passages for a query, wherever the corpus lies."""
-
-    async def search(self, query: str, k: int) -> list[Passage]:
-        """Return at most k passages, the best first; empty where nothing matches."""
-
-
 class Search:
     """Search over a corpus; without one it says so."""
 
     name = "search"
     description = "To look up facts, write <search>words to look for</search>; passages follow."
 
-    def __init__(self, backend: SearchBackend | None) -> None:
-        self._backend = backend
+    def __init__(self, corpus: Bm25Corpus | None) -> None:
+        self._corpus = corpus
 
     async def run(self, argument: str) -> str:
         """Return the best passages, a line each, or `error: ...`."""
-        if self._backend is None:
+        if self._corpus is None:
             return "error: this pool has no search corpus"
         if not argument.strip():
             return "error: write the words to look for between the tags"
-        passages = await self._backend.search(argument, _MAX_PASSAGES)
+        passages = self._corpus.search(argument, _MAX_PASSAGES)
         if not passages:
             return "no passage matches"
         return "\n".join(f"[{_one_line(p.title)}] {_one_line(p.text, _MAX_PASSAGE_CHARS)}" for p in passages)
 
 
 class Bm25Corpus:
-    """A corpus in memory, ranked by BM25 (Lucene's variant, English stop words). Implements `SearchBackend`."""
+    """A corpus in memory, ranked by BM25 (Lucene's variant, English stop words)."""
 
     def __init__(self, passages: Sequence[Passage]) -> None:
         """Index the passages. Raises ConfigError if there is none with a word in it."""
@@ -189,7 +182,7 @@ class Bm25Corpus:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"search corpus: cannot read {str(path)!r}: {error}; give a JSON Lines file") from error
 
-    async def search(self, query: str, k: int) -> list[Passage]:
+    def search(self, query: str, k: int) -> list[Passage]:
         """Return the k passages with the highest BM25 score above 0, ties by their order in the corpus."""
         words = [word for word in self._words([query])[0] if word in self._index.vocab_dict]
         if not words:

@@ -102,6 +102,9 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 }
 
 
+_LLMS = ", ".join(f"embedded:{model.name}" for model in EMBEDDED.values() if model.kind == "llm")
+
+
 def cache_root() -> Path:
     """Return dmoa's cache folder: `DMOA_CACHE`, else the user's cache folder for dmoa. It may not exist yet."""
     chosen = os.environ.get("DMOA_CACHE")
@@ -130,7 +133,7 @@ def install(
     model: EmbeddedModel, root: Path, *, download: Download, verify: bool = False, progress: Progress | None = None
 ) -> Path:
     """Do the work of `fetch` for any model, cache folder and way to download. Raises ModelFetchError."""
-    tell = progress or _silent
+    tell = progress or (lambda _: None)
     folder = root / model.folder
     if not verify and is_intact(folder):
         return folder
@@ -206,7 +209,7 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
     if source == "hub":
         return _hub_model(model, rest)
     raise ConfigError(
-        f"model: {model!r} has no weights that the transformers engine can load; expected {_names('llm')}, path:DIR, "
+        f"model: {model!r} has no weights that the transformers engine can load; expected {_LLMS}, path:DIR, "
         "hub:REPO[@REVISION]; name one of these or choose the engine that this model belongs to"
     )
 
@@ -214,7 +217,7 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
 def check_embedded(model: str) -> None:
     """Check that `embedded:NAME` is a language model that comes with dmoa; nothing is fetched. Raises ConfigError."""
     if _embedded(model.partition(":")[2]).kind != "llm":
-        raise ConfigError(f"model: {model!r} is a sentence encoder; expected {_names('llm')}")
+        raise ConfigError(f"model: {model!r} is a sentence encoder; expected {_LLMS}")
 
 
 def resolve_adapter(adapter: str) -> Path:
@@ -320,10 +323,6 @@ def _embedded(name: str) -> EmbeddedModel:
     return EMBEDDED[name]
 
 
-def _names(kind: str) -> str:
-    return ", ".join(f"embedded:{model.name}" for model in EMBEDDED.values() if model.kind == kind)
-
-
 def _model_folder(model: str, folder: Path) -> Path:
     has_weights = any(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not has_weights:
@@ -384,7 +383,3 @@ def _locked(file: Path, tell: Progress) -> AbstractContextManager[object]:
     except Timeout:
         tell("waiting for another process that fetches the same model")
         return lock.acquire()
-
-
-def _silent(_sentence: str) -> None:
-    return None

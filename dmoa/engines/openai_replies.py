@@ -158,11 +158,8 @@ class _Choice(_Part):
 _Count = Annotated[int, Field(ge=0, le=1 << 40)]
 
 
-class _PromptDetails(_Part):
+class _Details(_Part):
     cached_tokens: _Extra[_Count] = None
-
-
-class _CompletionDetails(_Part):
     reasoning_tokens: _Extra[_Count] = None
 
 
@@ -170,8 +167,8 @@ class _Usage(_Part):
     prompt_tokens: _Count = 0
     completion_tokens: _Count = 0
     total_tokens: _Extra[int] = None
-    prompt_tokens_details: _Extra[_PromptDetails] = None
-    completion_tokens_details: _Extra[_CompletionDetails] = None
+    prompt_tokens_details: _Extra[_Details] = None
+    completion_tokens_details: _Extra[_Details] = None
 
     @property
     def reasoning_tokens(self) -> int | None:

@@ -233,6 +233,8 @@ class ReplyIndex:
 class RecordedEngine:
     """Implements `protocols.Engine` over files of replies; a query without one is a failed contribution."""
 
+    label = "recorded"
+
     def __init__(self, options: RecordedOptions, agents: Sequence[str]) -> None:
         """`agents`: those of the pool that it answers for. Blocks while the files are read.
 
@@ -258,11 +260,6 @@ class RecordedEngine:
             f"{', '.join(found[:_MAX_NAMED])}{more}; name the agent so, or set engine_kwargs.names.{agent}"
             f"{did_you_mean(name, found)}"
         )
-
-    @property
-    def label(self) -> str:
-        """Return `recorded`."""
-        return "recorded"
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Return the recorded reply. Raises EngineError where there is none, or where more than the query is asked."""

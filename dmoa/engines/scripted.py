@@ -33,6 +33,8 @@ class ScriptedEngine:
     a reply ends before a stop string, and a continued reply goes on behind the stop string where it was cut.
     """
 
+    label = "scripted"
+
     def __init__(self, options: ScriptedOptions) -> None:
         self._options = options
         self._closed = asyncio.Event()
@@ -40,11 +42,6 @@ class ScriptedEngine:
         """Requests that are being answered now."""
         self.peak_in_flight = 0
         """Most requests that were being answered at one time."""
-
-    @property
-    def label(self) -> str:
-        """Return `scripted`."""
-        return "scripted"
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Raises EngineError for an agent that is set to fail and after `close`."""

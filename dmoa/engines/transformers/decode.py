@@ -138,7 +138,7 @@ def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
 class TextStream:
     """Decodes one reply token by token, and finds the stop text that ends it."""
 
-    __slots__ = ("_decoder", "_ends", "_keeps_special", "_sent", "_stop", "_text", "_tokenizer", "_tokens", "stopped")
+    __slots__ = ("_decoder", "_ends", "_keeps_special", "_sent", "_stop", "_tokenizer", "_tokens", "stopped", "text")
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, keeps_special: bool = False) -> None:
         """`tokenizer` is a `tokenizers.Tokenizer`; empty stop texts are ignored. `keeps_special`: special tokens are text."""
@@ -147,21 +147,17 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=not keeps_special)
         self._stop = tuple(text for text in stop if text)
         self._tokens: list[int] = []
-        self._text = ""
+        self.text = ""
+        """All text so far, without the stop text and without a character whose bytes are not complete."""
         self._ends: list[int] = []
         """Where in the text each token ends; tokens amid a character end where the one before does."""
         self._sent = 0
         self.stopped = False
         """Whether a stop text was met; the text ends before it."""
 
-    @property
-    def text(self) -> str:
-        """All text so far, without the stop text and without a character whose bytes are not complete."""
-        return self._text
-
     def pieces(self, tokens: int) -> list[str]:
         """Return the text of each of so many tokens, as the whole text has it; of a stop token it is empty."""
-        found = [self._text[start:end] for start, end in pairwise((0, *self._ends))]
+        found = [self.text[start:end] for start, end in pairwise((0, *self._ends))]
         return found + [""] * (tokens - len(found))
 
     def push(self, token: int) -> str:
@@ -170,7 +166,7 @@ class TextStream:
         piece = self._decoded(token)
         if piece:
             self._extend(piece)
-        self._ends.append(len(self._text))
+        self._ends.append(len(self.text))
         return self._release(0 if self.stopped else self._held())
 
     def finish(self) -> str:
@@ -178,8 +174,8 @@ class TextStream:
         if not self.stopped:
             # The decoder holds back everything of a token that ends amid a character, its whole characters too.
             whole = self._tokenizer.decode(self._tokens, skip_special_tokens=not self._keeps_special).rstrip(_BROKEN)
-            if whole.startswith(self._text):
-                self._extend(whole[len(self._text) :])
+            if whole.startswith(self.text):
+                self._extend(whole[len(self.text) :])
         return self._release(0)
 
     def _decoded(self, token: int) -> str:
@@ -196,24 +192,24 @@ class TextStream:
 
     def _extend(self, piece: str) -> None:
         longest = max(map(len, self._stop), default=1)
-        start = max(0, len(self._text) - longest + 1)
-        self._text += piece
-        found = [at for at in (self._text.find(stop, start) for stop in self._stop) if at >= 0]
+        start = max(0, len(self.text) - longest + 1)
+        self.text += piece
+        found = [at for at in (self.text.find(stop, start) for stop in self._stop) if at >= 0]
         if found:
-            self._text = self._text[: min(found)]
+            self.text = self.text[: min(found)]
             self.stopped = True
 
     def _held(self) -> int:
         """Return how many characters at the end could be the beginning of a stop text."""
         longest = max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(self._text)), 0, -1):
-            if any(stop.startswith(self._text[-size:]) for stop in self._stop):
+        for size in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
                 return size
         return 0
 
     def _release(self, held: int) -> str:
-        end = max(self._sent, len(self._text) - held)
-        fresh = self._text[self._sent : end]
+        end = max(self._sent, len(self.text) - held)
+        fresh = self.text[self._sent : end]
         self._sent = end
         return fresh
 

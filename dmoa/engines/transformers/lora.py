@@ -96,11 +96,6 @@ class Adapters:
         self._device: torch.device = model.device
         self._load(model, found)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the adapters, in the order of loading."""
-        return tuple(self._numbers)
-
     def check(self, adapter: str | None) -> None:
         """Raise EngineError for an adapter that is not loaded."""
         if adapter is not None and adapter not in self._numbers:

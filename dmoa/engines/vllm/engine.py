@@ -123,7 +123,7 @@ class VllmEngine:
         self._client = client
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
-        self._label = label
+        self.label = label
         self._name = model_label
         self._listed = listed
         self._loras = {
@@ -133,11 +133,6 @@ class VllmEngine:
         self._tool_format = ToolFormat(tokenizer, tool_parser)
         self._taker = EntropyTaker(client)
         self._numbers = count()
-
-    @property
-    def label(self) -> str:
-        """Engine and the options that may change numbers, such as `vllm/float32`."""
-        return self._label
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation; cancelling aborts it in vLLM. Raises EngineError."""

@@ -15,7 +15,7 @@ from dmoa.engines.adapter_files import check_adapter
 from dmoa.engines.chat_template import load_tokenizer
 from dmoa.engines.models import model_id, resolve_adapter
 from dmoa.engines.size import cached_folder
-from dmoa.engines.vllm.options import cpu_environment, engine_args, gpu_environment, local_source, remote_source, vllm_options
+from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -93,19 +93,14 @@ def connect(
     source = local_source(part.model) or remote_source(part.model)
     # Its workers run beside this process, also where that is a part of a Ray job.
     beside = {"distributed_executor_backend": "mp"} if given.num_workers > 1 else {}
-    with environment(start_environment(part, given, gpus)):
+    # On GPUs its process has to be a fresh one: a fork would keep what this process found out about CUDA.
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus.names), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"} if gpus else {}
+    with environment(cpu_environment(given) if part.gpus == 0 else own):
         try:
             return start({"model": source, **args, **beside})
         except Exception as error:  # whatever vLLM has against the model, its options or the machine
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
             raise EngineError(f"model {part.model!r}: vLLM did not start: {why}; what it wrote before may say more") from error
-
-
-def start_environment(part: LlmConfig, given: VllmOptions, gpus: GpuSlice | None) -> dict[str, str]:
-    """Return what the environment of an LLM's engine has to hold while it starts."""
-    if part.gpus == 0:
-        return cpu_environment(given)
-    return gpu_environment(gpus.names) if gpus else {}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 from dmoa.config import LlmConfig
@@ -74,14 +74,6 @@ def remote_source(model: str) -> str | None:
         return model
     found = resolve_model(model) if model.startswith("hub:") else None
     return found.repo if isinstance(found, HubModel) else None
-
-
-def gpu_environment(names: Sequence[str]) -> dict[str, str]:
-    """Return the environment in which a vLLM starts that takes these GPUs alone, by their names in CUDA_VISIBLE_DEVICES.
-
-    Its engine is a process of its own. It has to be a fresh one: a fork would keep what this process found out about CUDA.
-    """
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
 
 def cpu_environment(given: VllmOptions) -> dict[str, str]:
