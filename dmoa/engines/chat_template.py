@@ -6,6 +6,7 @@ template alone; in a message their names are plain text.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -19,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 from dmoa.core.reasoning import closing_of, opened_at_end, split_reasoning
 from dmoa.errors import EngineError, PromptTooLongError
-from dmoa.types import Message
+from dmoa.types import Message, Sampling
 
 _REASONING = re.compile(r"</?(?:think|thinking|reasoning)>", re.IGNORECASE)
 """What a model writes around its reasoning: no turn can be forged with it, and a reply that is continued holds it."""
@@ -221,6 +222,12 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+
+
+def seed_of(sampling: Sampling, call_id: str) -> int:
+    """Return the seed of a call's random choices, 63 bits: the one that was given, else one that the call's id always gives."""
+    seed = sampling.seed
+    return (int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "little") if seed is None else seed) % 2**63
 
 
 def room_for_reply(num_tokens: int, max_model_len: int, *, model: str) -> int:

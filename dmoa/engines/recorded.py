@@ -249,17 +249,13 @@ class RecordedEngine:
         lacking = next((agent for agent, name in self._names.items() if not self._index.count(name)), None)
         if lacking is not None:
             self._index.close()
-            raise ConfigError(self._fault_of(lacking))
-
-    def _fault_of(self, agent: str) -> str:
-        """Return what to say of an agent without any reply."""
-        name, found = self._names[agent], [agent_name(known) for known in self._index.agents]
-        more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
-        return (
-            f"engine_kwargs.replies: {self._options.replies!r} holds no reply of agent {name!r}; expected one of "
-            f"{', '.join(found[:_MAX_NAMED])}{more}; name the agent so, or set engine_kwargs.names.{agent}"
-            f"{did_you_mean(name, found)}"
-        )
+            name, found = self._names[lacking], [agent_name(known) for known in self._index.agents]
+            more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+            raise ConfigError(
+                f"engine_kwargs.replies: {options.replies!r} holds no reply of agent {name!r}; expected one of "
+                f"{', '.join(found[:_MAX_NAMED])}{more}; name the agent so, or set engine_kwargs.names.{lacking}"
+                f"{did_you_mean(name, found)}"
+            )
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Return the recorded reply. Raises EngineError where there is none, or where more than the query is asked."""

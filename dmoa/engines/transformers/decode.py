@@ -6,7 +6,6 @@ B sequences that decode together, V vocabulary, N the sampling ones among them, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from dmoa.core.entropy import NOT_FINITE, token_entropy
 from dmoa.core.entropy_scope import scoped_entropy, unscoped
 from dmoa.core.reasoning import ReasoningSplitter
+from dmoa.engines.chat_template import seed_of
 from dmoa.engines.transformers.kv_cache import KvRows, PrefixStore, StoredPrefix, TokenArray, common_prefix
 from dmoa.engines.transformers.load import LoadedModel
 from dmoa.engines.transformers.lora import Adapters
@@ -59,13 +59,10 @@ class Draw:
     __slots__ = ("_generator", "temperature", "top_p")
 
     def __init__(self, sampling: Sampling, call_id: str) -> None:
-        """Seed the stream by `sampling.seed`, or by the call's id where there is none."""
+        """Seed the stream by `seed_of`."""
         self.temperature = sampling.temperature
         self.top_p = sampling.top_p
-        seed = sampling.seed
-        if seed is None:
-            seed = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "little")
-        self._generator = torch.Generator().manual_seed(seed % 2**63)
+        self._generator = torch.Generator().manual_seed(seed_of(sampling, call_id))
 
     def uniform(self) -> float:
         """Return the next number of the stream, in [0, 1)."""
@@ -369,6 +366,12 @@ class DecodeLoop:
     def release_prefixes(self) -> None:
         """Forget the beginnings of recent prompts."""
         self._prefixes.clear()
+
+    def close(self) -> None:
+        """Give all memory back, the model's too."""
+        self.clear()
+        self.release_prefixes()
+        del self._loaded
 
     def step(self) -> None:
         """Do one round: end what is late, admit what fits, decode one token for every row."""

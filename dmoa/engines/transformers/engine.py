@@ -77,9 +77,7 @@ class TransformersEngine:
         self._tokenizer = loaded.tokenizer
         self._keeps_special = has_special_marks(loaded.tokenizer.backend_tokenizer)
         self._adapters = Adapters(loaded.model, folders)
-        self._loop: DecodeLoop | None = DecodeLoop(
-            loaded, self._adapters, max_rows=max_num_seqs, has_prefix_cache=self._options.prefix_cache
-        )
+        self._loop = DecodeLoop(loaded, self._adapters, max_rows=max_num_seqs, has_prefix_cache=self._options.prefix_cache)
         self.times = self._loop.times
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: set[_Ticket] = set()
@@ -92,14 +90,12 @@ class TransformersEngine:
     @property
     def num_running(self) -> int:
         """Places of the batch in use at this moment."""
-        loop = self._loop
-        return loop.num_running if loop is not None else 0
+        return self._loop.num_running
 
     @property
     def held_bytes(self) -> int:
         """Memory of keys and values at this moment, of running and of recent requests."""
-        loop = self._loop
-        return loop.held_bytes if loop is not None else 0
+        return self._loop.held_bytes
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Cancelling frees its place within two token steps. Raises EngineError."""
@@ -174,7 +170,6 @@ class TransformersEngine:
                 try:
                     is_open = self._take_inbox()
                     if is_open:
-                        assert self._loop is not None
                         self._loop.step()
                 except Exception as error:  # kept in what every request in flight raises; the engine goes on
                     self._fail_all(error)
@@ -185,11 +180,10 @@ class TransformersEngine:
                 message()
         self._fail_all(EngineError("the engine was closed"))
         self._flush()
-        self._loop = None
+        self._loop.close()
 
     def _take_inbox(self) -> bool:
         """Handle what has arrived, waiting for it where nothing runs; return False once the engine is to stop."""
-        assert self._loop is not None
         while True:
             try:
                 message = self._wait() if self._loop.is_idle else self._inbox.get_nowait()
@@ -201,7 +195,6 @@ class TransformersEngine:
 
     def _wait(self) -> Callable[[], None] | None:
         """Return what arrives next, however long it takes; memory that nobody needs meanwhile is given back."""
-        assert self._loop is not None
         for wait_s, release in zip(self._idle_s, (self._loop.release_rows, self._loop.release_prefixes), strict=True):
             if not self._loop.held_bytes:
                 break
@@ -213,12 +206,10 @@ class TransformersEngine:
         return self._inbox.get()
 
     def _admit(self, ticket: _Ticket) -> None:
-        assert self._loop is not None
         self._tickets.add(ticket)
         self._loop.submit(ticket.sequence)
 
     def _drop(self, ticket: _Ticket) -> None:
-        assert self._loop is not None
         self._tickets.discard(ticket)
         self._loop.cancel(ticket.sequence)
 
@@ -227,7 +218,6 @@ class TransformersEngine:
         self._post(ticket, EngineError(f"{self._name}: {result}") if isinstance(result, EngineError) else result)
 
     def _fail_all(self, error: Exception) -> None:
-        assert self._loop is not None
         self._loop.clear()
         for ticket in self._tickets:
             self._post(ticket, EngineError(f"{self._name}: {type(error).__name__}: {error}"))

@@ -7,7 +7,6 @@ vLLM (`engines/vllm/entropy`), or lie between bounds, from the log-probabilities
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from dmoa.answer_form import NEVER_NATS, FinalCall
 from dmoa.core.entropy import NOT_FINITE
 from dmoa.core.truncated_entropy import listed_entropy
-from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply
+from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply, seed_of
 from dmoa.engines.thoughts import cuts_of
 from dmoa.engines.vllm.entropy import KEY
 from dmoa.engines.vllm.entropy_store import RequestSums, Wanted
@@ -364,9 +363,6 @@ async def _until(outputs: AsyncIterator[Any], deadline_unix_s: float | None) -> 
 
 
 def _params(sampling: Sampling, call_id: str, room: int) -> SamplingParams:
-    seed = sampling.seed
-    if seed is None:
-        seed = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "little")
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -375,6 +371,6 @@ def _params(sampling: Sampling, call_id: str, room: int) -> SamplingParams:
         repetition_penalty=sampling.repetition_penalty or 1.0,
         max_tokens=max(1, min(sampling.max_tokens, room)),
         stop=list(sampling.stop) or None,
-        seed=None if sampling.temperature == 0.0 else seed % 2**63,
+        seed=None if sampling.temperature == 0.0 else seed_of(sampling, call_id),
         output_kind=RequestOutputKind.DELTA,
     )
