@@ -205,7 +205,7 @@ class _Shown:
 
     def add(self, text: str) -> str:
         """Return the text that may be shown now: what could be the beginning of the key is held back."""
-        text = (self._held + text).replace(self._key, REDACTED) if self._key else text
+        text = self.conceal(self._held + text)
         size = next((n for n in range(min(len(self._key) - 1, len(text)), 0, -1) if self._key.startswith(text[-n:])), 0)
         text, self._held = text[: len(text) - size], text[len(text) - size :]
         return self._keep(text)
@@ -214,6 +214,10 @@ class _Shown:
         """Return what is still held back."""
         text, self._held = self._held, ""
         return self._keep(text)
+
+    def conceal(self, text: str) -> str:
+        """Return a whole text without the key."""
+        return text.replace(self._key, REDACTED) if self._key else text
 
     def _keep(self, text: str) -> str:
         if text:
@@ -254,7 +258,6 @@ class Draft:
         the request's.
         """
         self._final = final or FinalCall()
-        self._key = key
         self._calls: dict[int, list[str]] = {}
         """Id, name and arguments of the calls of tools, by their places."""
         self._open: dict[int | None, int] = {}
@@ -344,9 +347,8 @@ class Draft:
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The calls of the client's tools so far, without the endpoint's key."""
-        shown = (REDACTED, self._key) if len(self._key) >= _MIN_KEY_CHARS else ("", "\0")
         return tuple(
-            ToolCall(call_id=number or new_call_id(), name=name, arguments=(said or "{}").replace(shown[1], shown[0]))
+            ToolCall(call_id=number or new_call_id(), name=name, arguments=self._said.conceal(said or "{}"))
             for _, (number, name, said) in sorted(self._calls.items())
             if name
         )

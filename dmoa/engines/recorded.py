@@ -124,14 +124,11 @@ def replies_files(place: Path) -> list[Path]:
 def read_replies(path: Path) -> Iterator[RecordedReply]:
     """Yield the replies of a file. Raises ConfigError naming file, line, field and what is expected."""
     for number, line in _rows(path) if path.suffix == ".parquet" else read_lines(path):
-        yield _parse(path, number, line)
-
-
-def _parse(path: Path, number: int, line: bytes | Mapping[str, Any]) -> RecordedReply:
-    try:
-        return RecordedReply.model_validate(line) if isinstance(line, Mapping) else RecordedReply.model_validate_json(line)
-    except ValidationError as error:
-        raise ConfigError(f"{path}, line {number}: {describe(error)}; mend the line or take it out") from None
+        try:
+            reply = RecordedReply.model_validate_json(line) if isinstance(line, bytes) else RecordedReply.model_validate(line)
+        except ValidationError as error:
+            raise ConfigError(f"{path}, line {number}: {describe(error)}; mend the line or take it out") from None
+        yield reply
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -10,7 +10,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -149,11 +149,11 @@ class KnapsackOptions(PolicyOptions):
     def check_pool(self, config: Config) -> None:
         """Raise RequestError where a price is not known that a budget needs, or no agent of the pool fits the budgets."""
         bids = _bids(self, config)
-        unknown = [model for model, price, _ in bids if price is None]
+        unknown = [bid.model for bid in bids if bid.price is None]
         if self.price is not None and unknown:
             raise RequestError(f"policy: knapsack: price: llms.{unknown[0]}.price is not set; set it, or give a budget of gpus")
         most, space = (math.inf if limit is None else limit + _SLACK for limit in (self.price, self.gpus))
-        if all((price or 0.0) > most or gpus > space for _, price, gpus in bids):
+        if all((bid.price or 0.0) > most or bid.gpus > space for bid in bids):
             raise RequestError("policy: knapsack: no agent fits the budget; raise gpus or price")
 
 
@@ -180,7 +180,8 @@ class KnapsackPolicy(_Wrapping):
         """Choose the agents at the query's first step, or at each stage, and ask the inner policy."""
         if self._asked != state.query.text:
             options, worth = self._options, await self._worth(state)
-            chosen = self._chosen([worth[name] for name in options.agents])
+            bids = _bids(options, self._context.config)
+            chosen = best_subset([worth[name] for name in options.agents], bids, options.price, options.gpus)
             self._inner = inner_policy(self._context, options.inner, tuple(options.agents[a] for a in chosen))
             self._asked = state.query.text
         return await self._inner.next_step(state)
@@ -196,47 +197,37 @@ class KnapsackPolicy(_Wrapping):
             plan.decision.masked if plan.decision else (), 0.0
         )
 
-    def _chosen(self, worth: Sequence[float]) -> list[int]:
-        options, bids = self._options, _bids(self._options, self._context.config)
-        return best_subset(
-            worth,
-            price_A=[price or 0.0 for _, price, _ in bids],
-            model_A=[model for model, _, _ in bids],
-            gpus={model: gpus for model, _, gpus in bids},
-            most_price=options.price,
-            most_gpus=options.gpus,
-        )
+
+class Bid(NamedTuple):
+    """What an agent takes of the budgets."""
+
+    model: str
+    price: float | None
+    """None: not known, which is as good as nothing where no price is set as a budget."""
+    gpus: float
+    """Of its model, once for all agents on it."""
 
 
-def _bids(options: KnapsackOptions, config: Config) -> list[tuple[str, float | None, float]]:
-    """Return the model of each agent that takes part, its price, None where it is not known, and its GPUs."""
+def _bids(options: KnapsackOptions, config: Config) -> list[Bid]:
     model_of = {agent.name: agent.llm for agent in config.agents}
     prices = {name: llm.price.prompt_per_1m + llm.price.completion_per_1m for name, llm in config.llms.items() if llm.price}
-    return [(model, prices.get(model), config.llms[model].gpus) for model in map(model_of.__getitem__, options.agents)]
+    return [Bid(model, prices.get(model), config.llms[model].gpus) for model in map(model_of.__getitem__, options.agents)]
 
 
-def best_subset(
-    worth_A: Sequence[float],
-    *,
-    price_A: Sequence[float],
-    model_A: Sequence[str],
-    gpus: dict[str, float],
-    most_price: float | None,
-    most_gpus: float | None,
-) -> list[int]:
+def best_subset(worth_A: Sequence[float], bid_A: Sequence[Bid], most_price: float | None, most_gpus: float | None) -> list[int]:
     """Return the agents that are worth most together within the budgets, in order; of equal choices the cheaper one.
 
     Every subset is tried, of the `_MOST_SEARCHED` agents worth most of those that fit alone.
     """
     price, space = (math.inf if most is None else most + _SLACK for most in (most_price, most_gpus))
-    alone = [a for a, model in enumerate(model_A) if price_A[a] <= price and gpus[model] <= space]
+    alone = [a for a, bid in enumerate(bid_A) if (bid.price or 0.0) <= price and bid.gpus <= space]
     tried = sorted(sorted(alone, key=lambda a: -worth_A[a])[:_MOST_SEARCHED])
     bits_SA = (np.arange(1, 2 ** len(tried))[:, None] >> np.arange(len(tried))) & 1
-    price_S = bits_SA @ np.array([price_A[a] for a in tried])
-    gpus_S = sum(
-        (count * (bits_SA @ np.array([model_A[a] == model for a in tried]) > 0) for model, count in gpus.items()),
-        np.zeros(len(bits_SA)),
-    )
+    bids = [bid_A[a] for a in tried]
+    price_S = bits_SA @ np.array([bid.price or 0.0 for bid in bids])
+    gpus_S = np.zeros(len(bits_SA))
+    for model, gpus in {bid.model: bid.gpus for bid in bids}.items():
+        gpus_S += gpus * (bits_SA @ np.array([bid.model == model for bid in bids]) > 0)
     fits_S = (price_S <= price) & (gpus_S <= space)
     if not fits_S.any():
         return []
