@@ -60,10 +60,7 @@ def agent_messages(
 def summarizer_messages(
     query: Query, history: Sequence[str], replies: Sequence[AgentReply], *, profile: str, share_reasoning: bool = False
 ) -> tuple[Message, ...]:
-    """Return the prompt of the `llm` summarizer: the shared prefix, the step's contributions, role and verdict rule.
-
-    What agents thought is left out, or stands before each contribution where it is shared.
-    """
+    """Return the prompt of the `llm` summarizer; `share_reasoning`: what agents thought stands before each contribution."""
     work = "\n\n".join(
         (f"Thoughts of {reply.agent}:\n{_framed(reply.reasoning)}\n\n" if share_reasoning and reply.reasoning else "")
         + f"Contribution of {reply.agent}:\n{_framed(reply.text)}"

@@ -218,10 +218,7 @@ def stop_strings(tools: Iterable[str]) -> tuple[str, ...]:
 
 
 def find_call(text: str, tools: Collection[str]) -> ToolCall | None:
-    """Return the first call in a reply that has no result yet, None if there is none.
-
-    A call without its closing tag at the end of the text counts: engines drop the stop string that they stopped at.
-    """
+    """Return the first call in a reply that has no result yet; engines drop the closing tag at which they stopped."""
     if not tools:
         return None
     names = "|".join(re.escape(name) for name in tools)
@@ -311,10 +308,7 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-",
 
 
 def _normalise(argument: str) -> str:
-    """Turn what models write into a Python expression of numbers, operators and known names. Raises ValueError.
-
-    `1,200` is a number, unless a function is called: there a comma separates its arguments.
-    """
+    """Return what models write as a Python expression; 1,200 is a number, but among a function's arguments. Raises ValueError."""
     if len(argument) > MAX_EXPRESSION_CHARS:
         raise ValueError(f"the expression has {len(argument)} characters, at most {MAX_EXPRESSION_CHARS} are allowed")
     text = " ".join(argument.translate(_SIGNS).split()).rstrip("=? ")

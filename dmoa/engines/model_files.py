@@ -18,10 +18,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def check_model(model: str) -> None:
-    """Check the `model` of an LLM that an engine here loads, as far as its files are on this machine; nothing is fetched.
-
-    Raises ConfigError naming the field, the value and what is wrong.
-    """
+    """Check an LLM's `model` as far as its files are here; nothing is fetched. Raises ConfigError naming value and fault."""
     if model.startswith("embedded:"):
         check_embedded(model)
     elif not model.startswith("s3:"):  # vLLM fetches those, and they are looked at there

@@ -112,10 +112,7 @@ def cache_root() -> Path:
 
 
 def path(name: str) -> Path | None:
-    """Return the cached folder of an embedded model, None where it is absent or a file has the wrong size.
-
-    Raises ConfigError for an unknown name.
-    """
+    """Return the cached folder of an embedded model, None where it is absent or damaged. Raises ConfigError for other names."""
     folder = cache_root() / "models" / _embedded(name).folder
     return folder if is_intact(folder) else None
 
@@ -291,10 +288,7 @@ def _build(model: EmbeddedModel, work: Path, download: Download, tell: Progress)
 
 
 def convert_gguf(source: Path, into: Path) -> None:
-    """Write a GGUF file's model as float32 safetensors, with its tokenizer and chat template, into a folder.
-
-    Raises ModelFetchError if the file carries no chat template.
-    """
+    """Write a GGUF file's model as float32 safetensors into a folder. Raises ModelFetchError where it has no chat template."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer

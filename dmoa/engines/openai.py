@@ -287,10 +287,7 @@ class OpenaiEngine:
         )
 
     async def _ask(self, client: Connections, request: GenerationRequest, on_text: OnText | None, drafts: list[Draft]) -> None:
-        """Read the reply to a call into the last of `drafts`, which gets one for each time that the endpoint was asked.
-
-        Text that was handed on is never asked for again.
-        """
+        """Read the reply into the last of `drafts`, one for each asking; text that was handed on is never asked for again."""
         key, retries, left = self._key.get_secret_value(), 0, _Left(fields=set(self._refused), most_listed=self._most_listed)
         while True:
             drafts.append(Draft(self._options.vocab_size, key, self._fault, on_text or _drop, final=request.final))

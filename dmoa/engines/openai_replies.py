@@ -381,10 +381,7 @@ class Draft:
         self._finish = "length" if _CUT.fullmatch(word) else "stop"
 
     def finish(self) -> None:
-        """Take the reply as ended.
-
-        Raises EngineError for a reply without a text of its own, and says what stands in its place.
-        """
+        """Take the reply as ended. Raises EngineError for one without a text of its own: what stands in its place."""
         if not self._has_choice:
             raise self._fault("its reply holds no choice; check base_url and model, and that chat completions are served there")
         self._tell(self._thought.rest(), self._said.rest())

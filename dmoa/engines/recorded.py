@@ -307,10 +307,7 @@ class RecordedEngine:
 
 
 def entropy_of(reply: RecordedReply, tokens: int, vocab_size: int) -> EntropySum:
-    """Return what is known of a reply's entropy; zero tokens where that is nothing.
-
-    A mean stands for `tokens` equal entropies: the sum of squares is then its lower end.
-    """
+    """Return what is known of a reply's entropy, zero tokens for nothing; a mean stands for equal ones (squares: a lower end)."""
     if isinstance(reply.entropy, list):
         return EntropySum.of_tokens(reply.entropy)
     if reply.entropy is not None:

@@ -88,10 +88,7 @@ class SelfMoaOptions(SampledOptions):
     reads="k",
 )
 def self_moa(options: SelfMoaOptions, state: QueryState) -> StepPlan | Stop:
-    """Take the samples, then have them aggregated.
-
-    The best agent alone in place of a mixture: name it as `self_moa:AGENT`, else it is the pool's first.
-    """
+    """Take the samples, then have them aggregated: the best agent alone in place of a mixture, named as `self_moa:AGENT`."""
     if len(state.steps) > 1:
         return Stop(reason="schedule")
     if state.steps:
@@ -148,10 +145,7 @@ class SmoaOptions(AggregatorOptions):
     reads="(2 * layers - 1) * A + ((layers - 1) * A + 1) * min(keep, A) at most",
 )
 def smoa(options: SmoaOptions, state: QueryState) -> StepPlan | Stop:
-    """Ask a layer in the agents' roles, which are their profiles, then its judges, or at last the aggregator.
-
-    A judge that names nothing lets the first answers through.
-    """
+    """Ask a layer in the agents' own roles, its judges, or at last the aggregator; a judge that names nothing keeps the first."""
     steps = state.steps
     if not steps:
         return StepPlan(activations=ask(options.agents, history=()), fold="vote")

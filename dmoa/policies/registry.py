@@ -253,10 +253,7 @@ def scheduled(
 
 
 def build_policy(name: str, context: PolicyContext) -> Policy:
-    """Return the policy called `name`, built for one query; never runs a file.
-
-    Raises RequestError for an unknown name, PluginError for a policy that is not dmoa's own and breaks its contract.
-    """
+    """Return a policy, built for one query; never runs a file. Raises RequestError for an unknown name, and PluginError."""
     if name not in POLICIES:
         raise RequestError(
             f"policy: {name!r} is not known; expected one of {', '.join(POLICIES)}{did_you_mean(name, POLICIES)}",

@@ -221,10 +221,7 @@ class KnnOptions(RouterOptions):
     options=KnnOptions,
 )
 class KnnRouter(_Learnt):
-    """Similarity is that of the sentence embeddings. Source: RouterBench, arXiv 2403.12031.
-
-    An agent's mean over all queries counts as one neighbour more (ours).
-    """
+    """Similarity of sentence embeddings (RouterBench, arXiv 2403.12031); an agent's mean over all is a neighbour more (ours)."""
 
     name = "knn_router"
 

@@ -121,10 +121,7 @@ def nucleus(probability_NV: Tensor, top_p_N: Tensor) -> Tensor:
 
 
 def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Invert the cumulative distribution of every row at `uniform_N`.
-
-    In vocabulary order, so that a rounding difference of two nearly equal probabilities cannot swap them.
-    """
+    """Invert every row's cumulative distribution at `uniform_N`, in vocabulary order: rounding swaps no near ones."""
     cumulative_NV = weight_NV.double().cumsum(dim=-1)
     total_N = cumulative_NV[:, -1]
     # Below the total even after rounding, so that the token found has a probability above 0.

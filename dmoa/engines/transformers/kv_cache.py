@@ -190,10 +190,7 @@ class PrefixStore:
         return len(tokens) - self.find(adapter, tokens)[1] >= self._min_tokens
 
     def put(self, entry: StoredPrefix) -> None:
-        """Store one prompt, dropping stored ones that it extends and the least recently used ones beyond the limit.
-
-        One that is larger than the limit by itself is not stored, and nothing goes for it.
-        """
+        """Store a prompt that fits by itself; those that it extends go, and the least recently used ones beyond the limit."""
         if entry.kv_NTE.nbytes > self._max_bytes:
             return
         for old in self._entries[:]:

@@ -51,10 +51,7 @@ class EntropyTaker:
         self._running: asyncio.Task[None] | None = None
 
     async def take(self, key: str, tokens: int, cuts: Sequence[int] = ()) -> RequestSums | None:
-        """Return a call's sums over its first tokens, None where the workers know nothing of it.
-
-        `cuts`: the tokens at which thoughts begin and end in turn.
-        """
+        """Return a call's sums over its first tokens, None: not known. `cuts`: tokens at which thoughts begin and end in turn."""
         return await self._ask(key, tokens, *cuts)
 
     def forget(self, key: str) -> None:
