@@ -73,14 +73,11 @@ def encode_chat(
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], model: str, **options: Any) -> str:
-    """Return a conversation as the chat template writes it.
-
-    Where the template refuses it, neighbours of one role become one message, and the first question begins with the system text.
-    Raises EngineError.
-    """
+    """Return a conversation as the chat template writes it. Raises EngineError."""
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except Exception as error:  # the template is a program that came with the model
+        # Tried again with neighbours of one role as one message, then with the system text at the head of the first question.
         joined = [
             {"role": role, "content": "\n\n".join(turn["content"] for turn in same)}
             for role, same in groupby(turns, key=itemgetter("role"))
@@ -162,11 +159,8 @@ class _Controls:
 
     @cached_property
     def _renamed(self) -> Any:
-        """The same tokenizer, whose control tokens go by their aliases: their names are text like any other.
-
-        Made for the first text that names one; takes seconds for a large vocabulary. Not tokenizers' `encode_special_tokens`,
-        which leaves the added tokens that are not marked as special, and vocabularies in which a name is a word.
-        """
+        """The same tokenizer, whose control tokens go by their aliases; takes seconds to make for a large vocabulary."""
+        # Not tokenizers' `encode_special_tokens`: it leaves added tokens that are not marked, and names that are words.
         from tokenizers import Tokenizer
 
         tree = json.loads(self._backend.to_str())

@@ -226,7 +226,8 @@ class OpenaiEngine:
     async def _answer(self, request: GenerationRequest, on_text: OnText | None) -> Generation:
         """Return the reply to one call, as a stream where `on_text` listens."""
         started = time.perf_counter()
-        self._check(request)
+        if self._is_closed:
+            raise self._error("the engine is closed; build a new one")
         room, drafts, deadline = self._room_here(), list[Draft](), request.deadline_unix_s
         placed: float | None = None
         is_late = False
@@ -256,16 +257,6 @@ class OpenaiEngine:
             queue_ms=((placed or started) - started) * 1e3,
             is_late=is_late,
         )
-
-    def _check(self, request: GenerationRequest) -> None:
-        if self._is_closed:
-            raise self._error("the engine is closed; build a new one")
-        if request.adapter is not None:
-            raise self._error(
-                f"adapter is {request.adapter!r}; an endpoint serves adapters as models of their own; set it to null"
-            )
-        if not request.messages:
-            raise self._error("messages is empty; give at least one")
 
     def _room_here(self) -> _Room:
         """Return what belongs to the running event loop; connections of a loop that has ended went with it."""
@@ -409,11 +400,7 @@ class OpenaiEngine:
         return _AgainError(refused, asked_wait_s(headers)) if status in (408, 429) or status >= 500 else refused
 
     def _leave_out(self, data: bytes, body: dict[str, Any], request: GenerationRequest, left: _Left) -> bool:
-        """Leave an optional field that a refusal names, and the call held, out of that call; tells whether there was one.
-
-        Whether later calls go without it too: not where the fault may lie in what this call's client wished for, for other
-        clients' calls are then as good as before. A refusal may name a field for its value, or quote whatever a prompt says.
-        """
+        """Leave an optional field that a refusal names, and the call held, out of that call; tells whether there was one."""
         message, code, param = _told(data)
         said = f"{param or ''} {message}"
         if _is_too_long(message, code):
@@ -434,6 +421,7 @@ class OpenaiEngine:
         for name, word in _OPTIONAL.items():
             if name in body and re.search(rf"\b{word}\b", said):
                 left.fields.add(name)
+                # Later calls hold it where the fault may lie in what this call's client wished for.
                 if not _has_wishes(request) or (name != "chat_template_kwargs" and _is_unknown(word, said)):
                     left.learnt.append(name)
                 elif name not in self._noted:
@@ -501,14 +489,13 @@ def _is_too_long(message: str, code: Any) -> bool:
 
 
 def _most_listed(said: str, asked: int, own: int) -> int | None:
-    """Return how many log-probabilities a token a refusal says may be asked for, fewer than were; None where it says nothing.
-
-    Where it names no number, a client that asked for more than the pool's own number gets that.
-    """
+    """Return how many log-probabilities a token a refusal allows, fewer than were asked for; None where it says nothing."""
     behind = re.search(r"\b(?:top_)?logprobs\b(.{0,100})", said[:_MAX_READ_CHARS], re.DOTALL)
     named = [int(number) for number in re.findall(r"(?<![\w.])\d{1,3}(?!\w)", behind[1] if behind else "")]
     fewer = [number for number in named if 0 < number < asked]
-    return fewer[-1] if fewer else own if 0 < own < asked else None
+    if fewer:
+        return fewer[-1]
+    return own if 0 < own < asked else None  # a client asked for more than the pool's own number
 
 
 def _is_unknown(word: str, said: str) -> bool:

@@ -32,7 +32,6 @@ class Node:
 
     text: str = ""
     rating: float = 0.0
-    parent: Node | None = None
     children: list[Node] = field(default_factory=list)
     visits: int = 0
     worth: float = 0.0
@@ -85,7 +84,7 @@ class MctsPolicy:
             best = best_of(nodes)
             told = {"instruction": FINISH, "history": (best,)} if best else {"history": ()}
             return ask_one(agents, rater, ends_with="schedule", **told)
-        leaf = self._leaf(root)
+        leaf = self._path(root)[-1]
         task, seen = (IMPROVE, (leaf.text,)) if leaf.text else ("", ())
         agent = agents[number % len(agents)]
         asked = Activation(agent=agent, instruction=task, history=seen, temperature=options.temperature, sample=number)
@@ -101,24 +100,23 @@ class MctsPolicy:
         """Return the root and all answers so far: the search goes the same ways again, as the replies led it."""
         root, nodes = Node(), list[Node]()
         for tried, rated in zip(steps[::2], steps[1::2], strict=False):
-            parent, said = self._leaf(root), texts(tried)
+            path, said = self._path(root), texts(tried)
             rating = rating_of(" ".join(texts(rated))) if said else 0.0
-            node = Node(text=said[0] if said else "", rating=rating, parent=parent)
-            parent.children.append(node)
+            node = Node(text=said[0] if said else "", rating=rating)
+            path[-1].children.append(node)
             nodes.append(node)
-            above: Node | None = node
-            while above is not None:
+            for above in (*path, node):
                 above.visits += 1
-                above.worth += node.rating
-                above = above.parent
+                above.worth += rating
         return root, nodes
 
-    def _leaf(self, node: Node) -> Node:
-        """Return the node that grows next: from the root down the best child by UCT, until one has room for another."""
-        while len(node.children) >= self._options.children:
-            weight, tries = self._options.exploration, math.log(node.visits)
-            node = max(node.children, key=lambda child: child.worth / child.visits + weight * math.sqrt(tries / child.visits))
-        return node
+    def _path(self, root: Node) -> list[Node]:
+        """Return the nodes that lead to the one that grows next: the best child by UCT, until one has room for another."""
+        path = [root]
+        while len(path[-1].children) >= self._options.children:
+            weight, tries = self._options.exploration, math.log(path[-1].visits)
+            path.append(max(path[-1].children, key=lambda x: x.worth / x.visits + weight * math.sqrt(tries / x.visits)))
+        return path
 
 
 def best_of(nodes: list[Node]) -> str:

@@ -132,7 +132,7 @@ def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
 class TextStream:
     """Decodes one reply token by token, and finds the stop text that ends it."""
 
-    __slots__ = ("_decoder", "_ends", "_keeps_special", "_sent", "_stop", "_tokenizer", "_tokens", "stopped", "text")
+    __slots__ = ("_decoder", "_ends", "_keeps_special", "_longest", "_sent", "_stop", "_tokenizer", "_tokens", "stopped", "text")
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, keeps_special: bool = False) -> None:
         """`tokenizer` is a `tokenizers.Tokenizer`; empty stop texts are ignored. `keeps_special`: special tokens are text."""
@@ -140,6 +140,7 @@ class TextStream:
         self._keeps_special = keeps_special
         self._decoder = DecodeStream(skip_special_tokens=not keeps_special)
         self._stop = tuple(text for text in stop if text)
+        self._longest = max(map(len, self._stop), default=1)
         self._tokens: list[int] = []
         self.text = ""
         """All text so far, without the stop text and without a character whose bytes are not complete."""
@@ -185,8 +186,7 @@ class TextStream:
             return str(after[len(before) :]) if after.startswith(before) else ""
 
     def _extend(self, piece: str) -> None:
-        longest = max(map(len, self._stop), default=1)
-        start = max(0, len(self.text) - longest + 1)
+        start = max(0, len(self.text) - self._longest + 1)
         self.text += piece
         found = [at for at in (self.text.find(stop, start) for stop in self._stop) if at >= 0]
         if found:
@@ -195,8 +195,7 @@ class TextStream:
 
     def _held(self) -> int:
         """Return how many characters at the end could be the beginning of a stop text."""
-        longest = max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(self.text)), 0, -1):
+        for size in range(min(self._longest - 1, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-size:]) for stop in self._stop):
                 return size
         return 0
@@ -387,11 +386,7 @@ class DecodeLoop:
             sequence.end()
 
     def _next_group(self) -> tuple[list[Running], list[int]]:
-        """Take waiting sequences for one prefill; return them with how many of their tokens are reused.
-
-        The oldest always goes. Others join, those of most similar length first, while padding stays small and unless they
-        could reuse the prompt of one that is in the group already: they follow in the next. Rows of an adapter lie together.
-        """
+        """Take waiting sequences for one prefill, the oldest first; return them with how many of their tokens are reused."""
         group: list[Running] = []
         starts: list[int] = []
         oldest = len(self._waiting[0].tokens)
@@ -399,12 +394,13 @@ class DecodeLoop:
             if len(self._rows) + len(group) >= self._max_rows:
                 break
             start = self._reusable(sequence) if self._has_prefix_cache else 0
+            # Who could reuse the prompt of one in the group follows in the next.
             if group and (self._would_share(sequence, start, group) or not _fits(sequence, start, group, starts)):
                 continue
             group.append(sequence)
             starts.append(start)
             self._waiting.remove(sequence)
-        order = sorted(range(len(group)), key=lambda row: group[row].adapter or "")
+        order = sorted(range(len(group)), key=lambda row: group[row].adapter or "")  # rows of an adapter lie together
         return [group[row] for row in order], [starts[row] for row in order]
 
     def _would_share(self, sequence: Running, start: int, group: Sequence[Running]) -> bool:

@@ -19,7 +19,6 @@ import torch
 
 from dmoa.core.reasoning import ReasoningSplitter
 from dmoa.engine_options import TransformersOptions
-from dmoa.engines.adapter_files import check_adapter
 from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply
 from dmoa.engines.models import HubModel
 from dmoa.engines.thoughts import has_special_marks
@@ -67,9 +66,6 @@ class TransformersEngine:
         self._options = options or TransformersOptions()
         self._name = model_label or str(model)
         folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
-        for name, folder in folders.items():
-            base = model if isinstance(model, Path) and (model / "config.json").is_file() else None
-            check_adapter(f"adapters.{name}", folder, base=base, engine="transformers")
         loaded = load_model(model, self._options, has_adapters=bool(folders), gpu=gpu)
         self.label = loaded.label
         self._max_model_len = loaded.max_model_len
