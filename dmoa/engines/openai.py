@@ -15,7 +15,7 @@ import random
 import re
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ from dmoa.engines.connections import FAILURES, Connections, failure_of, read_err
 from dmoa.engines.openai_replies import Draft, error_message, estimated_tokens, events, plain
 from dmoa.errors import AgentOverloadedError, DeadlineError, EngineError, PromptTooLongError
 from dmoa.loopback import asked_wait_s, uses_proxies
-from dmoa.types import FinalCall, Generation, GenerationRequest, Message, TextDelta
+from dmoa.types import FinalCall, Generation, GenerationRequest, TextDelta
 from dmoa.validation import Conceal, redact_text
 
 _NAMES = re.compile(
@@ -164,8 +164,7 @@ class OpenaiEngine:
         """Fields that the endpoint does not know."""
         self._most_listed = _MOST_LISTED
         self._noted: set[str] = set()
-        """Fields that one call or another went without, as the log was told."""
-        self._is_told = False
+        """What the log was told: of fields that one call or another went without, and of unknown entropies."""
         self._is_closed = False
         self._room: _Room | None = None
         # Made here, because reading the certificates takes a while, which a first call's deadline should not pay for.
@@ -181,10 +180,6 @@ class OpenaiEngine:
     def num_running(self) -> int:
         """Calls in flight at this moment, those that wait for a place included."""
         return len(self._room.limits) if self._room else 0
-
-    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """Return an estimate of a conversation's prompt in tokens, by its length: an endpoint shows no tokenizer."""
-        return estimated_tokens(sum(len(message.content) + _TEMPLATE_CHARS for message in messages))
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Cancelling closes the connection.
@@ -252,7 +247,7 @@ class OpenaiEngine:
             what = f"its reply has {seen} characters for max_tokens {request.sampling.max_tokens}"
             raise self._error(f"{what}; expected at most {most}")
         return drafts[-1].generation(
-            prompt_tokens=self.count_prompt_tokens(request.messages),
+            prompt_tokens=estimated_tokens(sum(len(message.content) + _TEMPLATE_CHARS for message in request.messages)),
             engine_ms=(time.perf_counter() - started) * 1e3,
             queue_ms=((placed or started) - started) * 1e3,
             is_late=is_late,
@@ -442,14 +437,13 @@ class OpenaiEngine:
 
     def _tell_if_unlisted(self, draft: Draft) -> None:
         """Warn, once, of an endpoint that gives the gate nothing to learn from."""
-        if self._is_told or draft.has_entropy or not draft.is_begun:
-            return
-        self._is_told = True
-        _LOG.warning(
-            "openai:%s lists no log-probabilities: the entropy of its replies is unknown, so they never count as sure, and the "
-            "gate learns nothing of its agents",
-            self._model,
-        )
+        if draft.is_begun and not draft.has_entropy and "entropy" not in self._noted:
+            self._noted.add("entropy")
+            _LOG.warning(
+                "openai:%s lists no log-probabilities: the entropy of its replies is unknown, so they never count as sure, and "
+                "the gate learns nothing of its agents",
+                self._model,
+            )
 
     def _error(self, text: str) -> EngineError:
         return EngineError(self._named(text))

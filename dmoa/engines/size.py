@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +23,8 @@ from dmoa.reading import home_path, read_bounded, read_json
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _HUB_TIMEOUT_S = 10.0
+_KEPT = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
+"""What libraries call the list of modules, by name or pattern, that a quantisation leaves as they were."""
 _FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError)
 """What transformers raises for a configuration that it cannot build; a model that cannot be measured is unknown, no error."""
 
@@ -170,7 +172,7 @@ def _quantized_bytes(model: Any, quantization: Mapping[str, Any], full: int, fol
     if bits is None:
         return None
     ends = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    kept = tuple(_kept_modules(quantization))
+    kept = [module for key in _KEPT for module in quantization.get(key) or ()]
     total_bits = 0.0
     for name, parameter in model.named_parameters():
         is_full = parameter.ndim < 2 or name.endswith("bias") or any(parameter is end for end in ends) or _is_in(name, kept)
@@ -195,12 +197,6 @@ def _bits(quantization: Mapping[str, Any]) -> float | None:
         widths = {part["weights"]["num_bits"] for part in quantization.get("config_groups", {}).values()}
         return float(widths.pop()) if len(widths) == 1 else None
     return None
-
-
-def _kept_modules(quantization: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names or patterns of the modules that a quantisation leaves as they were; libraries name the list apart."""
-    for key in ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules"):
-        yield from quantization.get(key) or ()
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:

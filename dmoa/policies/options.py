@@ -118,7 +118,17 @@ class SampledOptions(PolicyOptions):
         return self.agents[0]
 
 
-class Staged:
+class Wrapping:
+    """Base of policies around another one."""
+
+    _policy: Policy
+
+    def ended(self, state: QueryState) -> str:
+        """Return what the other policy makes of a query that is over."""
+        return ended(self._policy, state)
+
+
+class Staged(Wrapping):
     """Any policy that knows no stages, over queries that have some too."""
 
     def __init__(self, policy: Policy) -> None:
@@ -128,10 +138,6 @@ class Staged:
     def name(self) -> str:
         """The policy's own name."""
         return self._policy.name
-
-    def ended(self, state: QueryState) -> str:
-        """Return what the policy itself makes of a query that is over."""
-        return ended(self._policy, state)
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return the policy's plan; at a stage the plan of its first step, whose agents see what the stage lets them see.

@@ -20,10 +20,10 @@ from dmoa.config import Config
 from dmoa.core.aggregate import answer_key
 from dmoa.errors import NoAgentError, RequestError
 from dmoa.policies.dmoa import build_dmoa
-from dmoa.policies.options import Count, PolicyOptions, ask
+from dmoa.policies.options import Count, PolicyOptions, Wrapping, ask
 from dmoa.policies.registry import POLICIES, PolicyContext, built_from, policy
 from dmoa.policies.routers import judged_of
-from dmoa.protocols import Encoder, Policy, ended
+from dmoa.protocols import Encoder, Policy
 from dmoa.types import Activation, QueryState, StepPlan, Stop
 
 _SLACK = 1e-9
@@ -46,14 +46,6 @@ def inner_policy(context: PolicyContext, name: str, agents: tuple[str, ...] | No
     words = f"agents={'+'.join(agents or context.config.agent_names)}"
     options = entry.options_of(words, context.config) if entry.options else None
     return built_from(entry, replace(context, agent=None, options=options))
-
-
-class _Wrapping:
-    _inner: Policy
-
-    def ended(self, state: QueryState) -> str:
-        """Return what the inner policy makes of a query that is over."""
-        return ended(self._inner, state)
 
 
 class CapacityOptions(PolicyOptions):
@@ -80,7 +72,7 @@ class CapacityOptions(PolicyOptions):
     reads="inner_reads",
     first_step_only=True,
 )
-class CapacityPolicy(_Wrapping):
+class CapacityPolicy(Wrapping):
     """The capacity factor of mixtures of experts, over the newest calls instead of a batch (ours).
 
     An agent that is full yields to the first reserve with room; where none has room, it is asked all the same. Of an inner policy
@@ -91,12 +83,12 @@ class CapacityPolicy(_Wrapping):
 
     def __init__(self, context: PolicyContext) -> None:
         self._options: CapacityOptions = context.options
-        self._inner = inner_policy(context, self._options.inner, self._options.agents)
+        self._policy = inner_policy(context, self._options.inner, self._options.agents)
         self._newest: deque[str] = _kept(context, self.name, deque(maxlen=self._options.window))
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return the inner policy's plan, with agents in place of those that are full."""
-        plan = await self._inner.next_step(state)
+        plan = await self._policy.next_step(state)
         if isinstance(plan, Stop):
             return plan
         wanted, reserves = self._taking_part(plan)
@@ -165,7 +157,7 @@ class KnapsackOptions(PolicyOptions):
     reads="inner_reads at most",
     first_step_only=True,
 )
-class KnapsackPolicy(_Wrapping):
+class KnapsackPolicy(Wrapping):
     """Chooses for every query, by what the gate thinks of the agents, or once, by labels. Source: ours."""
 
     name = "knapsack"
@@ -182,9 +174,9 @@ class KnapsackPolicy(_Wrapping):
             options, worth = self._options, await self._worth(state)
             bids = _bids(options, self._context.config)
             chosen = best_subset([worth[name] for name in options.agents], bids, options.price, options.gpus)
-            self._inner = inner_policy(self._context, options.inner, tuple(options.agents[a] for a in chosen))
+            self._policy = inner_policy(self._context, options.inner, tuple(options.agents[a] for a in chosen))
             self._asked = state.query.text
-        return await self._inner.next_step(state)
+        return await self._policy.next_step(state)
 
     async def _worth(self, state: QueryState) -> dict[str, float]:
         if self._options.rewards is not None:

@@ -77,7 +77,9 @@ class EntropyTaker:
                 due, self._due = self._due, {}
                 try:
                     wanted = [item for item, _ in due.values()]
-                    found = _merged(await self._client.collective_rpc("take_entropies", args=(wanted,)))
+                    answers = await self._client.collective_rpc("take_entropies", args=(wanted,))
+                    # All of a tensor-parallel group know the same, other pipeline stages nothing.
+                    found = {key: RequestSums(*values) for answer in answers for key, values in answer.items()}
                 except Exception as error:  # every call that waits for its sums is told
                     for _, future in due.values():
                         if not future.done():
@@ -88,11 +90,6 @@ class EntropyTaker:
                         future.set_result(found.get(key))
         finally:
             self._running = None
-
-
-def _merged(answers: list[Mapping[str, Any]]) -> dict[str, RequestSums]:
-    """Put the workers' answers together: all of a tensor-parallel group know the same, other pipeline stages nothing."""
-    return {key: RequestSums(*values) for answer in answers for key, values in answer.items()}
 
 
 class VllmEngine:

@@ -158,7 +158,6 @@ async def test_token_counts_that_are_not_told_are_estimated_and_marked(is_stream
         listed = await generated(engine, asked, is_stream=is_stream)
         unlisted = await generated(engine, asked, is_stream=is_stream)
         await engine.close()
-    assert engine.count_prompt_tokens(asked.messages) == 10
     assert (listed.usage.prompt_tokens, listed.usage.completion_tokens, listed.are_tokens_estimated) == (10, 2, True)
     assert (unlisted.usage.prompt_tokens, unlisted.usage.completion_tokens, unlisted.are_tokens_estimated) == (10, 3, True)
 
