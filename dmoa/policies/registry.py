@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
@@ -234,20 +234,16 @@ class Scheduled:
 
 def scheduled(
     name: str, summary: str, *, options: type[PolicyOptions], cost: str, reads: str, first_step_only: bool = False
-) -> Callable[[Schedule], Schedule]:
+) -> Callable[[Schedule], Callable[[PolicyContext], Policy]]:
     """Enter a policy of a set schedule, with what its `PolicyEntry` says."""
 
-    def enter(schedule: Schedule) -> Schedule:
-        entry = PolicyEntry(
-            name=name,
-            summary=summary,
-            build=lambda context: Scheduled(name, context.options, schedule),
-            options=options,
-            cost=cost,
-            reads=reads,
-            first_step_only=first_step_only,
-        )
-        return POLICIES.add(entry, schedule)
+    def enter(schedule: Schedule) -> Callable[[PolicyContext], Policy]:
+        @policy(name, summary, options=options, cost=cost, reads=reads, first_step_only=first_step_only)
+        @wraps(schedule)
+        def build(context: PolicyContext) -> Policy:
+            return Scheduled(name, context.options, schedule)
+
+        return build
 
     return enter
 
