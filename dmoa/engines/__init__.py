@@ -141,7 +141,7 @@ def build_scripted(context: EngineContext) -> Engine:
 )
 def build_vllm(context: EngineContext) -> Engine:
     """Start a vLLM beside this process."""
-    from dmoa.engines.vllm.local import start_vllm
+    from dmoa.engines.vllm.start import start_vllm
 
     started: Engine = start_vllm(context.part, context.llm, sorted(context.adapters), context.gpus)
     return started

@@ -96,13 +96,8 @@ def load_model(
         num_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         max_model_len=_max_model_len(name, config, options),
-        label=label_of(options),
+        label=f"transformers/{options.dtype}{'+compile' if options.compile else ''}",
     )
-
-
-def label_of(options: TransformersOptions) -> str:
-    """Return the engine's label: dtype and what else may change numbers."""
-    return f"transformers/{options.dtype}{'+compile' if options.compile else ''}"
 
 
 def use_threads(options: TransformersOptions) -> None:
