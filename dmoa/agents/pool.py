@@ -23,8 +23,7 @@ from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.config import SUMMARIZER, AgentConfig, Config, LlmConfig, callable_agents, is_name, load, summarizer_agent
 from dmoa.engine_options import ENGINES, read_key
 from dmoa.engines import EngineContext, named
-from dmoa.engines.model_files import check_model
-from dmoa.engines.models import adapter_hash, fetch, model_id, resolve_adapter
+from dmoa.engines.models import adapter_hash, check_model, fetch, model_id, resolve_adapter
 from dmoa.errors import ConfigError, DmoaError, PluginError
 from dmoa.protocols import Encoder, Engine
 from dmoa.reading import regular

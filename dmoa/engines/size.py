@@ -16,12 +16,11 @@ from typing import Any
 
 import httpx
 
-from dmoa.engines.models import HubModel, path, resolve_model
+from dmoa.engines.models import CONFIG, INDEX, HubModel, path, resolve_model
 from dmoa.errors import DmoaError
 from dmoa.reading import home_path, read_bounded, read_json
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _HUB_TIMEOUT_S = 10.0
 _KEPT = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
 """What libraries call the list of modules, by name or pattern, that a quantisation leaves as they were."""
@@ -120,7 +119,7 @@ def cached_folder(model: str) -> Path | None:
 
     hub = resolve_model(model)
     assert isinstance(hub, HubModel)
-    file = try_to_load_from_cache(hub.repo, _CONFIG, cache_dir=constants.HF_HUB_CACHE, revision=hub.revision)
+    file = try_to_load_from_cache(hub.repo, CONFIG, cache_dir=constants.HF_HUB_CACHE, revision=hub.revision)
     return Path(file).parent if isinstance(file, str) else None
 
 
@@ -163,7 +162,7 @@ def _measure(folder: Path) -> ModelSize:
 
 def _quantized_bytes(model: Any, quantization: Mapping[str, Any], full: int, folder: Path) -> int | None:
     """Return the bytes of quantised weights: as the folder's index says, else from bits and shapes; None: unknown."""
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         total = read_json(read_bounded(index, most=1 << 26)).get("metadata", {}).get("total_size")
         if isinstance(total, int):
@@ -222,7 +221,7 @@ def _local_folder(model: str) -> Path | str:
             return path(rest) or f"not in the cache; `dmoa models fetch {rest}` gets it"
         if source == "path":
             folder = home_path(rest)
-            return folder if (folder / _CONFIG).is_file() else f"no config.json in {rest} on this machine"
+            return folder if (folder / CONFIG).is_file() else f"no config.json in {rest} on this machine"
     except DmoaError as error:
         return str(error)
     return f"a model of {source}: is not looked at from here"
@@ -259,16 +258,16 @@ def _snapshot(model: HubModel) -> Path:
         return Path(found)
 
     try:
-        return get(_CONFIG, offline=True).parent
+        return get(CONFIG, offline=True).parent
     except LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE:
             raise
     # One plain request first, because the hub's own client tries for half a minute before it gives a dead network up.
     httpx.head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S / 2)
     disable_progress_bars()
-    folder = get(_CONFIG, offline=False).parent
+    folder = get(CONFIG, offline=False).parent
     try:
-        get(_INDEX, offline=False)
+        get(INDEX, offline=False)
     except (HfHubHTTPError, OSError):
         return folder  # a model in one file has no index
     return folder
