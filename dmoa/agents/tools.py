@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from simpleeval import InvalidExpression, SimpleEval
@@ -84,21 +84,6 @@ def _text(result: sandbox.SandboxResult) -> str:
 
 def _one_line(text: str, most: int = 200) -> str:
     return " ".join(text.split())[:most]
-
-
-class Tool(Protocol):
-    """Something that turns the text of a call into the text of a result."""
-
-    @property
-    def name(self) -> str:
-        """The tag that calls it, as in the pool's `tools`."""
-
-    @property
-    def description(self) -> str:
-        """One sentence for the prompt: when and how to call it."""
-
-    async def run(self, argument: str) -> str:
-        """Return the result, or one line that begins with `error:`. Never raises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +181,8 @@ class Bm25Corpus:
         return words
 
 
+Tool = Calculator | Search | PythonTool
+"""What turns the text of a call into the text of a result; none raises. `name` is the tag that calls it."""
 _BUILTIN = (Calculator, Search, PythonTool)
 _TAG = re.compile(f"</?(?:{'|'.join(tool.name for tool in _BUILTIN)})>")
 

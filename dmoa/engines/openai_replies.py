@@ -303,7 +303,9 @@ class Draft:
         try:
             reply = _Reply.model_validate_json(data.removeprefix(BYTE_ORDER_MARK) if isinstance(data, bytes) else data)
         except ValidationError as error:
-            raise self._fault(f"its reply is not understood ({_first(error)})") from None
+            item = findings(error)[0]
+            where = ".".join(map(str, item["loc"])) or "the whole"
+            raise self._fault(f"its reply is not understood ({where}: {item['msg']})") from None
         choice = next((choice for choice in reply.choices or [] if not choice.index), None)
         problem = reply.error or (choice.error if choice else None) or (json.loads(data) if reply.object == "error" else None)
         if problem:
@@ -502,11 +504,6 @@ def listed_logprobs(rows: list[Any]) -> list[list[float]]:
 def estimated_tokens(num_chars: int) -> int:
     """Return how many tokens a text of that length may have."""
     return math.ceil(num_chars / CHARS_PER_TOKEN)
-
-
-def _first(error: ValidationError) -> str:
-    item = findings(error)[0]
-    return f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}"
 
 
 def error_message(body: Any) -> str:

@@ -92,8 +92,8 @@ def self_moa(options: SelfMoaOptions, state: QueryState) -> StepPlan | Stop:
     if len(state.steps) > 1:
         return Stop(reason="schedule")
     if state.steps:
-        return aggregation((), options.agent, texts(state.steps[0]))
-    return StepPlan(activations=ask([options.agent] * options.k, temperature=options.temperature), fold="vote")
+        return aggregation((), options.lead, texts(state.steps[0]))
+    return StepPlan(activations=ask([options.lead] * options.k, temperature=options.temperature), fold="vote")
 
 
 class SelfMoaSeqOptions(SelfMoaOptions):
@@ -117,14 +117,14 @@ def self_moa_seq(options: SelfMoaSeqOptions, state: QueryState) -> StepPlan | St
     """
     done = len(state.steps)
     if not state.steps:
-        return StepPlan(activations=ask([options.agent] * options.k, temperature=options.temperature), fold="vote")
+        return StepPlan(activations=ask([options.lead] * options.k, temperature=options.temperature), fold="vote")
     samples = texts(state.steps[0])
     seen = 1 + (done - 1) * (options.window - 1) if done > 1 else 0
     if done > 1 and seen >= len(samples):
         return Stop(reason="schedule")
     last = (state.summary,) if done > 1 else ()
     end = seen + options.window - len(last)
-    plan = aggregation((), options.agent, (*last, *samples[seen:end]))
+    plan = aggregation((), options.lead, (*last, *samples[seen:end]))
     return plan if end >= len(samples) else StepPlan(activations=plan.activations, fold="pass")
 
 

@@ -112,11 +112,6 @@ class SampledOptions(PolicyOptions):
         """All samples are taken at once."""
         return self.k
 
-    @property
-    def agent(self) -> str:
-        """The agent that is sampled."""
-        return self.agents[0]
-
 
 class Wrapping:
     """Base of policies around another one."""

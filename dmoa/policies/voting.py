@@ -52,7 +52,7 @@ def best_of_n(options: SampledOptions, state: QueryState) -> StepPlan | Stop:
 def _samples(options: SampledOptions, state: QueryState, fold: Fold) -> StepPlan | Stop:
     if state.steps:
         return Stop(reason="schedule")
-    samples = ask([options.agent] * options.k, instruction=STEP_BY_STEP, temperature=options.temperature)
+    samples = ask([options.lead] * options.k, instruction=STEP_BY_STEP, temperature=options.temperature)
     return StepPlan(activations=samples, fold=fold, ends_with="schedule")
 
 
