@@ -182,10 +182,7 @@ def check_keys(config: Config) -> None:
 
 
 def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuSlice | None = None) -> Engine:
-    """Build the engine of one LLM for some of its agents. Blocks while a model loads; raises ConfigError.
-
-    `gpus` are its own of those that this process sees; None: all of them.
-    """
+    """Build the engine of one LLM for some of its agents, on `gpus` of its own (None: all). Blocks; raises ConfigError."""
     part = config.llms[llm]
     if part.engine == "vllm":
         check_vllm(config)

@@ -48,10 +48,7 @@ _VERDICT = (
 def agent_messages(
     query: Query, history: Sequence[str], *, profile: str, tools: str = "", instruction: str = ""
 ) -> tuple[Message, ...]:
-    """Return the prompt of one agent for one step.
-
-    `history` is what the agent sees of earlier work, oldest first; `profile`, `tools` and `instruction` come last.
-    """
+    """Return the prompt of one agent for one step; `history` is what it sees of earlier work, oldest first."""
     parts = (f"Answer the question above. Your role: {profile.strip()}", tools.strip(), instruction.strip())
     role = " ".join(part for part in parts if part)
     return (*_opening(query), _user(_task(query, history), role))

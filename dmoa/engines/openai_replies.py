@@ -433,16 +433,14 @@ class Draft:
         )
 
     def _entropies(self, text: str, *, has_thought: bool) -> tuple[EntropySum, EntropySum, int]:
-        """Return the entropies of the answer's tokens and of the thought's, and how many tokens of the thought were listed.
-
-        Where a thought cannot be told from the answer, all counts as the thought's: of the answer nothing is known then.
-        """
+        """Return the entropies of answer and thought, and how many tokens of the thought were listed."""
         told = [token for token in self._tokens if not token.is_thought]
         split = split_reasoning(text)
         is_answer = [True] * len(told)
         if has_thought or split.reasoning or split.is_open:
             spans = tuple((len(text[:start].encode()), len(text[:end].encode())) for start, end in split.spans)
             placed = placed_split("".join(token.said for token in told), _as_bytes(text), replace(split, spans=spans))
+            # Where the two cannot be told apart all counts as the thought's.
             is_answer = answer_tokens([token.said for token in told], placed) if placed else [False] * len(told)
         answer = [token for token, is_in in zip(told, is_answer, strict=True) if is_in]
         thought = [token for token, is_in in zip(told, is_answer, strict=True) if not is_in]

@@ -99,10 +99,7 @@ def measure_model(folder: Path) -> ModelSize | str:
 
 
 def meta_model(folder: Path, *, has_parts: bool) -> Any | None:
-    """Return the model whose config.json is in `folder`, shapes only; None where transformers cannot build it.
-
-    `has_parts`: also one that sees or hears, whose layers other engines may name otherwise.
-    """
+    """Return a model, shapes only; None where transformers cannot build it, or without `has_parts` one that sees or hears."""
     try:
         whole, model = _shapes(folder)
     except _FAULTS:

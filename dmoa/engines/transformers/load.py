@@ -58,10 +58,7 @@ class LoadedModel:
 def load_model(
     source: Path | HubModel, options: TransformersOptions, *, has_adapters: bool, gpu: int | None = None
 ) -> LoadedModel:
-    """Load tokenizer and weights of a folder, or of a repository on the hub; `gpu`: which one, where it runs on one.
-
-    Blocks for seconds; raises ConfigError for what cannot run as the options say.
-    """
+    """Load a folder or a hub's repository, on GPU number `gpu` if any. Blocks; raises ConfigError for what cannot run so."""
     device = device_of(options, gpu)
     _check(options, device, has_adapters)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32

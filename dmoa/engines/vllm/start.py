@@ -38,10 +38,7 @@ def vllm_options(part: LlmConfig, llm: str) -> VllmOptions:
 
 
 def engine_args(part: LlmConfig, given: VllmOptions, adapters: Collection[str]) -> dict[str, Any]:
-    """Return what vLLM is started with, but for where the weights are; `adapters`: those that requests may name.
-
-    Looks the revision of a hub's model up in the configuration only.
-    """
+    """Return what vLLM is started with, but for where the weights are; `adapters`: those that requests may name."""
     on_cpu = part.gpus == 0
     block_size = given.block_size or (_CPU_BLOCK_SIZE if on_cpu else None)
     found: dict[str, Any] = {
