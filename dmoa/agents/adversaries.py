@@ -91,12 +91,9 @@ def corrupted(reply: AgentReply, call: AgentCall, kind: Kind) -> AgentReply:
 
 
 def _wrong(reply: AgentReply, call: AgentCall, kind: Kind) -> str:
-    """Return an answer that is not the agent's own, drawn by prompt and agent; where they collude, by the query alone.
-
-    A prompt ends with its agent's role, so agents of several roles would never say the same if they went by it.
-
-    Nobody knows the right one: letters that colluding agents choose are it now and then.
-    """
+    """Return an answer that is not the agent's own, drawn by prompt and agent; where they collude, by the query alone."""
+    # A prompt ends with its agent's role, so agents of several roles would never say the same if they went by it. Nobody knows
+    # the right answer: letters that colluding agents choose are it now and then.
     question = (call.query_id or call.trace_id) if kind == "colluding" else f"{call.agent}\0{call.messages[-1].content}"
     drawn = 1 + int.from_bytes(hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=2).digest(), "big") % 97
     own = (extract_answer(reply.text) or "").upper()

@@ -129,14 +129,11 @@ class Agent:
         )
 
     def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float, *, is_cut: bool) -> AgentReply:
-        """Add up the rounds; `is_cut`: the last one ended in a tool call for which there was no room.
-
-        A thought that never ended is no contribution: the text is empty, and cut.
-        """
+        """Add up the rounds; `is_cut`: the last one ended in a tool call for which there was no room."""
         split = split_reasoning(text)
         asides = (item.reasoning for item in rounds if not item.raw)  # of engines that leave no trace of it in the text
         reasoning = "\n\n".join(thought for thought in (*asides, split.reasoning) if thought)
-        answer = "" if split.is_open else split.text
+        answer = "" if split.is_open else split.text  # a thought that never ended is no contribution
         usage, is_guess = _counted(sum((item.usage for item in rounds), TokenUsage()), reasoning, answer)
         entropy = sum((item.entropy for item in rounds), EntropySum())
         thought_entropy = sum((item.reasoning_entropy for item in rounds), EntropySum())

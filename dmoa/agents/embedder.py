@@ -277,10 +277,7 @@ def size_class(texts: Sequence[str]) -> int:
 
 
 def _bert_of(model: Any, *, in_bfloat16: bool, together: bool = False) -> Callable[[Sequence[Any]], list[Any]]:
-    """Return the quick forward pass of a model; its own, in float32, where the quick one does not give its numbers.
-
-    `together`: several texts share a float32 pass where that is found to give the bits of each alone.
-    """
+    """Return a model's quick forward pass, or its own where numbers differ; `together`: texts share a pass of the same bits."""
     import torch
 
     def whole(texts: Sequence[Any]) -> list[Any]:

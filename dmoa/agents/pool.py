@@ -23,8 +23,7 @@ from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.config import SUMMARIZER, AgentConfig, Config, LlmConfig, callable_agents, is_name, load, summarizer_agent
 from dmoa.engine_options import ENGINES, read_key
 from dmoa.engines import EngineContext, named
-from dmoa.engines.model_files import check_model
-from dmoa.engines.models import adapter_hash, fetch, model_id, resolve_adapter
+from dmoa.engines.models import adapter_hash, check_model, fetch, model_id, resolve_adapter
 from dmoa.errors import ConfigError, DmoaError, PluginError
 from dmoa.protocols import Encoder, Engine
 from dmoa.reading import regular
@@ -56,10 +55,7 @@ def vllm_builds(version_of: Callable[[str], str | None] = installed_version) -> 
 
 
 def check_vllm(config: Config, version_of: Callable[[str], str | None] = installed_version) -> None:
-    """Check that vLLM is installed, once, where a pool needs it. Raises ConfigError naming the LLM.
-
-    Not only replicas need it: ray.serve.llm works their placement out where the application is built.
-    """
+    """Check that one vLLM is here where a pool needs it, also where the application is built. Raises ConfigError."""
     needing = [name for name, llm in config.llms.items() if llm.engine == "vllm"]
     builds = vllm_builds(version_of)
     if not needing or len(builds) == 1:
@@ -129,19 +125,13 @@ def _identity(config: Config, agent: AgentConfig) -> list[Any]:
 
 
 def llm_id(llm: LlmConfig) -> str:
-    """Return what identifies the model of an LLM: `model_id`, with the URL of the endpoint where it runs at one.
-
-    The same name at another endpoint may be another model. Raises ConfigError as `model_id`.
-    """
+    """Return `model_id` and the endpoint's URL: the same name elsewhere may be another model. Raises ConfigError as that."""
     endpoint = llm.options.endpoint
     return model_id(llm.model) + (f"@{endpoint}" if endpoint else "")
 
 
 def check_files(config: Config) -> None:
-    """Check what the configuration names on disk: models and adapters are there, whole as far as can be seen, and fit.
-
-    Raises ConfigError naming field, value, agents and way out.
-    """
+    """Check that models and adapters are on disk, whole and fitting. Raises ConfigError naming field, value and agents."""
     for llm in dict.fromkeys(agent.llm for agent in callable_agents(config)):
         part = config.llms[llm]
         if part.engine_entry.loads_weights:
@@ -192,10 +182,7 @@ def check_keys(config: Config) -> None:
 
 
 def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuSlice | None = None) -> Engine:
-    """Build the engine of one LLM for some of its agents. Blocks while a model loads; raises ConfigError.
-
-    `gpus` are its own of those that this process sees; None: all of them.
-    """
+    """Build the engine of one LLM for some of its agents, on `gpus` of its own (None: all). Blocks; raises ConfigError."""
     part = config.llms[llm]
     if part.engine == "vllm":
         check_vllm(config)
@@ -248,10 +235,7 @@ def build_local(
 
 
 def build_encoder(config: Config, *, is_quick: bool = False) -> Encoder:
-    """Return the encoder of a pool in this process: MiniLM, or the hash encoder where every agent is scripted.
-
-    `is_quick` as `MiniLmEncoder` has it. Blocks while the model loads.
-    """
+    """Return a pool's encoder: MiniLM (`is_quick` as there), the hash encoder where all agents are scripted. Blocks."""
     from dmoa.agents.embedder import AsyncEncoder, HashEncoder, MiniLmEncoder
 
     if all(llm.engine_entry.is_scripted for llm in config.llms.values()):

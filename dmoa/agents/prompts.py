@@ -48,10 +48,7 @@ _VERDICT = (
 def agent_messages(
     query: Query, history: Sequence[str], *, profile: str, tools: str = "", instruction: str = ""
 ) -> tuple[Message, ...]:
-    """Return the prompt of one agent for one step.
-
-    `history` is what the agent sees of earlier work, oldest first; `profile`, `tools` and `instruction` come last.
-    """
+    """Return the prompt of one agent for one step; `history` is what it sees of earlier work, oldest first."""
     parts = (f"Answer the question above. Your role: {profile.strip()}", tools.strip(), instruction.strip())
     role = " ".join(part for part in parts if part)
     return (*_opening(query), _user(_task(query, history), role))
@@ -60,10 +57,7 @@ def agent_messages(
 def summarizer_messages(
     query: Query, history: Sequence[str], replies: Sequence[AgentReply], *, profile: str, share_reasoning: bool = False
 ) -> tuple[Message, ...]:
-    """Return the prompt of the `llm` summarizer: the shared prefix, the step's contributions, role and verdict rule.
-
-    What agents thought is left out, or stands before each contribution where it is shared.
-    """
+    """Return the prompt of the `llm` summarizer; `share_reasoning`: what agents thought stands before each contribution."""
     work = "\n\n".join(
         (f"Thoughts of {reply.agent}:\n{_framed(reply.reasoning)}\n\n" if share_reasoning and reply.reasoning else "")
         + f"Contribution of {reply.agent}:\n{_framed(reply.text)}"

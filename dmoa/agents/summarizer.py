@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from dmoa.agents.prompts import summarizer_messages
 from dmoa.config import SUMMARIZER, SummarizerConfig
@@ -33,23 +32,6 @@ class Fold:
     record: SummarizerRecord
     selection: Selection | None
     """The contribution that rules would choose; None where no agent contributed or a summarizer wrote the summary."""
-
-
-class Summarizer(Protocol):
-    """Folds a step."""
-
-    async def fold(
-        self,
-        state: QueryState,
-        replies: tuple[AgentReply, ...],
-        sampling: Sampling,
-        emit: Emit,
-        choose: Choose = select_contribution,
-    ) -> Fold:
-        """Fold the step's contributions; `emit` takes pieces of the final answer as they are written.
-
-        `choose` is the step's rule for choosing a contribution.
-        """
 
 
 class SelectSummarizer:
@@ -122,51 +104,45 @@ class LlmSummarizer:
         return Fold(summary=summary, record=record, selection=selection)
 
     async def _listen(self, call: AgentCall, emit: Emit, *, is_streamed: bool) -> AgentReply:
-        """Ask the summarizer. Where its stream is lost or late, the reply is what had been handed on, with the error."""
-        heard, started = _Heard(is_awaited=is_streamed or call.deadline_unix_s is not None), time.perf_counter()
+        """Ask the summarizer. Where its stream is lost or late, the reply is what had been handed on, with the error.
+
+        Where nobody reads along the reply comes whole; with a deadline it streams all the same, for what is there by then.
+        """
+        heard, started = _Heard(), time.perf_counter()
         lost = AgentReply(agent=SUMMARIZER, status="failed", error="the stream ended without a reply")
         try:
             async with asyncio.timeout(None if call.deadline_unix_s is None else max(0.0, call.deadline_unix_s - time.time())):
-                reply = await self._read(call, emit, heard) or lost
+                if is_streamed or call.deadline_unix_s is not None:
+                    reply = await self._read(call, emit, heard) or lost
+                else:
+                    reply = await self._agents.call(call)
         except (AgentUnavailableError, AgentOverloadedError) as error:
             reply = replace(lost, error=str(error))
         except TimeoutError:
             reply = replace(lost, status="late", error="the deadline passed before the summary")
         if reply.status != "ok":
-            text, thought = (heard.text, heard.thought) if heard.is_final else ("", "")
-            reply = replace(reply, text=text, reasoning=thought, finish_reason="length" if heard.is_final else "error")
+            ending: FinishReason = "length" if heard.text else "error"
+            reply = replace(reply, text=heard.text, reasoning=heard.thought, finish_reason=ending)
         return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
 
     async def _read(self, call: AgentCall, emit: Emit, heard: _Heard) -> AgentReply | None:
-        """Read the stream; text after a FINAL line is handed on at once, and the thought before it, everything else is withheld.
-
-        Where nobody reads along the reply comes whole; with a deadline it streams all the same, for what is there by then.
-        """
-        if not heard.is_awaited:
-            return await self._agents.call(call)
-        async for item in self._agents.stream(call):
+        """Read the stream; text after a FINAL line is handed on at once, and the thought before it."""
+        async for item in withhold(self._agents.stream(call)):
             if isinstance(item, AgentReply):
                 return item
-            if item.is_reasoning and not heard.is_final:
+            if item.is_reasoning:
                 heard.thought += item.text
-                continue
-            heard.text += "" if item.is_reasoning else item.text
-            head, newline, rest = heard.text.lstrip().partition("\n")
-            if heard.is_final:
-                heard.thought += item.text if item.is_reasoning else ""
                 emit(item)
-            elif newline and head.strip() == _FINAL and rest.strip():
-                heard.is_final = True
-                if heard.thought:
-                    emit(TextDelta(text=heard.thought, is_reasoning=True))
-                emit(TextDelta(text=_without_blank_lines(rest)))
+            else:
+                emit(item if heard.text else TextDelta(text=parse_verdict(item.text)[1]))
+                heard.text += item.text
         return None
 
 
 async def withhold(items: AsyncIterator[TextDelta | AgentReply]) -> AsyncIterator[TextDelta | AgentReply]:
-    """Yield a summarizer's stream as its listener needs it: thought and text once a FINAL line is there, else the reply alone.
+    """Yield of a summarizer's stream thought and text once text follows a FINAL line, else the reply alone.
 
-    Run where the summarizer runs, it spares a message per token for text that is not handed on.
+    Run where the summarizer runs too, it spares a message per token for text that is not handed on.
     """
     held, thought, is_final = "", "", False
     async for item in items:
@@ -177,8 +153,8 @@ async def withhold(items: AsyncIterator[TextDelta | AgentReply]) -> AsyncIterato
             thought += item.text
             continue
         held += item.text
-        head, newline, _ = held.lstrip().partition("\n")
-        if newline and head.strip() == _FINAL:
+        head, newline, rest = held.lstrip().partition("\n")
+        if newline and head.strip() == _FINAL and rest.strip():
             is_final = True
             if thought:
                 yield TextDelta(text=thought, is_reasoning=True)
@@ -187,20 +163,19 @@ async def withhold(items: AsyncIterator[TextDelta | AgentReply]) -> AsyncIterato
 
 @dataclass(slots=True)
 class _Heard:
-    """What a summarizer's stream has brought so far."""
+    """What a summarizer's stream has handed on so far, its FINAL line included."""
 
-    is_awaited: bool
-    """Whether pieces of the text are of use before the whole of it."""
     text: str = ""
     thought: str = ""
-    is_final: bool = False
-    """Whether text after a FINAL line was handed on."""
 
 
 def _ending(selection: Selection | None, replies: Sequence[AgentReply]) -> FinishReason:
     """Return how the chosen contribution ended."""
     chosen = (reply for reply in replies if selection and (reply.agent, reply.text) == (selection.agent, selection.text))
     return next((reply.finish_reason for reply in chosen), "stop")
+
+
+Summarizer = SelectSummarizer | LlmSummarizer
 
 
 def parse_verdict(text: str) -> tuple[Verdict, str]:

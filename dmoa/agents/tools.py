@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from simpleeval import InvalidExpression, SimpleEval
@@ -86,21 +86,6 @@ def _one_line(text: str, most: int = 200) -> str:
     return " ".join(text.split())[:most]
 
 
-class Tool(Protocol):
-    """Something that turns the text of a call into the text of a result."""
-
-    @property
-    def name(self) -> str:
-        """The tag that calls it, as in the pool's `tools`."""
-
-    @property
-    def description(self) -> str:
-        """One sentence for the prompt: when and how to call it."""
-
-    async def run(self, argument: str) -> str:
-        """Return the result, or one line that begins with `error:`. Never raises."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
     """A call found in a reply."""
@@ -134,36 +119,29 @@ class Passage:
     text: str
 
 
-class SearchBackend(Protocol):
-    """Finds passages for a query, wherever the corpus lies."""
-
-    async def search(self, query: str, k: int) -> list[Passage]:
-        """Return at most k passages, the best first; empty where nothing matches."""
-
-
 class Search:
     """Search over a corpus; without one it says so."""
 
     name = "search"
     description = "To look up facts, write <search>words to look for</search>; passages follow."
 
-    def __init__(self, backend: SearchBackend | None) -> None:
-        self._backend = backend
+    def __init__(self, corpus: Bm25Corpus | None) -> None:
+        self._corpus = corpus
 
     async def run(self, argument: str) -> str:
         """Return the best passages, a line each, or `error: ...`."""
-        if self._backend is None:
+        if self._corpus is None:
             return "error: this pool has no search corpus"
         if not argument.strip():
             return "error: write the words to look for between the tags"
-        passages = await self._backend.search(argument, _MAX_PASSAGES)
+        passages = self._corpus.search(argument, _MAX_PASSAGES)
         if not passages:
             return "no passage matches"
         return "\n".join(f"[{_one_line(p.title)}] {_one_line(p.text, _MAX_PASSAGE_CHARS)}" for p in passages)
 
 
 class Bm25Corpus:
-    """A corpus in memory, ranked by BM25 (Lucene's variant, English stop words). Implements `SearchBackend`."""
+    """A corpus in memory, ranked by BM25 (Lucene's variant, English stop words)."""
 
     def __init__(self, passages: Sequence[Passage]) -> None:
         """Index the passages. Raises ConfigError if there is none with a word in it."""
@@ -189,7 +167,7 @@ class Bm25Corpus:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"search corpus: cannot read {str(path)!r}: {error}; give a JSON Lines file") from error
 
-    async def search(self, query: str, k: int) -> list[Passage]:
+    def search(self, query: str, k: int) -> list[Passage]:
         """Return the k passages with the highest BM25 score above 0, ties by their order in the corpus."""
         words = [word for word in self._words([query])[0] if word in self._index.vocab_dict]
         if not words:
@@ -203,6 +181,8 @@ class Bm25Corpus:
         return words
 
 
+Tool = Calculator | Search | PythonTool
+"""What turns the text of a call into the text of a result; none raises. `name` is the tag that calls it."""
 _BUILTIN = (Calculator, Search, PythonTool)
 _TAG = re.compile(f"</?(?:{'|'.join(tool.name for tool in _BUILTIN)})>")
 
@@ -225,10 +205,7 @@ def stop_strings(tools: Iterable[str]) -> tuple[str, ...]:
 
 
 def find_call(text: str, tools: Collection[str]) -> ToolCall | None:
-    """Return the first call in a reply that has no result yet, None if there is none.
-
-    A call without its closing tag at the end of the text counts: engines drop the stop string that they stopped at.
-    """
+    """Return the first call in a reply that has no result yet; engines drop the closing tag at which they stopped."""
     if not tools:
         return None
     names = "|".join(re.escape(name) for name in tools)
@@ -318,10 +295,7 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-",
 
 
 def _normalise(argument: str) -> str:
-    """Turn what models write into a Python expression of numbers, operators and known names. Raises ValueError.
-
-    `1,200` is a number, unless a function is called: there a comma separates its arguments.
-    """
+    """Return what models write as a Python expression; 1,200 is a number, but among a function's arguments. Raises ValueError."""
     if len(argument) > MAX_EXPRESSION_CHARS:
         raise ValueError(f"the expression has {len(argument)} characters, at most {MAX_EXPRESSION_CHARS} are allowed")
     text = " ".join(argument.translate(_SIGNS).split()).rstrip("=? ")

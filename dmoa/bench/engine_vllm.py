@@ -17,8 +17,7 @@ from dmoa.bench.harness import BenchResult, generate_all, interleave, ratio, rec
 from dmoa.config import LlmConfig
 from dmoa.engine_options import VllmOptions
 from dmoa.engines.chat_template import encode_chat, load_tokenizer
-from dmoa.engines.vllm.local import connect, engine_over
-from dmoa.engines.vllm.options import engine_args
+from dmoa.engines.vllm.start import connect, engine_args, engine_over
 from dmoa.protocols import Engine
 from dmoa.types import GenerationRequest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dmoa.config import AgentConfig, Config, LlmConfig
 from dmoa.engine_options import (
@@ -43,8 +43,8 @@ class EngineContext:
         return self.config.llms[self.llm]
 
     @property
-    def options(self) -> EngineOptions:
-        """`engine_kwargs` as the record that the engine was entered with."""
+    def options(self) -> Any:
+        """`engine_kwargs` as the record that the engine was entered with, its own kind of `EngineOptions`."""
         return self.part.options
 
     @property
@@ -107,13 +107,12 @@ def build_transformers(context: EngineContext) -> Engine:
     from dmoa.engines.models import model_id, resolve_adapter, resolve_model
     from dmoa.engines.transformers.engine import TransformersEngine
 
-    part, options = context.part, context.options
-    assert isinstance(options, TransformersOptions), options
+    part = context.part
     adapters = {name: resolve_adapter(name) for name in context.adapters}
     try:
         return TransformersEngine(
             resolve_model(part.model),
-            options,
+            context.options,
             max_num_seqs=part.max_num_seqs,
             adapters=adapters,
             model_label=model_id(part.model),
@@ -130,7 +129,6 @@ def build_scripted(context: EngineContext) -> Engine:
     """Return the engine over its table of replies."""
     from dmoa.engines.scripted import ScriptedEngine
 
-    assert isinstance(context.options, ScriptedOptions), context.options
     return ScriptedEngine(context.options)
 
 
@@ -143,7 +141,7 @@ def build_scripted(context: EngineContext) -> Engine:
 )
 def build_vllm(context: EngineContext) -> Engine:
     """Start a vLLM beside this process."""
-    from dmoa.engines.vllm.local import start_vllm
+    from dmoa.engines.vllm.start import start_vllm
 
     started: Engine = start_vllm(context.part, context.llm, sorted(context.adapters), context.gpus)
     return started
@@ -161,7 +159,6 @@ def build_openai(context: EngineContext) -> Engine:
     """Return the client of an endpoint."""
     from dmoa.engines.openai import OpenaiEngine
 
-    assert isinstance(context.options, OpenaiOptions), context.options
     try:
         return OpenaiEngine(context.model, context.options, max_num_seqs=context.part.max_num_seqs)
     except ConfigError as error:
@@ -173,7 +170,6 @@ def build_recorded(context: EngineContext) -> Engine:
     """Index the files of replies, and return the engine over them."""
     from dmoa.engines.recorded import RecordedEngine
 
-    assert isinstance(context.options, RecordedOptions), context.options
     try:
         return RecordedEngine(context.options, tuple(agent.name for agent in context.agents))
     except ConfigError as error:

@@ -153,10 +153,7 @@ def check_adapter(
 
 
 def check_fit(adapter: AdapterFiles, layers: Layers, engine: EngineName) -> None:
-    """Check that every key has its place among a model's layers, and every layer that is to change its keys.
-
-    Raises ConfigError naming the first key that has no place, or that is missing.
-    """
+    """Check that every key has a place among a model's layers, and that none is missing. Raises ConfigError naming the first."""
     _try_patterns(f"{adapter.where}: {str(adapter.folder)!r}", adapter.settings, layers)
     for key, shape in adapter.shapes.items():
         name, _ = layer_of(key)
@@ -285,10 +282,7 @@ def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _try_patterns(seen: str, settings: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Check that an adapter's regular expressions say something of layers' names in bounded time. Raises ConfigError.
-
-    They are tried in a process of its own, whose time and memory the kernel bounds: nothing else stops `re`, which PEFT uses too.
-    """
+    """Raise ConfigError for patterns that fail or run long; they are tried in a process, as nothing else stops `re`."""
     patterns = list(_patterns(settings))
     if not patterns:
         return

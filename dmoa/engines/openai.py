@@ -15,7 +15,7 @@ import random
 import re
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ from dmoa.engines.connections import FAILURES, Connections, failure_of, read_err
 from dmoa.engines.openai_replies import Draft, error_message, estimated_tokens, events, plain
 from dmoa.errors import AgentOverloadedError, DeadlineError, EngineError, PromptTooLongError
 from dmoa.loopback import asked_wait_s, uses_proxies
-from dmoa.types import FinalCall, Generation, GenerationRequest, Message, TextDelta
+from dmoa.types import FinalCall, Generation, GenerationRequest, TextDelta
 from dmoa.validation import Conceal, redact_text
 
 _NAMES = re.compile(
@@ -164,8 +164,7 @@ class OpenaiEngine:
         """Fields that the endpoint does not know."""
         self._most_listed = _MOST_LISTED
         self._noted: set[str] = set()
-        """Fields that one call or another went without, as the log was told."""
-        self._is_told = False
+        """What the log was told: of fields that one call or another went without, and of unknown entropies."""
         self._is_closed = False
         self._room: _Room | None = None
         # Made here, because reading the certificates takes a while, which a first call's deadline should not pay for.
@@ -181,10 +180,6 @@ class OpenaiEngine:
     def num_running(self) -> int:
         """Calls in flight at this moment, those that wait for a place included."""
         return len(self._room.limits) if self._room else 0
-
-    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """Return an estimate of a conversation's prompt in tokens, by its length: an endpoint shows no tokenizer."""
-        return estimated_tokens(sum(len(message.content) + _TEMPLATE_CHARS for message in messages))
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Cancelling closes the connection.
@@ -226,7 +221,8 @@ class OpenaiEngine:
     async def _answer(self, request: GenerationRequest, on_text: OnText | None) -> Generation:
         """Return the reply to one call, as a stream where `on_text` listens."""
         started = time.perf_counter()
-        self._check(request)
+        if self._is_closed:
+            raise self._error("the engine is closed; build a new one")
         room, drafts, deadline = self._room_here(), list[Draft](), request.deadline_unix_s
         placed: float | None = None
         is_late = False
@@ -251,21 +247,11 @@ class OpenaiEngine:
             what = f"its reply has {seen} characters for max_tokens {request.sampling.max_tokens}"
             raise self._error(f"{what}; expected at most {most}")
         return drafts[-1].generation(
-            prompt_tokens=self.count_prompt_tokens(request.messages),
+            prompt_tokens=estimated_tokens(sum(len(message.content) + _TEMPLATE_CHARS for message in request.messages)),
             engine_ms=(time.perf_counter() - started) * 1e3,
             queue_ms=((placed or started) - started) * 1e3,
             is_late=is_late,
         )
-
-    def _check(self, request: GenerationRequest) -> None:
-        if self._is_closed:
-            raise self._error("the engine is closed; build a new one")
-        if request.adapter is not None:
-            raise self._error(
-                f"adapter is {request.adapter!r}; an endpoint serves adapters as models of their own; set it to null"
-            )
-        if not request.messages:
-            raise self._error("messages is empty; give at least one")
 
     def _room_here(self) -> _Room:
         """Return what belongs to the running event loop; connections of a loop that has ended went with it."""
@@ -287,10 +273,7 @@ class OpenaiEngine:
         )
 
     async def _ask(self, client: Connections, request: GenerationRequest, on_text: OnText | None, drafts: list[Draft]) -> None:
-        """Read the reply to a call into the last of `drafts`, which gets one for each time that the endpoint was asked.
-
-        Text that was handed on is never asked for again.
-        """
+        """Read the reply into the last of `drafts`, one for each asking; text that was handed on is never asked for again."""
         key, retries, left = self._key.get_secret_value(), 0, _Left(fields=set(self._refused), most_listed=self._most_listed)
         while True:
             drafts.append(Draft(self._options.vocab_size, key, self._fault, on_text or _drop, final=request.final))
@@ -412,11 +395,7 @@ class OpenaiEngine:
         return _AgainError(refused, asked_wait_s(headers)) if status in (408, 429) or status >= 500 else refused
 
     def _leave_out(self, data: bytes, body: dict[str, Any], request: GenerationRequest, left: _Left) -> bool:
-        """Leave an optional field that a refusal names, and the call held, out of that call; tells whether there was one.
-
-        Whether later calls go without it too: not where the fault may lie in what this call's client wished for, for other
-        clients' calls are then as good as before. A refusal may name a field for its value, or quote whatever a prompt says.
-        """
+        """Leave an optional field that a refusal names, and the call held, out of that call; tells whether there was one."""
         message, code, param = _told(data)
         said = f"{param or ''} {message}"
         if _is_too_long(message, code):
@@ -437,6 +416,7 @@ class OpenaiEngine:
         for name, word in _OPTIONAL.items():
             if name in body and re.search(rf"\b{word}\b", said):
                 left.fields.add(name)
+                # Later calls hold it where the fault may lie in what this call's client wished for.
                 if not _has_wishes(request) or (name != "chat_template_kwargs" and _is_unknown(word, said)):
                     left.learnt.append(name)
                 elif name not in self._noted:
@@ -457,14 +437,13 @@ class OpenaiEngine:
 
     def _tell_if_unlisted(self, draft: Draft) -> None:
         """Warn, once, of an endpoint that gives the gate nothing to learn from."""
-        if self._is_told or draft.has_entropy or not draft.is_begun:
-            return
-        self._is_told = True
-        _LOG.warning(
-            "openai:%s lists no log-probabilities: the entropy of its replies is unknown, so they never count as sure, and the "
-            "gate learns nothing of its agents",
-            self._model,
-        )
+        if draft.is_begun and not draft.has_entropy and "entropy" not in self._noted:
+            self._noted.add("entropy")
+            _LOG.warning(
+                "openai:%s lists no log-probabilities: the entropy of its replies is unknown, so they never count as sure, and "
+                "the gate learns nothing of its agents",
+                self._model,
+            )
 
     def _error(self, text: str) -> EngineError:
         return EngineError(self._named(text))
@@ -504,14 +483,13 @@ def _is_too_long(message: str, code: Any) -> bool:
 
 
 def _most_listed(said: str, asked: int, own: int) -> int | None:
-    """Return how many log-probabilities a token a refusal says may be asked for, fewer than were; None where it says nothing.
-
-    Where it names no number, a client that asked for more than the pool's own number gets that.
-    """
+    """Return how many log-probabilities a token a refusal allows, fewer than were asked for; None where it says nothing."""
     behind = re.search(r"\b(?:top_)?logprobs\b(.{0,100})", said[:_MAX_READ_CHARS], re.DOTALL)
     named = [int(number) for number in re.findall(r"(?<![\w.])\d{1,3}(?!\w)", behind[1] if behind else "")]
     fewer = [number for number in named if 0 < number < asked]
-    return fewer[-1] if fewer else own if 0 < own < asked else None
+    if fewer:
+        return fewer[-1]
+    return own if 0 < own < asked else None  # a client asked for more than the pool's own number
 
 
 def _is_unknown(word: str, said: str) -> bool:

@@ -158,11 +158,8 @@ class _Choice(_Part):
 _Count = Annotated[int, Field(ge=0, le=1 << 40)]
 
 
-class _PromptDetails(_Part):
+class _Details(_Part):
     cached_tokens: _Extra[_Count] = None
-
-
-class _CompletionDetails(_Part):
     reasoning_tokens: _Extra[_Count] = None
 
 
@@ -170,8 +167,8 @@ class _Usage(_Part):
     prompt_tokens: _Count = 0
     completion_tokens: _Count = 0
     total_tokens: _Extra[int] = None
-    prompt_tokens_details: _Extra[_PromptDetails] = None
-    completion_tokens_details: _Extra[_CompletionDetails] = None
+    prompt_tokens_details: _Extra[_Details] = None
+    completion_tokens_details: _Extra[_Details] = None
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -208,7 +205,7 @@ class _Shown:
 
     def add(self, text: str) -> str:
         """Return the text that may be shown now: what could be the beginning of the key is held back."""
-        text = (self._held + text).replace(self._key, REDACTED) if self._key else text
+        text = self.conceal(self._held + text)
         size = next((n for n in range(min(len(self._key) - 1, len(text)), 0, -1) if self._key.startswith(text[-n:])), 0)
         text, self._held = text[: len(text) - size], text[len(text) - size :]
         return self._keep(text)
@@ -217,6 +214,10 @@ class _Shown:
         """Return what is still held back."""
         text, self._held = self._held, ""
         return self._keep(text)
+
+    def conceal(self, text: str) -> str:
+        """Return a whole text without the key."""
+        return text.replace(self._key, REDACTED) if self._key else text
 
     def _keep(self, text: str) -> str:
         if text:
@@ -257,7 +258,6 @@ class Draft:
         the request's.
         """
         self._final = final or FinalCall()
-        self._key = key
         self._calls: dict[int, list[str]] = {}
         """Id, name and arguments of the calls of tools, by their places."""
         self._open: dict[int | None, int] = {}
@@ -303,7 +303,9 @@ class Draft:
         try:
             reply = _Reply.model_validate_json(data.removeprefix(BYTE_ORDER_MARK) if isinstance(data, bytes) else data)
         except ValidationError as error:
-            raise self._fault(f"its reply is not understood ({_first(error)})") from None
+            item = findings(error)[0]
+            where = ".".join(map(str, item["loc"])) or "the whole"
+            raise self._fault(f"its reply is not understood ({where}: {item['msg']})") from None
         choice = next((choice for choice in reply.choices or [] if not choice.index), None)
         problem = reply.error or (choice.error if choice else None) or (json.loads(data) if reply.object == "error" else None)
         if problem:
@@ -347,9 +349,8 @@ class Draft:
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The calls of the client's tools so far, without the endpoint's key."""
-        shown = (REDACTED, self._key) if len(self._key) >= _MIN_KEY_CHARS else ("", "\0")
         return tuple(
-            ToolCall(call_id=number or new_call_id(), name=name, arguments=(said or "{}").replace(shown[1], shown[0]))
+            ToolCall(call_id=number or new_call_id(), name=name, arguments=self._said.conceal(said or "{}"))
             for _, (number, name, said) in sorted(self._calls.items())
             if name
         )
@@ -382,10 +383,7 @@ class Draft:
         self._finish = "length" if _CUT.fullmatch(word) else "stop"
 
     def finish(self) -> None:
-        """Take the reply as ended.
-
-        Raises EngineError for a reply without a text of its own, and says what stands in its place.
-        """
+        """Take the reply as ended. Raises EngineError for one without a text of its own: what stands in its place."""
         if not self._has_choice:
             raise self._fault("its reply holds no choice; check base_url and model, and that chat completions are served there")
         self._tell(self._thought.rest(), self._said.rest())
@@ -435,16 +433,14 @@ class Draft:
         )
 
     def _entropies(self, text: str, *, has_thought: bool) -> tuple[EntropySum, EntropySum, int]:
-        """Return the entropies of the answer's tokens and of the thought's, and how many tokens of the thought were listed.
-
-        Where a thought cannot be told from the answer, all counts as the thought's: of the answer nothing is known then.
-        """
+        """Return the entropies of answer and thought, and how many tokens of the thought were listed."""
         told = [token for token in self._tokens if not token.is_thought]
         split = split_reasoning(text)
         is_answer = [True] * len(told)
         if has_thought or split.reasoning or split.is_open:
             spans = tuple((len(text[:start].encode()), len(text[:end].encode())) for start, end in split.spans)
             placed = placed_split("".join(token.said for token in told), _as_bytes(text), replace(split, spans=spans))
+            # Where the two cannot be told apart all counts as the thought's.
             is_answer = answer_tokens([token.said for token in told], placed) if placed else [False] * len(told)
         answer = [token for token, is_in in zip(told, is_answer, strict=True) if is_in]
         thought = [token for token, is_in in zip(told, is_answer, strict=True) if not is_in]
@@ -506,11 +502,6 @@ def listed_logprobs(rows: list[Any]) -> list[list[float]]:
 def estimated_tokens(num_chars: int) -> int:
     """Return how many tokens a text of that length may have."""
     return math.ceil(num_chars / CHARS_PER_TOKEN)
-
-
-def _first(error: ValidationError) -> str:
-    item = findings(error)[0]
-    return f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}"
 
 
 def error_message(body: Any) -> str:

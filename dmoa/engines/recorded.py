@@ -124,14 +124,11 @@ def replies_files(place: Path) -> list[Path]:
 def read_replies(path: Path) -> Iterator[RecordedReply]:
     """Yield the replies of a file. Raises ConfigError naming file, line, field and what is expected."""
     for number, line in _rows(path) if path.suffix == ".parquet" else read_lines(path):
-        yield _parse(path, number, line)
-
-
-def _parse(path: Path, number: int, line: bytes | Mapping[str, Any]) -> RecordedReply:
-    try:
-        return RecordedReply.model_validate(line) if isinstance(line, Mapping) else RecordedReply.model_validate_json(line)
-    except ValidationError as error:
-        raise ConfigError(f"{path}, line {number}: {describe(error)}; mend the line or take it out") from None
+        try:
+            reply = RecordedReply.model_validate_json(line) if isinstance(line, bytes) else RecordedReply.model_validate(line)
+        except ValidationError as error:
+            raise ConfigError(f"{path}, line {number}: {describe(error)}; mend the line or take it out") from None
+        yield reply
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -233,6 +230,8 @@ class ReplyIndex:
 class RecordedEngine:
     """Implements `protocols.Engine` over files of replies; a query without one is a failed contribution."""
 
+    label = "recorded"
+
     def __init__(self, options: RecordedOptions, agents: Sequence[str]) -> None:
         """`agents`: those of the pool that it answers for. Blocks while the files are read.
 
@@ -247,22 +246,13 @@ class RecordedEngine:
         lacking = next((agent for agent, name in self._names.items() if not self._index.count(name)), None)
         if lacking is not None:
             self._index.close()
-            raise ConfigError(self._fault_of(lacking))
-
-    def _fault_of(self, agent: str) -> str:
-        """Return what to say of an agent without any reply."""
-        name, found = self._names[agent], [agent_name(known) for known in self._index.agents]
-        more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
-        return (
-            f"engine_kwargs.replies: {self._options.replies!r} holds no reply of agent {name!r}; expected one of "
-            f"{', '.join(found[:_MAX_NAMED])}{more}; name the agent so, or set engine_kwargs.names.{agent}"
-            f"{did_you_mean(name, found)}"
-        )
-
-    @property
-    def label(self) -> str:
-        """Return `recorded`."""
-        return "recorded"
+            name, found = self._names[lacking], [agent_name(known) for known in self._index.agents]
+            more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+            raise ConfigError(
+                f"engine_kwargs.replies: {options.replies!r} holds no reply of agent {name!r}; expected one of "
+                f"{', '.join(found[:_MAX_NAMED])}{more}; name the agent so, or set engine_kwargs.names.{lacking}"
+                f"{did_you_mean(name, found)}"
+            )
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Return the recorded reply. Raises EngineError where there is none, or where more than the query is asked."""
@@ -317,10 +307,7 @@ class RecordedEngine:
 
 
 def entropy_of(reply: RecordedReply, tokens: int, vocab_size: int) -> EntropySum:
-    """Return what is known of a reply's entropy; zero tokens where that is nothing.
-
-    A mean stands for `tokens` equal entropies: the sum of squares is then its lower end.
-    """
+    """Return what is known of a reply's entropy, zero tokens for nothing; a mean stands for equal ones (squares: a lower end)."""
     if isinstance(reply.entropy, list):
         return EntropySum.of_tokens(reply.entropy)
     if reply.entropy is not None:

@@ -33,18 +33,13 @@ class ScriptedEngine:
     a reply ends before a stop string, and a continued reply goes on behind the stop string where it was cut.
     """
 
+    label = "scripted"
+
     def __init__(self, options: ScriptedOptions) -> None:
         self._options = options
         self._closed = asyncio.Event()
         self.in_flight = 0
         """Requests that are being answered now."""
-        self.peak_in_flight = 0
-        """Most requests that were being answered at one time."""
-
-    @property
-    def label(self) -> str:
-        """Return `scripted`."""
-        return "scripted"
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Raises EngineError for an agent that is set to fail and after `close`."""
@@ -71,7 +66,6 @@ class ScriptedEngine:
         if request.agent in self._options.failing:
             raise EngineError(f"agent {request.agent!r}: scripted to fail (engine_kwargs.failing); remove it there")
         self.in_flight += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         try:
             yield time.perf_counter()
         finally:

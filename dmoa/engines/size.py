@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 
 import httpx
 
-from dmoa.engines.models import HubModel, path, resolve_model
+from dmoa.engines.models import CONFIG, INDEX, HubModel, path, resolve_model
 from dmoa.errors import DmoaError
 from dmoa.reading import home_path, read_bounded, read_json
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _HUB_TIMEOUT_S = 10.0
+_KEPT = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
+"""What libraries call the list of modules, by name or pattern, that a quantisation leaves as they were."""
 _FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError)
 """What transformers raises for a configuration that it cannot build; a model that cannot be measured is unknown, no error."""
 
@@ -98,10 +99,7 @@ def measure_model(folder: Path) -> ModelSize | str:
 
 
 def meta_model(folder: Path, *, has_parts: bool) -> Any | None:
-    """Return the model whose config.json is in `folder`, shapes only; None where transformers cannot build it.
-
-    `has_parts`: also one that sees or hears, whose layers other engines may name otherwise.
-    """
+    """Return a model, shapes only; None where transformers cannot build it, or without `has_parts` one that sees or hears."""
     try:
         whole, model = _shapes(folder)
     except _FAULTS:
@@ -118,7 +116,7 @@ def cached_folder(model: str) -> Path | None:
 
     hub = resolve_model(model)
     assert isinstance(hub, HubModel)
-    file = try_to_load_from_cache(hub.repo, _CONFIG, cache_dir=constants.HF_HUB_CACHE, revision=hub.revision)
+    file = try_to_load_from_cache(hub.repo, CONFIG, cache_dir=constants.HF_HUB_CACHE, revision=hub.revision)
     return Path(file).parent if isinstance(file, str) else None
 
 
@@ -161,7 +159,7 @@ def _measure(folder: Path) -> ModelSize:
 
 def _quantized_bytes(model: Any, quantization: Mapping[str, Any], full: int, folder: Path) -> int | None:
     """Return the bytes of quantised weights: as the folder's index says, else from bits and shapes; None: unknown."""
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         total = read_json(read_bounded(index, most=1 << 26)).get("metadata", {}).get("total_size")
         if isinstance(total, int):
@@ -170,7 +168,7 @@ def _quantized_bytes(model: Any, quantization: Mapping[str, Any], full: int, fol
     if bits is None:
         return None
     ends = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    kept = tuple(_kept_modules(quantization))
+    kept = [module for key in _KEPT for module in quantization.get(key) or ()]
     total_bits = 0.0
     for name, parameter in model.named_parameters():
         is_full = parameter.ndim < 2 or name.endswith("bias") or any(parameter is end for end in ends) or _is_in(name, kept)
@@ -197,12 +195,6 @@ def _bits(quantization: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _kept_modules(quantization: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names or patterns of the modules that a quantisation leaves as they were; libraries name the list apart."""
-    for key in ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules"):
-        yield from quantization.get(key) or ()
-
-
 def _is_in(name: str, modules: Iterable[str]) -> bool:
     """Say whether a parameter is in one of the modules: names, shell patterns, or `re:` and a regular expression."""
     for module in modules:
@@ -226,7 +218,7 @@ def _local_folder(model: str) -> Path | str:
             return path(rest) or f"not in the cache; `dmoa models fetch {rest}` gets it"
         if source == "path":
             folder = home_path(rest)
-            return folder if (folder / _CONFIG).is_file() else f"no config.json in {rest} on this machine"
+            return folder if (folder / CONFIG).is_file() else f"no config.json in {rest} on this machine"
     except DmoaError as error:
         return str(error)
     return f"a model of {source}: is not looked at from here"
@@ -263,16 +255,16 @@ def _snapshot(model: HubModel) -> Path:
         return Path(found)
 
     try:
-        return get(_CONFIG, offline=True).parent
+        return get(CONFIG, offline=True).parent
     except LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE:
             raise
     # One plain request first, because the hub's own client tries for half a minute before it gives a dead network up.
     httpx.head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S / 2)
     disable_progress_bars()
-    folder = get(_CONFIG, offline=False).parent
+    folder = get(CONFIG, offline=False).parent
     try:
-        get(_INDEX, offline=False)
+        get(INDEX, offline=False)
     except (HfHubHTTPError, OSError):
         return folder  # a model in one file has no index
     return folder

@@ -12,8 +12,8 @@ from dmoa.errors import NoAgentError
 from dmoa.policies.baselines import named
 from dmoa.policies.dmoa import build_dmoa
 from dmoa.policies.layers import aggregation
-from dmoa.policies.options import Count, OneOptions, Optioned, PolicyOptions, ask, said, texts
-from dmoa.policies.registry import PolicyContext, policy
+from dmoa.policies.options import Count, OneOptions, PolicyOptions, ask, said, texts
+from dmoa.policies.registry import PolicyContext, policy, scheduled
 from dmoa.types import Activation, QueryState, StepPlan, Stop
 
 
@@ -24,34 +24,28 @@ class EscalateOptions(OneOptions):
     """Highest mean entropy, nats per token, of an answer that is sure enough."""
 
 
-@policy(
+@scheduled(
     "escalate",
     "Agents in order, one at a time, until an answer is sure (the confidence looper of vLLM Semantic Router).",
     options=EscalateOptions,
     cost="A at most",
     reads="0",
-    first_step_only=False,
 )
-class EscalatePolicy(Optioned):
-    """Nobody sees another's answer, and nobody is asked twice, who stood in for a lost one included.
+def escalate(options: EscalateOptions, state: QueryState) -> StepPlan | Stop:
+    """Stop at a sure answer, or ask the next agent.
 
-    Where none is sure the last agent's answer stands; a reply that was cut off is not sure.
+    Nobody sees another's answer, and nobody is asked twice, who stood in for a lost one included. Where none is sure the last
+    agent's answer stands; a reply that was cut off is not sure.
     """
-
-    name = "escalate"
-    _options: EscalateOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Stop at a sure answer, or ask the next agent."""
-        asked = {reply.agent for step in state.steps for reply in step.replies}
-        later = ask((name for name in self._options.agents if name not in asked), history=())
-        reply = next(iter(said(state.steps[-1])), None) if state.steps else None
-        nats = reply.entropy.mean_nats if reply else None
-        if reply is not None and not is_cut(reply) and nats is not None and nats <= self._options.nats:
-            return Stop(reason="sure")
-        if not later:
-            return Stop(reason="schedule")
-        return StepPlan(activations=later[:1], reserves=later[1:], fold="pass", ends_with=None if later[1:] else "schedule")
+    asked = {reply.agent for step in state.steps for reply in step.replies}
+    later = ask((name for name in options.agents if name not in asked), history=())
+    reply = next(iter(said(state.steps[-1])), None) if state.steps else None
+    nats = reply.entropy.mean_nats if reply else None
+    if reply is not None and not is_cut(reply) and nats is not None and nats <= options.nats:
+        return Stop(reason="sure")
+    if not later:
+        return Stop(reason="schedule")
+    return StepPlan(activations=later[:1], reserves=later[1:], fold="pass", ends_with=None if later[1:] else "schedule")
 
 
 class ElasticOptions(PolicyOptions):
@@ -143,14 +137,13 @@ class SymbolicPolicy:
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask for the skills, then the recruits, then for the answer."""
         options, done = self._options, len(state.steps)
-        recruiter = options.recruiter or options.agents[0]
         if not state.steps:
             known = ", ".join(sorted(frozenset().union(*self._skills.values())))
             task = f"Do not answer it yourself. Skills: {known}. Reply with those that the question needs, and nothing else."
-            return StepPlan(activations=ask([recruiter], instruction=task, history=()), fold="keep")
+            return StepPlan(activations=ask([options.lead], instruction=task, history=()), fold="keep")
         if done == 1:
             words = " ".join(reply.text.lower() for reply in said(state.steps[0]))
             needed = {skill for found in self._skills.values() for skill in found if named(words, (skill,))}
             ranked = ask(sorted(options.agents, key=lambda name: -len(self._skills[name] & needed)), history=())
             return StepPlan(activations=ranked[: options.width], reserves=ranked[options.width :], fold="vote")
-        return aggregation(options.agents, recruiter, texts(state.steps[1])) if done == 2 else Stop(reason="schedule")
+        return aggregation(options.agents, options.lead, texts(state.steps[1])) if done == 2 else Stop(reason="schedule")

@@ -6,9 +6,9 @@ import random
 import re
 from collections.abc import Mapping
 
-from dmoa.policies.options import texts
+from dmoa.policies.options import ask, ask_one, texts
 from dmoa.policies.registry import PolicyContext, policy
-from dmoa.types import Activation, QueryState, StepPlan, Stop
+from dmoa.types import QueryState, StepPlan, Stop
 
 
 @policy(
@@ -32,19 +32,14 @@ class SinglePolicy:
 
     def __init__(self, *, agent: str, stand_ins: tuple[str, ...] = ()) -> None:
         self._agent = agent
-        self._stand_ins = tuple(name for name in stand_ins if name != agent)
+        self._stand_ins = stand_ins
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask the agent at the first step, or at every stage of a query that has some, then stop."""
         num_steps = max(1, len(state.query.stages))
         if len(state.steps) >= num_steps:
             return Stop(reason="single")
-        return StepPlan(
-            activations=(Activation(agent=self._agent),),
-            reserves=tuple(Activation(agent=name) for name in self._stand_ins),
-            fold="pass",
-            ends_with="single" if len(state.steps) == num_steps - 1 else None,
-        )
+        return ask_one(self._stand_ins, self._agent, ends_with="single" if len(state.steps) == num_steps - 1 else None)
 
 
 @policy(
@@ -64,7 +59,7 @@ class DensePolicy:
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask everyone, in the order of the pool."""
-        return StepPlan(activations=tuple(Activation(agent=name, probability=1 / len(self._agents)) for name in self._agents))
+        return StepPlan(activations=ask(self._agents, probability=1 / len(self._agents)))
 
 
 @policy(
@@ -88,7 +83,7 @@ class RandomPolicy:
         rng = random.Random(f"{state.query.trace_id}/{len(state.steps)}")  # noqa: S311 -- a baseline, not a secret
         order = rng.sample(self._agents, len(self._agents))
         probability = 1 / len(order)
-        drawn = tuple(Activation(agent=name, probability=probability) for name in order)
+        drawn = ask(order, probability=probability)
         return StepPlan(activations=drawn[:1], reserves=drawn[1:], mass=probability)
 
 
@@ -124,12 +119,11 @@ class SelectorPolicy:
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask who should answer, then ask that one; the chooser itself where it named nobody."""
         if not state.steps:
-            return StepPlan(activations=(Activation(agent=self._chooser, instruction=self._instruction),), fold="keep")
+            return StepPlan(activations=ask([self._chooser], instruction=self._instruction), fold="keep")
         if len(state.steps) > 1:
             return Stop(reason="single")
         chosen = named(" ".join(texts(state.steps[0])), self._agents) or self._chooser
-        others = tuple(Activation(agent=name, history=()) for name in self._agents if name != chosen)
-        return StepPlan(activations=(Activation(agent=chosen, history=()),), reserves=others, fold="pass", ends_with="single")
+        return ask_one(self._agents, chosen, ends_with="single", history=())
 
 
 def named(text: str, agents: tuple[str, ...]) -> str | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from dmoa.policies.baselines import named
 from dmoa.policies.layers import AGGREGATE
-from dmoa.policies.options import Count, OneOptions, Optioned, PolicyOptions, ask, others, said, texts
-from dmoa.policies.registry import PolicyContext, policy
-from dmoa.types import Activation, Fold, QueryState, StepPlan, Stop
+from dmoa.policies.options import Count, OneOptions, PolicyOptions, ask, ask_one, said, texts
+from dmoa.policies.registry import PolicyContext, policy, scheduled
+from dmoa.types import Activation, QueryState, StepPlan, Stop, StopReason
 
 DEBATE = (
     "The first work above is your own answer, the others are those of other assistants. Use them as additional advice, and write "
@@ -24,35 +23,31 @@ class DebateOptions(PolicyOptions):
     """Rounds after the first answers."""
 
 
-@policy(
+@scheduled(
     "debate",
     "All answer, then in every round all read all answers and write theirs anew; the vote wins (arXiv 2305.14325).",
     options=DebateOptions,
     cost="A * (rounds + 1)",
     reads="A * A * rounds",
-    first_step_only=False,
 )
-class DebatePolicy(Optioned):
-    """Each agent sees its own last answer first, then the others' in the pool's order; who is lost is heard as it spoke last."""
+def debate(options: DebateOptions, state: QueryState) -> StepPlan | Stop:
+    """Ask everyone, with the answers of the round before.
 
-    name = "debate"
-    _options: DebateOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Ask everyone, with the answers of the round before."""
-        agents, done = self._options.agents, len(state.steps)
-        if done > self._options.rounds:
-            return Stop(reason="schedule")
-        newest = {reply.agent: reply.text for step in state.steps for reply in said(step)}
-        asked = tuple(
-            Activation(
-                agent=name,
-                instruction=DEBATE if name in newest else AGGREGATE if newest else "",
-                history=tuple(newest[x] for x in sorted(agents, key=lambda x: x != name) if x in newest),
-            )
-            for name in agents
+    Each sees its own last answer first, then the others' in the pool's order; who is lost is heard as it spoke last.
+    """
+    agents, done = options.agents, len(state.steps)
+    if done > options.rounds:
+        return Stop(reason="schedule")
+    newest = {reply.agent: reply.text for step in state.steps for reply in said(step)}
+    asked = tuple(
+        Activation(
+            agent=name,
+            instruction=DEBATE if name in newest else AGGREGATE if newest else "",
+            history=tuple(newest[x] for x in sorted(agents, key=lambda x: x != name) if x in newest),
         )
-        return StepPlan(activations=asked, fold="vote", ends_with="schedule" if done == self._options.rounds else None)
+        for name in agents
+    )
+    return StepPlan(activations=asked, fold="vote", ends_with="schedule" if done == options.rounds else None)
 
 
 MISTAKES = {
@@ -74,43 +69,29 @@ class RefineOptions(OneOptions):
     """Most rounds of looking and refining."""
 
 
-@policy(
+@scheduled(
     "refine",
     "One answers, one names the kind of its mistake, that kind's refiner mends it, again until none (MoRA, arXiv 2412.00821).",
     options=RefineOptions,
     cost="1 + 2 * rounds at most",
     reads="2 * rounds at most",
-    first_step_only=False,
 )
-class RefinePolicy(Optioned):
-    """Answer, then identifier and refiner in turns; a word that names no kind counts as NONE."""
-
-    name = "refine"
-    _options: RefineOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Ask for the answer, for its mistake, or for one without it."""
-        done = sum(bool(step.summary) for step in state.steps)  # those before said nothing
-        if not done and len(state.steps) < len(self._options.agents):
-            return self._asks(len(state.steps), "", (), fold="pass")
-        if done % 2 and done <= 2 * self._options.rounds:
-            return self._asks(1, IDENTIFY, (state.summary,), fold="keep")
-        words = " ".join(texts(state.steps[-1])).upper()
-        kind = next((kind for kind in MISTAKES if kind in words), None)
-        if kind is None or done > 2 * self._options.rounds or not done:
-            return Stop(reason="schedule")
-        task = f"The work above is an answer to the question. {MISTAKES[kind]}"
-        plan = self._asks(2 + list(MISTAKES).index(kind), task, (state.summary,), fold="pass")
-        return replace(plan, ends_with="schedule") if done == 2 * self._options.rounds else plan
-
-    def _asks(self, place: int, instruction: str, history: tuple[str, ...], *, fold: Fold) -> StepPlan:
-        agents = self._options.agents
-        agent = agents[place % len(agents)]
-        return StepPlan(
-            activations=ask([agent], instruction=instruction, history=history),
-            reserves=others(agents, agent, instruction=instruction, history=history),
-            fold=fold,
-        )
+def refine(options: RefineOptions, state: QueryState) -> StepPlan | Stop:
+    """Ask for the answer, for its mistake, or for one without it; a word that names no kind of mistake counts as NONE."""
+    agents, last = options.agents, 2 * options.rounds
+    done = sum(bool(step.summary) for step in state.steps)  # those before said nothing
+    if not done and len(state.steps) < len(agents):
+        return ask_one(agents, agents[len(state.steps)], history=())
+    if done % 2 and done <= last:
+        return ask_one(agents, agents[1 % len(agents)], fold="keep", instruction=IDENTIFY, history=(state.summary,))
+    words = " ".join(texts(state.steps[-1])).upper()
+    kind = next((kind for kind in MISTAKES if kind in words), None)
+    if kind is None or done > last or not done:
+        return Stop(reason="schedule")
+    refiner = agents[(2 + list(MISTAKES).index(kind)) % len(agents)]
+    task = f"The work above is an answer to the question. {MISTAKES[kind]}"
+    ends_with: StopReason | None = "schedule" if done == last else None
+    return ask_one(agents, refiner, ends_with=ends_with, instruction=task, history=(state.summary,))
 
 
 SPEAK = "The work above is what was said so far, oldest first. Go on from there: write the best answer, complete and on its own."
@@ -152,20 +133,14 @@ class GroupChatPolicy:
         """Ask the manager, or the one it named."""
         options, done = self._options, len(state.steps)
         chat = tuple(text for step in state.steps[1::2] for text in texts(step)[:1])
-        manager = options.manager or options.agents[0]
         if done % 2 == 0:
             if done == 2 * options.turns:
                 return Stop(reason="schedule")
-            return StepPlan(activations=ask([manager], instruction=self._task, history=chat), fold="keep")
+            return StepPlan(activations=ask([options.lead], instruction=self._task, history=chat), fold="keep")
         words = " ".join(texts(state.steps[-1]))
         speaker = named(words, options.agents)
         if chat and speaker is None and re.search(r"\bDONE\b", words):
             return Stop(reason="schedule")
         chosen = speaker or options.agents[done // 2 % len(options.agents)]
-        task = SPEAK if chat else ""
-        return StepPlan(
-            activations=ask([chosen], instruction=task, history=chat),
-            reserves=others(options.agents, chosen, instruction=task, history=chat),
-            fold="pass",
-            ends_with="schedule" if done == 2 * options.turns - 1 else None,
-        )
+        ends_with: StopReason | None = "schedule" if done == 2 * options.turns - 1 else None
+        return ask_one(options.agents, chosen, ends_with=ends_with, instruction=SPEAK if chat else "", history=chat)

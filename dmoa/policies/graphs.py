@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dmoa.policies.options import PolicyOptions, others, said
+from dmoa.policies.options import PolicyOptions, ask_one, said
 from dmoa.policies.registry import PolicyContext, policy
 from dmoa.types import Activation, QueryState, StepPlan, Stop
 
@@ -48,8 +48,7 @@ class GraphPolicy:
         if done < len(self._levels) - 1:
             return StepPlan(activations=asked, fold="vote")
         (last,) = asked
-        stand_ins = others([*self._stand_ins], last.agent, instruction=last.instruction, history=last.history)
-        return StepPlan(activations=asked, reserves=stand_ins, fold="pass", ends_with="schedule")
+        return ask_one(self._stand_ins, last.agent, ends_with="schedule", instruction=last.instruction, history=last.history)
 
     def _activation(self, node: int, answers: Mapping[str, str]) -> Activation:
         reads: dict[int, set[int]] = {}

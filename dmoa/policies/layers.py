@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from dmoa.policies.options import Count, Optioned, PolicyOptions, SampledOptions, ask, others, texts
-from dmoa.policies.registry import policy
+from dmoa.policies.options import Count, PolicyOptions, SampledOptions, ask, ask_one, texts
+from dmoa.policies.registry import scheduled
 from dmoa.types import QueryState, StepPlan, StepRecord, Stop
 
 AGGREGATE = (
@@ -29,10 +30,8 @@ _NUMBERS = re.compile(r"(?:best|top) \d+|\d+(?:,\d{3})*(?:\.\d+)?", re.IGNORECAS
 
 def aggregation(agents: Sequence[str], aggregator: str, answers: Sequence[str]) -> StepPlan:
     """Return the last step of a mixture: one agent writes the answer from what others said; it streams."""
-    told = {"instruction": AGGREGATE if answers else "", "history": tuple(answers)}
-    return StepPlan(
-        activations=ask([aggregator], **told), reserves=others(agents, aggregator, **told), fold="pass", ends_with="schedule"
-    )
+    task = AGGREGATE if answers else ""
+    return ask_one(agents, aggregator, ends_with="schedule", instruction=task, history=tuple(answers))
 
 
 def newest_texts(steps: Sequence[StepRecord]) -> tuple[str, ...]:
@@ -46,11 +45,6 @@ class AggregatorOptions(PolicyOptions):
     aggregator: str | None = None
     """Who writes the answer; None: the first of `agents`."""
 
-    @property
-    def writer(self) -> str:
-        """Who writes the answer."""
-        return self.aggregator or self.agents[0]
-
 
 class MoaOptions(AggregatorOptions):
     """Parameters of `moa`."""
@@ -61,30 +55,22 @@ class MoaOptions(AggregatorOptions):
     """Of the proposers; None: each agent's own."""
 
 
-@policy(
+@scheduled(
     "moa",
     "Layers of proposers, each reading the layer before, then an aggregator (Mixture-of-Agents, arXiv 2406.04692).",
     options=MoaOptions,
     cost="(layers - 1) * A + 1",
     reads="(layers - 2) * A * A + A",
-    first_step_only=False,
 )
-class MoaPolicy(Optioned):
-    """All agents answer in every layer but the last, and see all answers of the layer before."""
-
-    name = "moa"
-    _options: MoaOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Ask the next layer."""
-        options, done = self._options, len(state.steps)
-        answers = newest_texts(state.steps)
-        if done == options.layers - 1:
-            return aggregation(options.agents, options.writer, answers)
-        if done >= options.layers:
-            return Stop(reason="schedule")
-        layer = ask(options.agents, instruction=AGGREGATE if answers else "", history=answers, temperature=options.temperature)
-        return StepPlan(activations=layer, fold="vote")
+def moa(options: MoaOptions, state: QueryState) -> StepPlan | Stop:
+    """Ask the next layer: all agents in every one but the last, who see all answers of the layer before."""
+    done, answers = len(state.steps), newest_texts(state.steps)
+    if done == options.layers - 1:
+        return aggregation(options.agents, options.lead, answers)
+    if done >= options.layers:
+        return Stop(reason="schedule")
+    layer = ask(options.agents, instruction=AGGREGATE if answers else "", history=answers, temperature=options.temperature)
+    return StepPlan(activations=layer, fold="vote")
 
 
 class SelfMoaOptions(SampledOptions):
@@ -94,28 +80,20 @@ class SelfMoaOptions(SampledOptions):
     """Samples."""
 
 
-@policy(
+@scheduled(
     "self_moa",
     "k samples of one agent, which it aggregates itself (Self-MoA, arXiv 2502.00674).",
     options=SelfMoaOptions,
     cost="k + 1",
     reads="k",
-    first_step_only=False,
 )
-class SelfMoaPolicy(Optioned):
-    """The best agent alone in place of a mixture: name it as `self_moa:AGENT`, else it is the pool's first."""
-
-    name = "self_moa"
-    _options: SelfMoaOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Take the samples, then have them aggregated."""
-        options = self._options
-        if len(state.steps) > 1:
-            return Stop(reason="schedule")
-        if state.steps:
-            return aggregation((), options.agent, texts(state.steps[0]))
-        return StepPlan(activations=ask([options.agent] * options.k, temperature=options.temperature), fold="vote")
+def self_moa(options: SelfMoaOptions, state: QueryState) -> StepPlan | Stop:
+    """Take the samples, then have them aggregated: the best agent alone in place of a mixture, named as `self_moa:AGENT`."""
+    if len(state.steps) > 1:
+        return Stop(reason="schedule")
+    if state.steps:
+        return aggregation((), options.lead, texts(state.steps[0]))
+    return StepPlan(activations=ask([options.lead] * options.k, temperature=options.temperature), fold="vote")
 
 
 class SelfMoaSeqOptions(SelfMoaOptions):
@@ -125,33 +103,29 @@ class SelfMoaSeqOptions(SelfMoaOptions):
     """Texts that the aggregator reads at once, its own last answer included."""
 
 
-@policy(
+@scheduled(
     "self_moa_seq",
     "k samples of one agent, aggregated a window at a time (Self-MoA-Seq, arXiv 2502.00674).",
     options=SelfMoaSeqOptions,
     cost="k + max(1, ceil((k - 1) / (window - 1)))",
     reads="k + max(1, ceil((k - 1) / (window - 1))) - 1",
-    first_step_only=False,
 )
-class SelfMoaSeqPolicy(Optioned):
-    """The first window holds samples alone; each later one the last aggregate and new samples, so context stays bounded."""
+def self_moa_seq(options: SelfMoaSeqOptions, state: QueryState) -> StepPlan | Stop:
+    """Take the samples, then aggregate window by window.
 
-    name = "self_moa_seq"
-    _options: SelfMoaSeqOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Take the samples, then aggregate window by window."""
-        options, done = self._options, len(state.steps)
-        if not state.steps:
-            return StepPlan(activations=ask([options.agent] * options.k, temperature=options.temperature), fold="vote")
-        samples = texts(state.steps[0])
-        seen = 1 + (done - 1) * (options.window - 1) if done > 1 else 0
-        if done > 1 and seen >= len(samples):
-            return Stop(reason="schedule")
-        last = (state.summary,) if done > 1 else ()
-        end = seen + options.window - len(last)
-        plan = aggregation((), options.agent, (*last, *samples[seen:end]))
-        return plan if end >= len(samples) else StepPlan(activations=plan.activations, fold="pass")
+    The first window holds samples alone; each later one the last aggregate and new samples, so context stays bounded.
+    """
+    done = len(state.steps)
+    if not state.steps:
+        return StepPlan(activations=ask([options.lead] * options.k, temperature=options.temperature), fold="vote")
+    samples = texts(state.steps[0])
+    seen = 1 + (done - 1) * (options.window - 1) if done > 1 else 0
+    if done > 1 and seen >= len(samples):
+        return Stop(reason="schedule")
+    last = (state.summary,) if done > 1 else ()
+    end = seen + options.window - len(last)
+    plan = aggregation((), options.lead, (*last, *samples[seen:end]))
+    return plan if end >= len(samples) else StepPlan(activations=plan.activations, fold="pass")
 
 
 class SmoaOptions(AggregatorOptions):
@@ -163,51 +137,35 @@ class SmoaOptions(AggregatorOptions):
     """Answers that the judge lets through."""
 
 
-@policy(
+@scheduled(
     "smoa",
     "As moa, but a judge lets the best answers through and a moderator may end it early (Sparse MoA, arXiv 2411.03284).",
     options=SmoaOptions,
     cost="layers * (A + 2) at most",
     reads="(2 * layers - 1) * A + ((layers - 1) * A + 1) * min(keep, A) at most",
-    first_step_only=False,
 )
-class SmoaPolicy(Optioned):
-    """Steps in turns: a layer in the agents' roles, then judge and moderator side by side, who read the layer's answers.
+def smoa(options: SmoaOptions, state: QueryState) -> StepPlan | Stop:
+    """Ask a layer in the agents' own roles, its judges, or at last the aggregator; a judge that names nothing keeps the first."""
+    steps = state.steps
+    if not steps:
+        return StepPlan(activations=ask(options.agents, history=()), fold="vote")
+    if len(steps) % 2:
+        return _judging(options, steps)
+    judge, *moderator = (reply.text for reply in steps[-1].replies)
+    kept = chosen(judge, newest_texts(steps[:-1:2]), options.keep)
+    if len(steps) == 2 * options.layers or re.search(r"\bSTOP\b", " ".join(moderator)):
+        return aggregation(options.agents, options.lead, kept)
+    return StepPlan(activations=ask(options.agents, instruction=AGGREGATE if kept else "", history=kept), fold="vote")
 
-    Roles are the agents' profiles. A judge that names nothing lets the first answers through.
-    """
 
-    name = "smoa"
-    _options: SmoaOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Ask a layer, its judges, or at last the aggregator."""
-        options, steps = self._options, state.steps
-        if not steps:
-            return StepPlan(activations=ask(options.agents, history=()), fold="vote")
-        if len(steps) % 2:
-            return self._judging(steps)
-        judge, *moderator = (reply.text for reply in steps[-1].replies)
-        kept = chosen(judge, newest_texts(steps[:-1:2]), options.keep)
-        if len(steps) == 2 * options.layers or re.search(r"\bSTOP\b", " ".join(moderator)):
-            return aggregation(options.agents, options.writer, kept)
-        return StepPlan(activations=ask(options.agents, instruction=AGGREGATE if kept else "", history=kept), fold="vote")
-
-    def _judging(self, steps: tuple[StepRecord, ...]) -> StepPlan:
-        options, answers = self._options, texts(steps[-1])
-        judge = (
-            f"Do not answer it yourself. The work above is answers of several assistants. Reply with the numbers of the best "
-            f"{options.keep} alone."
-        )
-        moderator = (
-            "Do not answer it yourself. The work above is answers of several assistants. Reply STOP if they agree on a good "
-            "answer, else GO."
-        )
-        asked = ask([options.writer] * 2, instruction=judge, history=answers)
-        if len(steps) == 2 * options.layers - 1:  # after the last layer there is nothing to moderate
-            return StepPlan(activations=asked[:1], fold="keep")
-        second = ask([options.writer] * 2, instruction=moderator, history=answers)[1:]
-        return StepPlan(activations=(*asked[:1], *second), fold="keep")
+def _judging(options: SmoaOptions, steps: tuple[StepRecord, ...]) -> StepPlan:
+    """Ask judge and moderator side by side, who read the layer's answers; after the last layer there is nothing to moderate."""
+    work = "Do not answer it yourself. The work above is answers of several assistants."
+    judge = f"{work} Reply with the numbers of the best {options.keep} alone."
+    moderator = f"{work} Reply STOP if they agree on a good answer, else GO."
+    both = ask([options.lead] * 2, instruction=judge, history=texts(steps[-1]))
+    asked = (both[0], replace(both[1], instruction=moderator))
+    return StepPlan(activations=asked[:1] if len(steps) == 2 * options.layers - 1 else asked, fold="keep")
 
 
 def chosen(words: str, answers: Sequence[str], keep: int) -> tuple[str, ...]:
@@ -239,28 +197,20 @@ class FusionOptions(PolicyOptions):
         return min(self.panel, len(self.agents))
 
 
-@policy(
+@scheduled(
     "fusion",
     "A panel answers, a judge writes one answer from its words, unnamed and shuffled; the judge streams.",
     options=FusionOptions,
     cost="min(panel, A) + 1",
     reads="min(panel, A)",
-    first_step_only=False,
 )
-class FusionPolicy(Optioned):
-    """Panel and judge: names are left out and the order is drawn by the query's id, so neither sways the judge."""
-
-    name = "fusion"
-    _options: FusionOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Ask the panel, then the judge."""
-        options = self._options
-        if len(state.steps) > 1:
-            return Stop(reason="schedule")
-        if not state.steps:
-            asked, size = ask(options.agents), options.width
-            return StepPlan(activations=asked[:size], reserves=asked[size:], fold="vote", quorum=options.quorum)
-        answers = list(texts(state.steps[0]))
-        random.Random(f"{state.query.trace_id}/1").shuffle(answers)  # noqa: S311 -- an order, not a secret
-        return aggregation(options.agents, options.judge or options.agents[0], answers)
+def fusion(options: FusionOptions, state: QueryState) -> StepPlan | Stop:
+    """Ask the panel, then the judge; names are left out and the order is drawn by the query's id, so neither sways the judge."""
+    if len(state.steps) > 1:
+        return Stop(reason="schedule")
+    if not state.steps:
+        asked, size = ask(options.agents), options.width
+        return StepPlan(activations=asked[:size], reserves=asked[size:], fold="vote", quorum=options.quorum)
+    answers = list(texts(state.steps[0]))
+    random.Random(f"{state.query.trace_id}/1").shuffle(answers)  # noqa: S311 -- an order, not a secret
+    return aggregation(options.agents, options.lead, answers)

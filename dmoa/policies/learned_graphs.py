@@ -90,8 +90,7 @@ def usable_edges(drawn_BAA: npt.NDArray[np.bool_], last_B: npt.NDArray[np.int64]
     reaches_BA = is_last_BA
     for _ in range(num_agents):
         reaches_BA = reaches_BA | (edges_BAA & reaches_BA[:, None, :]).any(2)
-    found_BAA: npt.NDArray[np.bool_] = edges_BAA & reaches_BA[:, None, :]
-    return found_BAA
+    return np.asarray(edges_BAA & reaches_BA[:, None, :])
 
 
 def worth(drawn_BAA: npt.NDArray[np.bool_], last_B: npt.NDArray[np.int64], reward_BA: Floats, sparsity: float) -> Floats:
@@ -103,15 +102,12 @@ def worth(drawn_BAA: npt.NDArray[np.bool_], last_B: npt.NDArray[np.int64], rewar
         worth_BA[:, j] = _read(edges_BAA[:, :, j] * (last_B != j)[:, None], worth_BA, reward_BA[:, j])
     rows = np.arange(len(last_B))
     found_B = _read(edges_BAA[rows, :, last_B], worth_BA, reward_BA[rows, last_B])
-    agents_B = 1 + edges_BAA.any(2).sum(1)
-    cost_B: Floats = agents_B - 1 + 0.1 * edges_BAA.sum((1, 2))
-    result_B: Floats = found_B - sparsity * cost_B
-    return result_B
+    more_B = edges_BAA.any(2).sum(1)  # agents beside the last one
+    return np.asarray(found_B - sparsity * (more_B + 0.1 * edges_BAA.sum((1, 2))))
 
 
 def _read(edge_BA: Floats, worth_BA: Floats, own_B: Floats) -> Floats:
-    mean_B: Floats = (own_B + (edge_BA * worth_BA).sum(1)) / (1 + edge_BA.sum(1))
-    return mean_B
+    return np.asarray((own_B + (edge_BA * worth_BA).sum(1)) / (1 + edge_BA.sum(1)))
 
 
 def likeliest(weights: GraphWeights, feature_Z: Floats) -> tuple[tuple[int, ...], Graph]:

@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 
 from dmoa.policies.graphs import IMPROVE
-from dmoa.policies.options import Count, OneOptions, Optioned, Temperature, ask, others, texts
-from dmoa.policies.registry import policy
+from dmoa.policies.options import Count, OneOptions, Temperature, ask, ask_one, texts
+from dmoa.policies.registry import PolicyContext, policy
 from dmoa.types import Activation, QueryState, StepPlan, StepRecord, Stop
 
 RATE = (
@@ -32,7 +32,6 @@ class Node:
 
     text: str = ""
     rating: float = 0.0
-    parent: Node | None = None
     children: list[Node] = field(default_factory=list)
     visits: int = 0
     worth: float = 0.0
@@ -62,16 +61,18 @@ class MctsOptions(OneOptions):
     reads="2 * simulations + 1 - min(children, simulations)",
     first_step_only=False,
 )
-class MctsPolicy(Optioned):
+class MctsPolicy:
     """Steps in turns: an answer, then its rating; the answer rated best is written out at last."""
 
     name = "mcts"
-    _options: MctsOptions
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: MctsOptions = context.options
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask for an answer, for its rating, or for the last word."""
         options, done = self._options, len(state.steps)
-        agents, rater = options.agents, options.rater or options.agents[0]
+        agents, rater = options.agents, options.lead
         if done > 2 * options.simulations:
             return Stop(reason="schedule")
         if done % 2:
@@ -82,9 +83,8 @@ class MctsPolicy(Optioned):
         if number == options.simulations:
             best = best_of(nodes)
             told = {"instruction": FINISH, "history": (best,)} if best else {"history": ()}
-            last, stand_ins = ask([rater], **told), others(agents, rater, **told)
-            return StepPlan(activations=last, reserves=stand_ins, fold="pass", ends_with="schedule")
-        leaf = self._leaf(root)
+            return ask_one(agents, rater, ends_with="schedule", **told)
+        leaf = self._path(root)[-1]
         task, seen = (IMPROVE, (leaf.text,)) if leaf.text else ("", ())
         agent = agents[number % len(agents)]
         asked = Activation(agent=agent, instruction=task, history=seen, temperature=options.temperature, sample=number)
@@ -100,24 +100,23 @@ class MctsPolicy(Optioned):
         """Return the root and all answers so far: the search goes the same ways again, as the replies led it."""
         root, nodes = Node(), list[Node]()
         for tried, rated in zip(steps[::2], steps[1::2], strict=False):
-            parent, said = self._leaf(root), texts(tried)
+            path, said = self._path(root), texts(tried)
             rating = rating_of(" ".join(texts(rated))) if said else 0.0
-            node = Node(text=said[0] if said else "", rating=rating, parent=parent)
-            parent.children.append(node)
+            node = Node(text=said[0] if said else "", rating=rating)
+            path[-1].children.append(node)
             nodes.append(node)
-            above: Node | None = node
-            while above is not None:
+            for above in (*path, node):
                 above.visits += 1
-                above.worth += node.rating
-                above = above.parent
+                above.worth += rating
         return root, nodes
 
-    def _leaf(self, node: Node) -> Node:
-        """Return the node that grows next: from the root down the best child by UCT, until one has room for another."""
-        while len(node.children) >= self._options.children:
-            weight, tries = self._options.exploration, math.log(node.visits)
-            node = max(node.children, key=lambda child: child.worth / child.visits + weight * math.sqrt(tries / child.visits))
-        return node
+    def _path(self, root: Node) -> list[Node]:
+        """Return the nodes that lead to the one that grows next: the best child by UCT, until one has room for another."""
+        path = [root]
+        while len(path[-1].children) >= self._options.children:
+            weight, tries = self._options.exploration, math.log(path[-1].visits)
+            path.append(max(path[-1].children, key=lambda x: x.worth / x.visits + weight * math.sqrt(tries / x.visits)))
+        return path
 
 
 def best_of(nodes: list[Node]) -> str:

@@ -6,7 +6,8 @@ stage, so there a policy asks as at its own first step, and the answer most agen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dmoa.core.aggregate import contributions
 from dmoa.errors import RequestError
 from dmoa.protocols import Policy, ended
-from dmoa.types import Activation, AgentReply, Fold, QueryState, StepPlan, StepRecord, Stop
+from dmoa.types import Activation, AgentReply, Fold, QueryState, StepPlan, StepRecord, Stop, StopReason
 from dmoa.validation import describe, did_you_mean
 
 
@@ -29,7 +30,7 @@ Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 Count = Annotated[int, Field(ge=1, le=64)]
 _SAMPLED = 0.7
 _ROLES = ("aggregator", "judge", "manager", "rater", "recruiter")
-"""Parameters that name one agent."""
+"""Parameters that name one agent; None: the first of `agents`. A policy has one of them at most."""
 
 
 class PolicyOptions(BaseModel):
@@ -79,6 +80,11 @@ class PolicyOptions(BaseModel):
         return (*self.agents, *(name for role in _ROLES if (name := getattr(self, role, None))))
 
     @property
+    def lead(self) -> str:
+        """Who has the role of its own, or comes first."""
+        return (*self.named[len(self.agents) :], *self.agents)[0]
+
+    @property
     def width(self) -> int:
         """Most agents that one step asks at once."""
         return len(self.agents)
@@ -106,21 +112,18 @@ class SampledOptions(PolicyOptions):
         """All samples are taken at once."""
         return self.k
 
-    @property
-    def agent(self) -> str:
-        """The agent that is sampled."""
-        return self.agents[0]
+
+class Wrapping:
+    """Base of policies around another one."""
+
+    _policy: Policy
+
+    def ended(self, state: QueryState) -> str:
+        """Return what the other policy makes of a query that is over."""
+        return ended(self._policy, state)
 
 
-class Optioned:
-    """Base of policies that keep their parameters."""
-
-    def __init__(self, context: Any) -> None:
-        """`context`: the `PolicyContext`."""
-        self._options = context.options
-
-
-class Staged:
+class Staged(Wrapping):
     """Any policy that knows no stages, over queries that have some too."""
 
     def __init__(self, policy: Policy) -> None:
@@ -130,10 +133,6 @@ class Staged:
     def name(self) -> str:
         """The policy's own name."""
         return self._policy.name
-
-    def ended(self, state: QueryState) -> str:
-        """Return what the policy itself makes of a query that is over."""
-        return ended(self._policy, state)
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return the policy's plan; at a stage the plan of its first step, whose agents see what the stage lets them see.
@@ -160,15 +159,19 @@ class Staged:
 
 def ask(agents: Iterable[str], **changes: Any) -> tuple[Activation, ...]:
     """Return activations that differ in their agent alone; an agent that comes again is a further sample of it."""
-    found: list[Activation] = []
+    found, samples = list[Activation](), Counter[str]()
     for agent in agents:
-        found.append(Activation(agent=agent, sample=sum(x.agent == agent for x in found), **changes))
+        found.append(Activation(agent=agent, sample=samples[agent], **changes))
+        samples[agent] += 1
     return tuple(found)
 
 
-def others(agents: Sequence[str], asked: str, **changes: Any) -> tuple[Activation, ...]:
-    """Return who stands in for an agent: all others, in their order, asked the same."""
-    return ask((name for name in agents if name != asked), **changes)
+def ask_one(
+    agents: Iterable[str], agent: str, *, fold: Fold = "pass", ends_with: StopReason | None = None, **changes: Any
+) -> StepPlan:
+    """Return a step of one agent; for it all others of `agents` stand in, in their order, asked the same."""
+    reserves = ask((name for name in agents if name != agent), **changes)
+    return StepPlan(activations=ask([agent], **changes), reserves=reserves, fold=fold, ends_with=ends_with)
 
 
 def said(step: StepRecord) -> tuple[AgentReply, ...]:

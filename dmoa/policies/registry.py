@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
@@ -80,19 +80,14 @@ POLICIES: Registry[PolicyEntry] = Registry(
         "dense": "dmoa.policies.baselines:DensePolicy",
         "random": "dmoa.policies.baselines:RandomPolicy",
         "selector": "dmoa.policies.baselines:build_selector",
-        **{name: f"dmoa.policies.voting:build_{name}" for name in ("cot", "self_consistency", "best_of_n")},
-        "majority_k": "dmoa.policies.voting:MajorityPolicy",
-        "moa": "dmoa.policies.layers:MoaPolicy",
-        "self_moa": "dmoa.policies.layers:SelfMoaPolicy",
-        "self_moa_seq": "dmoa.policies.layers:SelfMoaSeqPolicy",
-        "smoa": "dmoa.policies.layers:SmoaPolicy",
-        "fusion": "dmoa.policies.layers:FusionPolicy",
+        **{name: f"dmoa.policies.voting:{name}" for name in ("cot", "self_consistency", "best_of_n", "majority_k")},
+        **{name: f"dmoa.policies.layers:{name}" for name in ("moa", "self_moa", "self_moa_seq", "smoa", "fusion")},
         "exploring": "dmoa.policies.exploring:build_exploring",
         **{name: f"dmoa.policies.graphs:build_{name}" for name in ("chain", "tree", "star", "complete", "random_graph")},
-        "debate": "dmoa.policies.debate:DebatePolicy",
-        "refine": "dmoa.policies.debate:RefinePolicy",
+        "debate": "dmoa.policies.debate:debate",
+        "refine": "dmoa.policies.debate:refine",
         "group_chat": "dmoa.policies.debate:GroupChatPolicy",
-        "escalate": "dmoa.policies.adaptive:EscalatePolicy",
+        "escalate": "dmoa.policies.adaptive:escalate",
         "elastic": "dmoa.policies.adaptive:ElasticPolicy",
         "symbolic": "dmoa.policies.adaptive:SymbolicPolicy",
         "random_router": "dmoa.policies.routers:RandomRouter",
@@ -220,11 +215,41 @@ def policy(
     return enter
 
 
-def build_policy(name: str, context: PolicyContext) -> Policy:
-    """Return the policy called `name`, built for one query; never runs a file.
+Schedule = Callable[[Any, QueryState], StepPlan | Stop]
+"""What a policy of a set schedule is: its next step, by its parameters and the state."""
 
-    Raises RequestError for an unknown name, PluginError for a policy that is not dmoa's own and breaks its contract.
-    """
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A policy of a set schedule, for one query."""
+
+    name: str
+    options: PolicyOptions
+    schedule: Schedule
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Return what the schedule says."""
+        return self.schedule(self.options, state)
+
+
+def scheduled(
+    name: str, summary: str, *, options: type[PolicyOptions], cost: str, reads: str, first_step_only: bool = False
+) -> Callable[[Schedule], Callable[[PolicyContext], Policy]]:
+    """Enter a policy of a set schedule, with what its `PolicyEntry` says."""
+
+    def enter(schedule: Schedule) -> Callable[[PolicyContext], Policy]:
+        @policy(name, summary, options=options, cost=cost, reads=reads, first_step_only=first_step_only)
+        @wraps(schedule)
+        def build(context: PolicyContext) -> Policy:
+            return Scheduled(name, context.options, schedule)
+
+        return build
+
+    return enter
+
+
+def build_policy(name: str, context: PolicyContext) -> Policy:
+    """Return a policy, built for one query; never runs a file. Raises RequestError for an unknown name, and PluginError."""
     if name not in POLICIES:
         raise RequestError(
             f"policy: {name!r} is not known; expected one of {', '.join(POLICIES)}{did_you_mean(name, POLICIES)}",

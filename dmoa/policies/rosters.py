@@ -10,7 +10,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,10 +20,10 @@ from dmoa.config import Config
 from dmoa.core.aggregate import answer_key
 from dmoa.errors import NoAgentError, RequestError
 from dmoa.policies.dmoa import build_dmoa
-from dmoa.policies.options import Count, PolicyOptions, ask
+from dmoa.policies.options import Count, PolicyOptions, Wrapping, ask
 from dmoa.policies.registry import POLICIES, PolicyContext, built_from, policy
 from dmoa.policies.routers import judged_of
-from dmoa.protocols import Encoder, Policy, ended
+from dmoa.protocols import Encoder, Policy
 from dmoa.types import Activation, QueryState, StepPlan, Stop
 
 _SLACK = 1e-9
@@ -46,14 +46,6 @@ def inner_policy(context: PolicyContext, name: str, agents: tuple[str, ...] | No
     words = f"agents={'+'.join(agents or context.config.agent_names)}"
     options = entry.options_of(words, context.config) if entry.options else None
     return built_from(entry, replace(context, agent=None, options=options))
-
-
-class _Wrapping:
-    _inner: Policy
-
-    def ended(self, state: QueryState) -> str:
-        """Return what the inner policy makes of a query that is over."""
-        return ended(self._inner, state)
 
 
 class CapacityOptions(PolicyOptions):
@@ -80,7 +72,7 @@ class CapacityOptions(PolicyOptions):
     reads="inner_reads",
     first_step_only=True,
 )
-class CapacityPolicy(_Wrapping):
+class CapacityPolicy(Wrapping):
     """The capacity factor of mixtures of experts, over the newest calls instead of a batch (ours).
 
     An agent that is full yields to the first reserve with room; where none has room, it is asked all the same. Of an inner policy
@@ -91,12 +83,12 @@ class CapacityPolicy(_Wrapping):
 
     def __init__(self, context: PolicyContext) -> None:
         self._options: CapacityOptions = context.options
-        self._inner = inner_policy(context, self._options.inner, self._options.agents)
+        self._policy = inner_policy(context, self._options.inner, self._options.agents)
         self._newest: deque[str] = _kept(context, self.name, deque(maxlen=self._options.window))
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return the inner policy's plan, with agents in place of those that are full."""
-        plan = await self._inner.next_step(state)
+        plan = await self._policy.next_step(state)
         if isinstance(plan, Stop):
             return plan
         wanted, reserves = self._taking_part(plan)
@@ -149,11 +141,11 @@ class KnapsackOptions(PolicyOptions):
     def check_pool(self, config: Config) -> None:
         """Raise RequestError where a price is not known that a budget needs, or no agent of the pool fits the budgets."""
         bids = _bids(self, config)
-        unknown = [model for model, price, _ in bids if price is None]
+        unknown = [bid.model for bid in bids if bid.price is None]
         if self.price is not None and unknown:
             raise RequestError(f"policy: knapsack: price: llms.{unknown[0]}.price is not set; set it, or give a budget of gpus")
         most, space = (math.inf if limit is None else limit + _SLACK for limit in (self.price, self.gpus))
-        if all((price or 0.0) > most or gpus > space for _, price, gpus in bids):
+        if all((bid.price or 0.0) > most or bid.gpus > space for bid in bids):
             raise RequestError("policy: knapsack: no agent fits the budget; raise gpus or price")
 
 
@@ -165,7 +157,7 @@ class KnapsackOptions(PolicyOptions):
     reads="inner_reads at most",
     first_step_only=True,
 )
-class KnapsackPolicy(_Wrapping):
+class KnapsackPolicy(Wrapping):
     """Chooses for every query, by what the gate thinks of the agents, or once, by labels. Source: ours."""
 
     name = "knapsack"
@@ -180,10 +172,11 @@ class KnapsackPolicy(_Wrapping):
         """Choose the agents at the query's first step, or at each stage, and ask the inner policy."""
         if self._asked != state.query.text:
             options, worth = self._options, await self._worth(state)
-            chosen = self._chosen([worth[name] for name in options.agents])
-            self._inner = inner_policy(self._context, options.inner, tuple(options.agents[a] for a in chosen))
+            bids = _bids(options, self._context.config)
+            chosen = best_subset([worth[name] for name in options.agents], bids, options.price, options.gpus)
+            self._policy = inner_policy(self._context, options.inner, tuple(options.agents[a] for a in chosen))
             self._asked = state.query.text
-        return await self._inner.next_step(state)
+        return await self._policy.next_step(state)
 
     async def _worth(self, state: QueryState) -> dict[str, float]:
         if self._options.rewards is not None:
@@ -196,47 +189,37 @@ class KnapsackPolicy(_Wrapping):
             plan.decision.masked if plan.decision else (), 0.0
         )
 
-    def _chosen(self, worth: Sequence[float]) -> list[int]:
-        options, bids = self._options, _bids(self._options, self._context.config)
-        return best_subset(
-            worth,
-            price_A=[price or 0.0 for _, price, _ in bids],
-            model_A=[model for model, _, _ in bids],
-            gpus={model: gpus for model, _, gpus in bids},
-            most_price=options.price,
-            most_gpus=options.gpus,
-        )
+
+class Bid(NamedTuple):
+    """What an agent takes of the budgets."""
+
+    model: str
+    price: float | None
+    """None: not known, which is as good as nothing where no price is set as a budget."""
+    gpus: float
+    """Of its model, once for all agents on it."""
 
 
-def _bids(options: KnapsackOptions, config: Config) -> list[tuple[str, float | None, float]]:
-    """Return the model of each agent that takes part, its price, None where it is not known, and its GPUs."""
+def _bids(options: KnapsackOptions, config: Config) -> list[Bid]:
     model_of = {agent.name: agent.llm for agent in config.agents}
     prices = {name: llm.price.prompt_per_1m + llm.price.completion_per_1m for name, llm in config.llms.items() if llm.price}
-    return [(model, prices.get(model), config.llms[model].gpus) for model in map(model_of.__getitem__, options.agents)]
+    return [Bid(model, prices.get(model), config.llms[model].gpus) for model in map(model_of.__getitem__, options.agents)]
 
 
-def best_subset(
-    worth_A: Sequence[float],
-    *,
-    price_A: Sequence[float],
-    model_A: Sequence[str],
-    gpus: dict[str, float],
-    most_price: float | None,
-    most_gpus: float | None,
-) -> list[int]:
+def best_subset(worth_A: Sequence[float], bid_A: Sequence[Bid], most_price: float | None, most_gpus: float | None) -> list[int]:
     """Return the agents that are worth most together within the budgets, in order; of equal choices the cheaper one.
 
     Every subset is tried, of the `_MOST_SEARCHED` agents worth most of those that fit alone.
     """
     price, space = (math.inf if most is None else most + _SLACK for most in (most_price, most_gpus))
-    alone = [a for a, model in enumerate(model_A) if price_A[a] <= price and gpus[model] <= space]
+    alone = [a for a, bid in enumerate(bid_A) if (bid.price or 0.0) <= price and bid.gpus <= space]
     tried = sorted(sorted(alone, key=lambda a: -worth_A[a])[:_MOST_SEARCHED])
     bits_SA = (np.arange(1, 2 ** len(tried))[:, None] >> np.arange(len(tried))) & 1
-    price_S = bits_SA @ np.array([price_A[a] for a in tried])
-    gpus_S = sum(
-        (count * (bits_SA @ np.array([model_A[a] == model for a in tried]) > 0) for model, count in gpus.items()),
-        np.zeros(len(bits_SA)),
-    )
+    bids = [bid_A[a] for a in tried]
+    price_S = bits_SA @ np.array([bid.price or 0.0 for bid in bids])
+    gpus_S = np.zeros(len(bits_SA))
+    for model, gpus in {bid.model: bid.gpus for bid in bids}.items():
+        gpus_S += gpus * (bits_SA @ np.array([bid.model == model for bid in bids]) > 0)
     fits_S = (price_S <= price) & (gpus_S <= space)
     if not fits_S.any():
         return []

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -147,13 +147,8 @@ class BanditRouter(_Ranked):
         return [rng.betavariate(1 + sum(r), 1 + len(r) - sum(r)) for r in rewards]
 
 
-class Predictor(Protocol):
-    """What a router learnt."""
-
-    def __call__(self, query_D: FloatArray) -> Sequence[float]:
-        """Return the expected reward of each agent."""
-
-
+Predictor = Callable[[FloatArray], Sequence[float]]
+"""What a router learnt: the expected reward of each agent, for a query's embedding [D]."""
 Fitted = TypeVar("Fitted")
 _FITTED: WeakKeyDictionary[Encoder, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
 _FITTING: WeakKeyDictionary[Encoder, dict[tuple[object, ...], asyncio.Task[Any]]] = WeakKeyDictionary()
@@ -226,10 +221,7 @@ class KnnOptions(RouterOptions):
     options=KnnOptions,
 )
 class KnnRouter(_Learnt):
-    """Similarity is that of the sentence embeddings. Source: RouterBench, arXiv 2403.12031.
-
-    An agent's mean over all queries counts as one neighbour more (ours).
-    """
+    """Similarity of sentence embeddings (RouterBench, arXiv 2403.12031); an agent's mean over all is a neighbour more (ours)."""
 
     name = "knn_router"
 

@@ -4,74 +4,55 @@ from __future__ import annotations
 
 import random
 
-from dmoa.policies.options import Count, OneOptions, Optioned, PolicyOptions, SampledOptions, ask, others
-from dmoa.policies.registry import PolicyContext, policy
+from dmoa.policies.options import Count, OneOptions, PolicyOptions, SampledOptions, ask, ask_one
+from dmoa.policies.registry import scheduled
 from dmoa.types import Fold, QueryState, StepPlan, Stop
 
 STEP_BY_STEP = "Think step by step, then write the answer on a last line of its own."
 
 
-class OneStep:
-    """One plan, set beforehand; its answer ends the query."""
-
-    def __init__(self, name: str, plan: StepPlan) -> None:
-        self.name = name
-        self._plan = plan
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Return the plan, then stop."""
-        return Stop(reason="schedule") if state.steps else self._plan
-
-
-@policy(
+@scheduled(
     "cot",
     "One agent thinks step by step (chain of thought, arXiv 2205.11916).",
     options=OneOptions,
     cost="1",
     reads="0",
-    first_step_only=False,
 )
-def build_cot(context: PolicyContext) -> OneStep:
-    """Return the policy of the first agent, told to think aloud; the others stand in for it."""
-    options: OneOptions = context.options
-    first = options.agents[0]
-    plan = StepPlan(
-        activations=ask([first], instruction=STEP_BY_STEP),
-        reserves=others(options.agents, first, instruction=STEP_BY_STEP),
-        fold="pass",
-        ends_with="schedule",
-    )
-    return OneStep("cot", plan)
+def cot(options: OneOptions, state: QueryState) -> StepPlan | Stop:
+    """Ask the first agent, told to think aloud; the others stand in for it."""
+    if state.steps:
+        return Stop(reason="schedule")
+    return ask_one(options.agents, options.agents[0], ends_with="schedule", instruction=STEP_BY_STEP)
 
 
-@policy(
+@scheduled(
     "self_consistency",
     "One agent thinks step by step k times; the answer of most samples wins (arXiv 2203.11171).",
     options=SampledOptions,
     cost="k",
     reads="0",
-    first_step_only=False,
 )
-def build_self_consistency(context: PolicyContext) -> OneStep:
-    """Return the policy of k samples of the first agent. Of answers equally often given the surest wins (ours)."""
-    return OneStep("self_consistency", _samples(context.options, "vote"))
+def self_consistency(options: SampledOptions, state: QueryState) -> StepPlan | Stop:
+    """Take k samples of the first agent. Of answers equally often given the surest wins (ours)."""
+    return _samples(options, state, "vote")
 
 
-@policy(
+@scheduled(
     "best_of_n",
     "One agent thinks step by step k times; its surest sample wins: best of n without a reward model.",
     options=SampledOptions,
     cost="k",
     reads="0",
-    first_step_only=False,
 )
-def build_best_of_n(context: PolicyContext) -> OneStep:
-    """Return the policy of k samples of the first agent, of which the lowest mean entropy wins (after arXiv 2502.18581)."""
-    return OneStep("best_of_n", _samples(context.options, "surest"))
+def best_of_n(options: SampledOptions, state: QueryState) -> StepPlan | Stop:
+    """Take k samples of the first agent, of which the lowest mean entropy wins (after arXiv 2502.18581)."""
+    return _samples(options, state, "surest")
 
 
-def _samples(options: SampledOptions, fold: Fold) -> StepPlan:
-    samples = ask([options.agent] * options.k, instruction=STEP_BY_STEP, temperature=options.temperature)
+def _samples(options: SampledOptions, state: QueryState, fold: Fold) -> StepPlan | Stop:
+    if state.steps:
+        return Stop(reason="schedule")
+    samples = ask([options.lead] * options.k, instruction=STEP_BY_STEP, temperature=options.temperature)
     return StepPlan(activations=samples, fold=fold, ends_with="schedule")
 
 
@@ -89,7 +70,7 @@ class MajorityOptions(PolicyOptions):
         return min(self.k, len(self.agents))
 
 
-@policy(
+@scheduled(
     "majority_k",
     "k agents answer alone; the answer of most wins.",
     options=MajorityOptions,
@@ -97,18 +78,12 @@ class MajorityOptions(PolicyOptions):
     reads="0",
     first_step_only=True,
 )
-class MajorityPolicy(Optioned):
-    """A vote of k agents; of answers equally often given the surest agent's wins (ours)."""
-
-    name = "majority_k"
-    _options: MajorityOptions
-
-    async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Ask the voters; the others stand in for lost ones."""
-        if state.steps:
-            return Stop(reason="schedule")
-        order = list(self._options.agents)
-        if self._options.drawn:
-            random.Random(f"{state.query.trace_id}/0").shuffle(order)  # noqa: S311 -- a baseline, not a secret
-        asked, k = ask(order), self._options.width
-        return StepPlan(activations=asked[:k], reserves=asked[k:], fold="vote", ends_with="schedule")
+def majority_k(options: MajorityOptions, state: QueryState) -> StepPlan | Stop:
+    """Ask the voters; the others stand in for lost ones, and of answers equally often given the surest agent's wins (ours)."""
+    if state.steps:
+        return Stop(reason="schedule")
+    order = list(options.agents)
+    if options.drawn:
+        random.Random(f"{state.query.trace_id}/0").shuffle(order)  # noqa: S311 -- a baseline, not a secret
+    asked, k = ask(order), options.width
+    return StepPlan(activations=asked[:k], reserves=asked[k:], fold="vote", ends_with="schedule")

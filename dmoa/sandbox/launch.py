@@ -69,7 +69,6 @@ class Pipes:
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         os.write(token_write, self.token)
         os.close(token_write)
-        self.passed = (report, claim, token_read)
         self.ends = {"report_fd": report, "claim_fd": claim, "token_fd": token_read}
         stack.callback(self.close_theirs)
 
@@ -117,7 +116,7 @@ def start(job: dict[str, Any], stdin: str, limits: SandboxLimits, at: Level, sta
         stdin=typed,
         stdout=pipes.theirs_out,
         stderr=pipes.theirs_err,
-        pass_fds=(payload, *pipes.passed, *([more["checker_fd"]] if more else [])),
+        pass_fds=(payload, *pipes.ends.values(), *([more["checker_fd"]] if more else [])),
         env=environment,
         cwd="/",
         start_new_session=True,
@@ -207,9 +206,8 @@ def _open_files(memory_bytes: int, processes: int) -> int:
         buffer_bytes = int(Path(_SOCKET_BYTES).read_text(encoding="ascii"))
     except (OSError, ValueError):
         buffer_bytes = 212992  # the kernel's own default
-    return max(
-        _FEWEST_FILES, min(_MOST_FILES, memory_bytes // (2 * processes * buffer_bytes))
-    )  # with the kernel's own headers, twice
+    most = memory_bytes // (2 * processes * buffer_bytes)  # with the kernel's own headers, twice
+    return max(_FEWEST_FILES, min(_MOST_FILES, most))
 
 
 def _throw_away_uid() -> int:

@@ -154,15 +154,12 @@ def _memory(pids: list[int], file: str, fields: tuple[str, ...]) -> int:
 
 
 def _folder_use(folder: str, most_files: int) -> tuple[int, int]:
-    """Return the number of entries below a folder and their bytes on disk.
-
-    Counts up to just over `most_files`; nesting beyond 50 levels, where paths grow too long to look, is above that too.
-    """
+    """Return the number of entries below a folder, up to just over `most_files`, and their bytes on disk."""
     num_files = size = 0
     open_folders = [(folder, 0)]
     while open_folders and num_files <= most_files:
         path, depth = open_folders.pop()
-        if depth > _MAX_DEPTH:
+        if depth > _MAX_DEPTH:  # where paths grow too long to look
             return most_files + 1, size
         with contextlib.suppress(OSError), os.scandir(path) as entries:
             for entry in entries:

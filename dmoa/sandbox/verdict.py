@@ -437,10 +437,7 @@ def _receive(read: Callable[[int, int], bytes], fd: int) -> bytes:
 
 
 def _encode(value: Any, callables: list[Callable[..., object]] | None) -> object:
-    """Return a value in JSON: itself where JSON has it, else [kind, content]. Raises TypeError for what cannot be carried.
-
-    A value of a class of somebody's own that extends a built-in one is carried as what it holds.
-    """
+    """Return a value in JSON, itself or [kind, content]; of classes that extend a built-in what they hold. Raises TypeError."""
     if value is None or value is True or value is False:
         return value
     base = next((kind for kind in _BASES if isinstance(value, kind)), None)

@@ -15,8 +15,17 @@ from ray.serve.llm import LLMConfig, LLMServer
 
 from dmoa.config import AgentConfig, Config, LlmConfig
 from dmoa.engine_options import VllmOptions
-from dmoa.engines.vllm.local import check_adapters, check_parser, engine_over, keep_usage_private
-from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
+from dmoa.engines.vllm.start import (
+    check_adapters,
+    check_parser,
+    cpu_environment,
+    engine_args,
+    engine_over,
+    keep_usage_private,
+    local_source,
+    remote_source,
+    vllm_options,
+)
 from dmoa.serving.agent_replica import AgentCalls, hosted_agents
 
 

@@ -20,7 +20,7 @@ from dmoa.config import LlmConfig
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import resolve_adapter, resolve_model
 from dmoa.engines.transformers.engine import TransformersEngine
-from dmoa.engines.vllm.local import start_vllm
+from dmoa.engines.vllm.start import start_vllm
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 

@@ -16,7 +16,7 @@ import pytest
 from dmoa.agents.pool import check_corpus
 from dmoa.agents.tools import Bm25Corpus
 from dmoa.config import Config
-from dmoa.engines.model_files import fault_of_folder
+from dmoa.engines.models import fault_of_folder
 from dmoa.engines.recorded import ReplyIndex
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation.records import Answered, RunInfo

@@ -16,7 +16,7 @@ from vllm.reasoning.deepseek_r1_reasoning_parser import DeepSeekR1ReasoningParse
 from dmoa.engine_options import VllmOptions
 from dmoa.engines.chat_template import encode_chat
 from dmoa.engines.vllm.engine import Listed, VllmEngine
-from dmoa.engines.vllm.local import check_parser
+from dmoa.engines.vllm.start import check_parser
 from dmoa.engines.vllm.thoughts import HARMONY, ReasoningFormat, ReplyText, parser_class
 from dmoa.errors import ConfigError
 from dmoa.types import EntropySum, Generation, GenerationRequest, Message, Sampling, TextDelta

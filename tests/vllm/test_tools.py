@@ -12,7 +12,7 @@ import pytest
 from dmoa.engine_options import VllmOptions
 from dmoa.engines.chat_template import encode_chat
 from dmoa.engines.vllm.engine import Listed, VllmEngine
-from dmoa.engines.vllm.local import check_parser
+from dmoa.engines.vllm.start import check_parser
 from dmoa.engines.vllm.tools import ToolFormat, tool_parser_class
 from dmoa.errors import ConfigError
 from dmoa.types import FinalCall, Generation, GenerationRequest, Message, Sampling, TextDelta, ToolCall

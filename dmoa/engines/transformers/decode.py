@@ -6,7 +6,6 @@ B sequences that decode together, V vocabulary, N the sampling ones among them, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from dmoa.core.entropy import NOT_FINITE, token_entropy
 from dmoa.core.entropy_scope import scoped_entropy, unscoped
 from dmoa.core.reasoning import ReasoningSplitter
+from dmoa.engines.chat_template import seed_of
 from dmoa.engines.transformers.kv_cache import KvRows, PrefixStore, StoredPrefix, TokenArray, common_prefix
 from dmoa.engines.transformers.load import LoadedModel
 from dmoa.engines.transformers.lora import Adapters
@@ -59,13 +59,10 @@ class Draw:
     __slots__ = ("_generator", "temperature", "top_p")
 
     def __init__(self, sampling: Sampling, call_id: str) -> None:
-        """Seed the stream by `sampling.seed`, or by the call's id where there is none."""
+        """Seed the stream by `seed_of`."""
         self.temperature = sampling.temperature
         self.top_p = sampling.top_p
-        seed = sampling.seed
-        if seed is None:
-            seed = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "little")
-        self._generator = torch.Generator().manual_seed(seed % 2**63)
+        self._generator = torch.Generator().manual_seed(seed_of(sampling, call_id))
 
     def uniform(self) -> float:
         """Return the next number of the stream, in [0, 1)."""
@@ -124,10 +121,7 @@ def nucleus(probability_NV: Tensor, top_p_N: Tensor) -> Tensor:
 
 
 def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Invert the cumulative distribution of every row at `uniform_N`.
-
-    In vocabulary order, so that a rounding difference of two nearly equal probabilities cannot swap them.
-    """
+    """Invert every row's cumulative distribution at `uniform_N`, in vocabulary order: rounding swaps no near ones."""
     cumulative_NV = weight_NV.double().cumsum(dim=-1)
     total_N = cumulative_NV[:, -1]
     # Below the total even after rounding, so that the token found has a probability above 0.
@@ -138,7 +132,7 @@ def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
 class TextStream:
     """Decodes one reply token by token, and finds the stop text that ends it."""
 
-    __slots__ = ("_decoder", "_ends", "_keeps_special", "_sent", "_stop", "_text", "_tokenizer", "_tokens", "stopped")
+    __slots__ = ("_decoder", "_ends", "_keeps_special", "_longest", "_sent", "_stop", "_tokenizer", "_tokens", "stopped", "text")
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, keeps_special: bool = False) -> None:
         """`tokenizer` is a `tokenizers.Tokenizer`; empty stop texts are ignored. `keeps_special`: special tokens are text."""
@@ -146,22 +140,19 @@ class TextStream:
         self._keeps_special = keeps_special
         self._decoder = DecodeStream(skip_special_tokens=not keeps_special)
         self._stop = tuple(text for text in stop if text)
+        self._longest = max(map(len, self._stop), default=1)
         self._tokens: list[int] = []
-        self._text = ""
+        self.text = ""
+        """All text so far, without the stop text and without a character whose bytes are not complete."""
         self._ends: list[int] = []
         """Where in the text each token ends; tokens amid a character end where the one before does."""
         self._sent = 0
         self.stopped = False
         """Whether a stop text was met; the text ends before it."""
 
-    @property
-    def text(self) -> str:
-        """All text so far, without the stop text and without a character whose bytes are not complete."""
-        return self._text
-
     def pieces(self, tokens: int) -> list[str]:
         """Return the text of each of so many tokens, as the whole text has it; of a stop token it is empty."""
-        found = [self._text[start:end] for start, end in pairwise((0, *self._ends))]
+        found = [self.text[start:end] for start, end in pairwise((0, *self._ends))]
         return found + [""] * (tokens - len(found))
 
     def push(self, token: int) -> str:
@@ -170,7 +161,7 @@ class TextStream:
         piece = self._decoded(token)
         if piece:
             self._extend(piece)
-        self._ends.append(len(self._text))
+        self._ends.append(len(self.text))
         return self._release(0 if self.stopped else self._held())
 
     def finish(self) -> str:
@@ -178,8 +169,8 @@ class TextStream:
         if not self.stopped:
             # The decoder holds back everything of a token that ends amid a character, its whole characters too.
             whole = self._tokenizer.decode(self._tokens, skip_special_tokens=not self._keeps_special).rstrip(_BROKEN)
-            if whole.startswith(self._text):
-                self._extend(whole[len(self._text) :])
+            if whole.startswith(self.text):
+                self._extend(whole[len(self.text) :])
         return self._release(0)
 
     def _decoded(self, token: int) -> str:
@@ -195,25 +186,23 @@ class TextStream:
             return str(after[len(before) :]) if after.startswith(before) else ""
 
     def _extend(self, piece: str) -> None:
-        longest = max(map(len, self._stop), default=1)
-        start = max(0, len(self._text) - longest + 1)
-        self._text += piece
-        found = [at for at in (self._text.find(stop, start) for stop in self._stop) if at >= 0]
+        start = max(0, len(self.text) - self._longest + 1)
+        self.text += piece
+        found = [at for at in (self.text.find(stop, start) for stop in self._stop) if at >= 0]
         if found:
-            self._text = self._text[: min(found)]
+            self.text = self.text[: min(found)]
             self.stopped = True
 
     def _held(self) -> int:
         """Return how many characters at the end could be the beginning of a stop text."""
-        longest = max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(self._text)), 0, -1):
-            if any(stop.startswith(self._text[-size:]) for stop in self._stop):
+        for size in range(min(self._longest - 1, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
                 return size
         return 0
 
     def _release(self, held: int) -> str:
-        end = max(self._sent, len(self._text) - held)
-        fresh = self._text[self._sent : end]
+        end = max(self._sent, len(self.text) - held)
+        fresh = self.text[self._sent : end]
         self._sent = end
         return fresh
 
@@ -374,6 +363,12 @@ class DecodeLoop:
         """Forget the beginnings of recent prompts."""
         self._prefixes.clear()
 
+    def close(self) -> None:
+        """Give all memory back, the model's too."""
+        self.clear()
+        self.release_prefixes()
+        del self._loaded
+
     def step(self) -> None:
         """Do one round: end what is late, admit what fits, decode one token for every row."""
         self._end_late()
@@ -391,11 +386,7 @@ class DecodeLoop:
             sequence.end()
 
     def _next_group(self) -> tuple[list[Running], list[int]]:
-        """Take waiting sequences for one prefill; return them with how many of their tokens are reused.
-
-        The oldest always goes. Others join, those of most similar length first, while padding stays small and unless they
-        could reuse the prompt of one that is in the group already: they follow in the next. Rows of an adapter lie together.
-        """
+        """Take waiting sequences for one prefill, the oldest first; return them with how many of their tokens are reused."""
         group: list[Running] = []
         starts: list[int] = []
         oldest = len(self._waiting[0].tokens)
@@ -403,12 +394,13 @@ class DecodeLoop:
             if len(self._rows) + len(group) >= self._max_rows:
                 break
             start = self._reusable(sequence) if self._has_prefix_cache else 0
+            # Who could reuse the prompt of one in the group follows in the next.
             if group and (self._would_share(sequence, start, group) or not _fits(sequence, start, group, starts)):
                 continue
             group.append(sequence)
             starts.append(start)
             self._waiting.remove(sequence)
-        order = sorted(range(len(group)), key=lambda row: group[row].adapter or "")
+        order = sorted(range(len(group)), key=lambda row: group[row].adapter or "")  # rows of an adapter lie together
         return [group[row] for row in order], [starts[row] for row in order]
 
     def _would_share(self, sequence: Running, start: int, group: Sequence[Running]) -> bool:

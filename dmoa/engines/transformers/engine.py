@@ -10,47 +10,37 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from dmoa.core.reasoning import ReasoningSplitter
 from dmoa.engine_options import TransformersOptions
-from dmoa.engines.adapter_files import check_adapter
 from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply
 from dmoa.engines.models import HubModel
 from dmoa.engines.thoughts import has_special_marks
-from dmoa.engines.transformers.decode import DecodeLoop, LoopTimes, Running, TextStream, draw_for
+from dmoa.engines.transformers.decode import DecodeLoop, Running, TextStream, draw_for
 from dmoa.engines.transformers.load import give_back, load_model, use_threads
 from dmoa.engines.transformers.lora import Adapters
 from dmoa.errors import EngineError
-from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
+from dmoa.types import Generation, GenerationRequest, TextDelta
 
 IDLE_S = (1.0, 30.0)
 """Idle seconds after which an engine gives back the memory of its rows, and further ones after which that of recent prompts:
 a conversation goes on with what it said before."""
 _Item = TextDelta | Generation | EngineError
-_PLAIN = Sampling()
-
-
-@dataclass(slots=True, eq=False)
-class _Listener:
-    """Who waits for a sequence, and on which event loop."""
-
-    loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
 
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
-    """A request on its way through the engine's thread."""
+    """A request on its way through the engine's thread, and what its event loop is told."""
 
     sequence: Running
-    listener: _Listener
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
 
 
 class TransformersEngine:
@@ -76,53 +66,32 @@ class TransformersEngine:
         self._options = options or TransformersOptions()
         self._name = model_label or str(model)
         folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
-        for name, folder in folders.items():
-            base = model if isinstance(model, Path) and (model / "config.json").is_file() else None
-            check_adapter(f"adapters.{name}", folder, base=base, engine="transformers")
         loaded = load_model(model, self._options, has_adapters=bool(folders), gpu=gpu)
-        self._label = loaded.label
+        self.label = loaded.label
         self._max_model_len = loaded.max_model_len
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
         self._keeps_special = has_special_marks(loaded.tokenizer.backend_tokenizer)
         self._adapters = Adapters(loaded.model, folders)
-        self._loop: DecodeLoop | None = DecodeLoop(
-            loaded, self._adapters, max_rows=max_num_seqs, has_prefix_cache=self._options.prefix_cache
-        )
-        self._times = self._loop.times
+        self._loop = DecodeLoop(loaded, self._adapters, max_rows=max_num_seqs, has_prefix_cache=self._options.prefix_cache)
+        self.times = self._loop.times
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: set[_Ticket] = set()
-        self._outbox: dict[_Listener, list[_Item]] = {}
+        self._outbox: dict[_Ticket, list[_Item]] = {}
         self._is_closed = False
         self._idle_s = idle_s
         self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
         self._thread.start()
 
     @property
-    def label(self) -> str:
-        """Engine and the options that may change numbers, such as `transformers/float32`."""
-        return self._label
-
-    @property
-    def times(self) -> LoopTimes:
-        """Where the engine's time went since it started."""
-        return self._times
-
-    @property
     def num_running(self) -> int:
         """Places of the batch in use at this moment."""
-        loop = self._loop
-        return loop.num_running if loop is not None else 0
+        return self._loop.num_running
 
     @property
     def held_bytes(self) -> int:
         """Memory of keys and values at this moment, of running and of recent requests."""
-        loop = self._loop
-        return loop.held_bytes if loop is not None else 0
-
-    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """Return the length of a conversation's prompt in tokens."""
-        return len(self._encode(messages))
+        return self._loop.held_bytes
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Cancelling frees its place within two token steps. Raises EngineError."""
@@ -148,7 +117,7 @@ class TransformersEngine:
         is_ended = False
         try:
             while not is_ended:
-                item = await ticket.listener.items.get()
+                item = await ticket.items.get()
                 is_ended = not isinstance(item, TextDelta)
                 if isinstance(item, EngineError):
                     raise item
@@ -162,7 +131,7 @@ class TransformersEngine:
         if self._is_closed:
             raise EngineError(f"{self._name}: the engine is closed; start it again")
         self._adapters.check(request.adapter)
-        tokens = self._encode(request.messages, request.sampling)
+        tokens = encode_chat(self._tokenizer, request.messages, model=self._name, settings=request.sampling.template)
         if not tokens:  # its forward would fail, and take all that runs beside it along
             raise EngineError(
                 f"{self._name}: the prompt has no tokens; ask something, or use a chat template with marks of its own"
@@ -170,7 +139,6 @@ class TransformersEngine:
         is_opened, opening = opened_thought(self._tokenizer, tokens, request.messages)
         room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         sampling = request.sampling
-        listener = _Listener(asyncio.get_running_loop())
         sequence = Running(
             tokens=np.array(tokens, dtype=np.int64),
             adapter=request.adapter,
@@ -179,17 +147,14 @@ class TransformersEngine:
             text=TextStream(self._tokenizer.backend_tokenizer, sampling.stop, keeps_special=self._keeps_special),
             deadline_unix_s=request.deadline_unix_s,
             accepted_s=accepted_s,
-            on_text=(lambda delta: self._post(listener, delta)) if has_text else (lambda delta: None),
+            on_text=(lambda delta: self._post(ticket, delta)) if has_text else (lambda delta: None),
             splitter=ReasoningSplitter(is_opened=is_opened),
             opening=opening,
             on_done=lambda result: self._finish(ticket, result),
             outputs=[],
         )
-        ticket = _Ticket(sequence, listener)
+        ticket = _Ticket(sequence, asyncio.get_running_loop())
         return ticket
-
-    def _encode(self, messages: Sequence[Message], sampling: Sampling = _PLAIN) -> list[int]:
-        return encode_chat(self._tokenizer, messages, model=self._name, settings=sampling.template)
 
     # The rest runs in the engine's thread.
 
@@ -201,7 +166,6 @@ class TransformersEngine:
                 try:
                     is_open = self._take_inbox()
                     if is_open:
-                        assert self._loop is not None
                         self._loop.step()
                 except Exception as error:  # kept in what every request in flight raises; the engine goes on
                     self._fail_all(error)
@@ -212,11 +176,10 @@ class TransformersEngine:
                 message()
         self._fail_all(EngineError("the engine was closed"))
         self._flush()
-        self._loop = None
+        self._loop.close()
 
     def _take_inbox(self) -> bool:
         """Handle what has arrived, waiting for it where nothing runs; return False once the engine is to stop."""
-        assert self._loop is not None
         while True:
             try:
                 message = self._wait() if self._loop.is_idle else self._inbox.get_nowait()
@@ -228,7 +191,6 @@ class TransformersEngine:
 
     def _wait(self) -> Callable[[], None] | None:
         """Return what arrives next, however long it takes; memory that nobody needs meanwhile is given back."""
-        assert self._loop is not None
         for wait_s, release in zip(self._idle_s, (self._loop.release_rows, self._loop.release_prefixes), strict=True):
             if not self._loop.held_bytes:
                 break
@@ -240,45 +202,41 @@ class TransformersEngine:
         return self._inbox.get()
 
     def _admit(self, ticket: _Ticket) -> None:
-        assert self._loop is not None
         self._tickets.add(ticket)
         self._loop.submit(ticket.sequence)
 
     def _drop(self, ticket: _Ticket) -> None:
-        assert self._loop is not None
         self._tickets.discard(ticket)
         self._loop.cancel(ticket.sequence)
 
     def _finish(self, ticket: _Ticket, result: Generation | EngineError) -> None:
         self._tickets.discard(ticket)
-        self._post(ticket.listener, EngineError(f"{self._name}: {result}") if isinstance(result, EngineError) else result)
+        self._post(ticket, EngineError(f"{self._name}: {result}") if isinstance(result, EngineError) else result)
 
     def _fail_all(self, error: Exception) -> None:
-        assert self._loop is not None
         self._loop.clear()
         for ticket in self._tickets:
-            self._post(ticket.listener, EngineError(f"{self._name}: {type(error).__name__}: {error}"))
+            self._post(ticket, EngineError(f"{self._name}: {type(error).__name__}: {error}"))
         self._tickets.clear()
 
-    def _post(self, listener: _Listener, item: _Item) -> None:
-        self._outbox.setdefault(listener, []).append(item)
+    def _post(self, ticket: _Ticket, item: _Item) -> None:
+        self._outbox.setdefault(ticket, []).append(item)
 
     def _flush(self) -> None:
         """Hand over what a step produced, one wake-up per event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, list[_Item]]]] = {}
-        for listener, items in self._outbox.items():
-            by_loop.setdefault(listener.loop, []).append((listener, items))
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, list[_Item]]]] = {}
+        for ticket, items in self._outbox.items():
+            by_loop.setdefault(ticket.loop, []).append((ticket, items))
         self._outbox = {}
         for loop, parcels in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_deliver, parcels)
             except RuntimeError:  # its event loop is closed: nobody waits any more
-                gone = {listener for listener, _ in parcels}
-                for ticket in [ticket for ticket in self._tickets if ticket.listener in gone]:
+                for ticket, _ in parcels:
                     self._drop(ticket)
 
 
-def _deliver(parcels: list[tuple[_Listener, list[Any]]]) -> None:
-    for listener, items in parcels:
+def _deliver(parcels: list[tuple[_Ticket, list[_Item]]]) -> None:
+    for ticket, items in parcels:
         for item in items:
-            listener.items.put_nowait(item)
+            ticket.items.put_nowait(item)

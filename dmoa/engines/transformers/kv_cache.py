@@ -8,7 +8,6 @@ every layer).
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,7 +146,7 @@ def common_prefix(a: TokenArray, b: TokenArray, at_least: int = 1) -> int:
     return shared if shared >= at_least else 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StoredPrefix:
     """Keys and values of the tokens of one recent prompt."""
 
@@ -166,51 +165,41 @@ class PrefixStore:
     def __init__(self, max_bytes: int, min_tokens: int) -> None:
         self._max_bytes = max_bytes
         self._min_tokens = min_tokens
-        self._entries: OrderedDict[int, StoredPrefix] = OrderedDict()
-        self._next = 0
-        self._bytes = 0
+        self._entries: list[StoredPrefix] = []
+        """The least recently used one first."""
 
     @property
     def nbytes(self) -> int:
         """Memory of all stored prompts."""
-        return self._bytes
+        return sum(entry.kv_NTE.nbytes for entry in self._entries)
 
     def find(self, adapter: str | None, tokens: TokenArray) -> tuple[StoredPrefix | None, int]:
         """Return the stored prompt that shares the longest beginning with `tokens`, and that length."""
-        best, shared = -1, 0
-        for key, entry in self._entries.items():
+        best, shared = None, 0
+        for entry in self._entries:
             length = common_prefix(entry.tokens, tokens, shared + 1) if entry.adapter == adapter else 0
             if length:
-                best, shared = key, length
-        if best < 0:
-            return None, 0
-        self._entries.move_to_end(best)
-        return self._entries[best], shared
+                best, shared = entry, length
+        if best is not None:
+            self._entries.remove(best)
+            self._entries.append(best)
+        return best, shared
 
     def wants(self, adapter: str | None, tokens: TokenArray) -> bool:
         """Return whether a prompt is worth storing."""
         return len(tokens) - self.find(adapter, tokens)[1] >= self._min_tokens
 
     def put(self, entry: StoredPrefix) -> None:
-        """Store one prompt, dropping stored ones that it extends and the least recently used ones beyond the limit.
-
-        One that is larger than the limit by itself is not stored, and nothing goes for it.
-        """
+        """Store a prompt that fits by itself; those that it extends go, and the least recently used ones beyond the limit."""
         if entry.kv_NTE.nbytes > self._max_bytes:
             return
-        for key, old in list(self._entries.items()):
+        for old in self._entries[:]:
             if old.adapter == entry.adapter and common_prefix(old.tokens, entry.tokens, len(old.tokens)):
-                self._drop(key)
-        self._entries[self._next] = entry
-        self._next += 1
-        self._bytes += entry.kv_NTE.nbytes
-        while self._bytes > self._max_bytes:
-            self._drop(next(iter(self._entries)))
+                self._entries.remove(old)
+        self._entries.append(entry)
+        while self.nbytes > self._max_bytes:
+            del self._entries[0]
 
     def clear(self) -> None:
         """Forget every prompt."""
         self._entries.clear()
-        self._bytes = 0
-
-    def _drop(self, key: int) -> None:
-        self._bytes -= self._entries.pop(key).kv_NTE.nbytes

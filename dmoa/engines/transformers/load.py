@@ -58,10 +58,7 @@ class LoadedModel:
 def load_model(
     source: Path | HubModel, options: TransformersOptions, *, has_adapters: bool, gpu: int | None = None
 ) -> LoadedModel:
-    """Load tokenizer and weights of a folder, or of a repository on the hub; `gpu`: which one, where it runs on one.
-
-    Blocks for seconds; raises ConfigError for what cannot run as the options say.
-    """
+    """Load a folder or a hub's repository, on GPU number `gpu` if any. Blocks; raises ConfigError for what cannot run so."""
     device = device_of(options, gpu)
     _check(options, device, has_adapters)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
@@ -96,13 +93,8 @@ def load_model(
         num_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         max_model_len=_max_model_len(name, config, options),
-        label=label_of(options),
+        label=f"transformers/{options.dtype}{'+compile' if options.compile else ''}",
     )
-
-
-def label_of(options: TransformersOptions) -> str:
-    """Return the engine's label: dtype and what else may change numbers."""
-    return f"transformers/{options.dtype}{'+compile' if options.compile else ''}"
 
 
 def use_threads(options: TransformersOptions) -> None:

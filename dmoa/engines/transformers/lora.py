@@ -23,10 +23,7 @@ from dmoa.errors import EngineError
 
 
 class Layout:
-    """Which columns of M belong to which adapter, and which of them the rows of the next forward use.
-
-    Layers whose adapters have the same ranks share one.
-    """
+    """Which columns of M belong to which adapter, and which the next forward's rows use; layers of equal ranks share one."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         """`ranks` holds every adapter's rank in these layers, 0 where it leaves them alone."""
@@ -95,11 +92,6 @@ class Adapters:
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._device: torch.device = model.device
         self._load(model, found)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the adapters, in the order of loading."""
-        return tuple(self._numbers)
 
     def check(self, adapter: str | None) -> None:
         """Raise EngineError for an adapter that is not loaded."""

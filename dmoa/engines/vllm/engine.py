@@ -7,7 +7,6 @@ vLLM (`engines/vllm/entropy`), or lie between bounds, from the log-probabilities
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from dmoa.answer_form import NEVER_NATS, FinalCall
 from dmoa.core.entropy import NOT_FINITE
 from dmoa.core.truncated_entropy import listed_entropy
-from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply
+from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply, seed_of
 from dmoa.engines.thoughts import cuts_of
 from dmoa.engines.vllm.entropy import KEY
 from dmoa.engines.vllm.entropy_store import RequestSums, Wanted
@@ -52,10 +51,7 @@ class EntropyTaker:
         self._running: asyncio.Task[None] | None = None
 
     async def take(self, key: str, tokens: int, cuts: Sequence[int] = ()) -> RequestSums | None:
-        """Return a call's sums over its first tokens, None where the workers know nothing of it.
-
-        `cuts`: the tokens at which thoughts begin and end in turn.
-        """
+        """Return a call's sums over its first tokens, None: not known. `cuts`: tokens at which thoughts begin and end in turn."""
         return await self._ask(key, tokens, *cuts)
 
     def forget(self, key: str) -> None:
@@ -81,7 +77,9 @@ class EntropyTaker:
                 due, self._due = self._due, {}
                 try:
                     wanted = [item for item, _ in due.values()]
-                    found = _merged(await self._client.collective_rpc("take_entropies", args=(wanted,)))
+                    answers = await self._client.collective_rpc("take_entropies", args=(wanted,))
+                    # All of a tensor-parallel group know the same, other pipeline stages nothing.
+                    found = {key: RequestSums(*values) for answer in answers for key, values in answer.items()}
                 except Exception as error:  # every call that waits for its sums is told
                     for _, future in due.values():
                         if not future.done():
@@ -92,11 +90,6 @@ class EntropyTaker:
                         future.set_result(found.get(key))
         finally:
             self._running = None
-
-
-def _merged(answers: list[Mapping[str, Any]]) -> dict[str, RequestSums]:
-    """Put the workers' answers together: all of a tensor-parallel group know the same, other pipeline stages nothing."""
-    return {key: RequestSums(*values) for answer in answers for key, values in answer.items()}
 
 
 class VllmEngine:
@@ -123,7 +116,7 @@ class VllmEngine:
         self._client = client
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
-        self._label = label
+        self.label = label
         self._name = model_label
         self._listed = listed
         self._loras = {
@@ -133,11 +126,6 @@ class VllmEngine:
         self._tool_format = ToolFormat(tokenizer, tool_parser)
         self._taker = EntropyTaker(client)
         self._numbers = count()
-
-    @property
-    def label(self) -> str:
-        """Engine and the options that may change numbers, such as `vllm/float32`."""
-        return self._label
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation; cancelling aborts it in vLLM. Raises EngineError."""
@@ -369,9 +357,6 @@ async def _until(outputs: AsyncIterator[Any], deadline_unix_s: float | None) -> 
 
 
 def _params(sampling: Sampling, call_id: str, room: int) -> SamplingParams:
-    seed = sampling.seed
-    if seed is None:
-        seed = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "little")
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -380,6 +365,6 @@ def _params(sampling: Sampling, call_id: str, room: int) -> SamplingParams:
         repetition_penalty=sampling.repetition_penalty or 1.0,
         max_tokens=max(1, min(sampling.max_tokens, room)),
         stop=list(sampling.stop) or None,
-        seed=None if sampling.temperature == 0.0 else seed % 2**63,
+        seed=None if sampling.temperature == 0.0 else seed_of(sampling, call_id),
         output_kind=RequestOutputKind.DELTA,
     )

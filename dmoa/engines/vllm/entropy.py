@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
@@ -40,7 +39,7 @@ class EntropyProcessor(LogitsProcessor):
         for index in batch_update.removed:
             self.store.remove(index)
         for index, params, _, outputs in batch_update.added:
-            self.store.add(index, key_of(params), outputs)
+            self.store.add(index, (params.extra_args or {}).get(KEY), outputs)
         for source, target, direction in batch_update.moved:
             self.store.move(source, target, swaps=direction == MoveDirectionality.SWAP)
 
@@ -48,12 +47,6 @@ class EntropyProcessor(LogitsProcessor):
         """Keep the entropies of [B, V] and return the logits as they are."""
         self.store.write(logits)
         return logits
-
-
-def key_of(params: SamplingParams) -> str | None:
-    """Return the key that a call was given, None for a call without one."""
-    key = (params.extra_args or {}).get(KEY)
-    return key if isinstance(key, str) else None
 
 
 class EntropyWorker:

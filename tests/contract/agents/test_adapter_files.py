@@ -24,7 +24,7 @@ from dmoa.engine_options import TransformersOptions
 from dmoa.engines.adapter_files import EngineName, check_adapter, read_adapter
 from dmoa.engines.models import resolve_adapter
 from dmoa.engines.transformers.engine import TransformersEngine
-from dmoa.engines.vllm.local import start_vllm
+from dmoa.engines.vllm.start import start_vllm
 from dmoa.errors import ConfigError
 from dmoa.serving.capacity import dry_run
 from tests.unit.agents.conftest import ADAPTERS

@@ -124,9 +124,11 @@ async def test_the_assistants_own_beginning_is_continued(tiny_engine: Transforme
     user = Message(role="user", content="brown fox")
     begun = Message(role="assistant", content="the dog ")
     prompt = prompt_ids((user,)) + tiny_tokenizer().backend_tokenizer.encode("the dog ").ids
-    assert tiny_engine.count_prompt_tokens([user, begun]) == len(prompt)
-    continued = GenerationRequest(request_id="c", messages=(user, begun), sampling=Sampling(max_tokens=24))
-    assert (await tiny_engine.generate(continued)).text != whole.text
+    continued = await tiny_engine.generate(
+        GenerationRequest(request_id="c", messages=(user, begun), sampling=Sampling(max_tokens=24))
+    )
+    assert continued.usage.prompt_tokens == len(prompt)
+    assert continued.text != whole.text
 
 
 async def test_prompt_over_the_models_length_names_the_numbers(tiny_engine: TransformersEngine) -> None:

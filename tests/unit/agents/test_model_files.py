@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dmoa.agents.pool import check_corpus, check_files
 from dmoa.config import Config
-from dmoa.engines.model_files import check_model
+from dmoa.engines.models import check_model
 from dmoa.errors import ConfigError
 
 

@@ -132,7 +132,6 @@ async def test_delays_are_per_agent_and_run_side_by_side() -> None:
     wall_ms = (time.perf_counter() - started) * 1e3
     assert 59 <= wall_ms < 20 * 60
     assert quick.engine_ms < 59 <= min(item.engine_ms for item in made)
-    assert engine.peak_in_flight == 21
 
 
 async def test_without_a_delay_nothing_yields_to_the_loop() -> None:

@@ -211,7 +211,7 @@ def lucene_bm25(query: list[str], documents: list[list[str]], k1: float = 1.5, b
 
 class TestSearch:
     def search(self, query: str, k: int = 3) -> list[str]:
-        return [passage.title for passage in asyncio.run(Bm25Corpus(PASSAGES).search(query, k))]
+        return [passage.title for passage in Bm25Corpus(PASSAGES).search(query, k)]
 
     def test_ranks_by_the_words_in_common(self) -> None:
         assert self.search("What is the capital of Italy?") == ["Rome", "Paris"]
@@ -221,7 +221,7 @@ class TestSearch:
     @given(st.lists(WORDS, min_size=1, max_size=4, unique=True), st.lists(st.lists(WORDS, min_size=1, max_size=9), min_size=1))
     def test_agrees_with_the_formula(self, query: list[str], documents: list[list[str]]) -> None:
         passages = [Passage(title=words[0], text=" ".join(words[1:])) for words in documents]
-        found = asyncio.run(Bm25Corpus(passages).search(" ".join(query), len(passages)))
+        found = Bm25Corpus(passages).search(" ".join(query), len(passages))
         scores = lucene_bm25(query, documents)
         score_of = {id(passage): score for passage, score in zip(passages, scores, strict=True)}
         assert [score_of[id(p)] for p in found] == pytest.approx(sorted((s for s in scores if s > 0), reverse=True), rel=1e-5)
@@ -232,7 +232,7 @@ class TestSearch:
 
     def test_ties_keep_the_corpus_order(self) -> None:
         corpus = Bm25Corpus([Passage(title=str(i), text="same words here") for i in range(50)])
-        assert [p.title for p in asyncio.run(corpus.search("words", 5))] == ["0", "1", "2", "3", "4"]
+        assert [p.title for p in corpus.search("words", 5)] == ["0", "1", "2", "3", "4"]
 
     def test_the_tool_shows_passages(self) -> None:
         tool = Search(Bm25Corpus(PASSAGES))
@@ -257,7 +257,7 @@ class TestSearch:
     def test_passages_may_hold_any_line_separator(self, tmp_path: Path) -> None:
         file = tmp_path / "corpus.jsonl"
         file.write_text(json.dumps({"title": "Rye", "text": "rye\u2028bread\u0085here"}, ensure_ascii=False), encoding="utf-8")
-        (found,) = asyncio.run(Bm25Corpus.load(file).search("rye", 1))
+        (found,) = Bm25Corpus.load(file).search("rye", 1)
         assert found.text == "rye\u2028bread\u0085here"
 
     @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from dmoa.config import LlmConfig
 from dmoa.engine_options import VllmOptions
-from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
+from dmoa.engines.vllm.start import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.errors import ConfigError
 
 

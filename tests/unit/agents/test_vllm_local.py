@@ -10,8 +10,7 @@ import pytest
 from dmoa.agents import pool
 from dmoa.config import AgentConfig, Config
 from dmoa.engines.gpus import GpuSlice
-from dmoa.engines.vllm.local import connect
-from dmoa.engines.vllm.options import engine_args, vllm_options
+from dmoa.engines.vllm.start import connect, engine_args, vllm_options
 from dmoa.errors import ConfigError, EngineError
 
 GPUS = ("4", "5", "7", "GPU-8a")

@@ -14,7 +14,7 @@ import pytest
 from dmoa.config import Config
 from dmoa.errors import RequestError
 from dmoa.policies.registry import PolicyContext, build_policy, split_policy
-from dmoa.policies.rosters import best_subset
+from dmoa.policies.rosters import Bid, best_subset
 from dmoa.testing import FakeAgents, Say, answer_of, orchestrator_of, query, scripted_pool, state_of
 from dmoa.types import StepPlan
 from tests.unit.policies.schedules import POOL, check_cost, context_of, run, schedule_of
@@ -115,15 +115,16 @@ def test_the_best_subset_is_that_of_a_search_by_hand() -> None:
             if sum(price[a] for a in subset) <= most_price and sum(gpus[m] for m in {model[a] for a in subset}) <= most_gpus
         ]
         best = max((round(sum(worth[a] for a in subset), 9) for subset in fitting), default=None)
-        found = best_subset(worth, price_A=price, model_A=model, gpus=gpus, most_price=most_price, most_gpus=most_gpus)
+        bids = [Bid(name, cost, gpus[name]) for name, cost in zip(model, price, strict=True)]
+        found = best_subset(worth, bids, most_price, most_gpus)
         assert (tuple(found) in fitting) if fitting else (found == [])
         assert best is None or round(sum(worth[a] for a in found), 9) == best
 
 
 def test_an_agent_that_fits_is_found_among_many_that_do_not() -> None:
     """Every choice of sixteen agents is tried, of those that fit alone: the seventeenth by worth is the only one here."""
-    worth, price = [0.9] * 16 + [0.1], [5.0] * 16 + [1.0]
-    found = best_subset(worth, price_A=price, model_A=["x"] * 17, gpus={"x": 1.0}, most_price=2.0, most_gpus=None)
+    worth, bids = [0.9] * 16 + [0.1], [Bid("x", 5.0, 1.0)] * 16 + [Bid("x", 1.0, 1.0)]
+    found = best_subset(worth, bids, 2.0, None)
     assert found == [16]
 
 

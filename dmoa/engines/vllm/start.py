@@ -1,4 +1,7 @@
-"""Starts a vLLM beside this process for `dmoa run`, rollouts and evaluation, with the `vllm` engine over it. No Ray Serve."""
+"""What vLLM is started with for an LLM of a pool, in vLLM's own names; and a vLLM that is started beside this process.
+
+The second is for `dmoa run`, rollouts and evaluation; on Ray Serve ray.serve.llm starts it. vLLM is imported where it starts.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,86 @@ from dmoa.config import LlmConfig
 from dmoa.engine_options import VllmOptions
 from dmoa.engines.adapter_files import check_adapter
 from dmoa.engines.chat_template import load_tokenizer
-from dmoa.engines.models import model_id, resolve_adapter
+from dmoa.engines.models import HubModel, model_id, resolve_adapter, resolve_model
 from dmoa.engines.size import cached_folder
-from dmoa.engines.vllm.options import cpu_environment, engine_args, gpu_environment, local_source, remote_source, vllm_options
 from dmoa.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from dmoa.engines.gpus import GpuSlice
 
-
+_CPU_BLOCK_SIZE = 32
+"""vLLM's own 128 on a CPU spoils the reuse of prompts that differ in their last lines."""
 _ENVIRONMENT = threading.Lock()
 """Held while this process's environment is that of an engine which starts."""
+
+
+def vllm_options(part: LlmConfig, llm: str) -> VllmOptions:
+    """Return the options of an LLM whose engine is `vllm`. Raises ConfigError for another engine."""
+    options = part.options
+    if not isinstance(options, VllmOptions):
+        raise ConfigError(f"llms.{llm}.engine is {part.engine!r}; expected 'vllm' here")
+    return options
+
+
+def engine_args(part: LlmConfig, given: VllmOptions, adapters: Collection[str]) -> dict[str, Any]:
+    """Return what vLLM is started with, but for where the weights are; `adapters`: those that requests may name."""
+    on_cpu = part.gpus == 0
+    block_size = given.block_size or (_CPU_BLOCK_SIZE if on_cpu else None)
+    found: dict[str, Any] = {
+        "dtype": given.dtype,
+        "max_num_seqs": part.max_num_seqs,
+        "tensor_parallel_size": given.tensor_parallel_size,
+        "pipeline_parallel_size": given.pipeline_parallel_size,
+        "enforce_eager": given.enforce_eager or on_cpu,
+        "enable_prefix_caching": given.prefix_cache,
+    }
+    if given.entropy == "exact":
+        found["logits_processors"] = ["dmoa.engines.vllm.entropy:EntropyProcessor"]
+        found["worker_extension_cls"] = "dmoa.engines.vllm.entropy.EntropyWorker"
+    if given.enable_sleep_mode:
+        found["enable_sleep_mode"] = True
+    if given.max_model_len is not None:
+        found["max_model_len"] = given.max_model_len
+    if block_size is not None:
+        found["block_size"] = block_size
+    if not on_cpu:
+        found["gpu_memory_utilization"] = given.gpu_memory_utilization
+    if part.model.startswith("hub:"):
+        source = resolve_model(part.model)
+        assert isinstance(source, HubModel)
+        found["revision"] = found["tokenizer_revision"] = source.revision
+    if adapters:
+        # vLLM's CPU operations give rows without an adapter that of the last slot: it stays empty, and is zero.
+        slots = max(given.max_loras or 0, len(adapters)) + 1 if on_cpu else given.max_loras or len(adapters)
+        found |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": given.max_lora_rank}
+    return found
+
+
+def local_source(model: str) -> str | None:
+    """Return the folder of a model that this machine resolves itself; None for one that vLLM fetches. Blocks."""
+    if model.startswith("s3:"):
+        return None
+    found = resolve_model(model)
+    return None if isinstance(found, HubModel) else str(found)
+
+
+def remote_source(model: str) -> str | None:
+    """Return a model that vLLM fetches by the name it goes by there: a hub's repository, an s3:// address; None for others."""
+    if model.startswith("s3:"):
+        return model
+    found = resolve_model(model) if model.startswith("hub:") else None
+    return found.repo if isinstance(found, HubModel) else None
+
+
+def cpu_environment(given: VllmOptions) -> dict[str, str]:
+    """Return the environment in which a vLLM on a CPU starts, its processes too."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(given.cpu_kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(given.threads or max(1, cores // 2)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
 def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str], gpus: GpuSlice | None = None) -> Any:
@@ -93,19 +165,14 @@ def connect(
     source = local_source(part.model) or remote_source(part.model)
     # Its workers run beside this process, also where that is a part of a Ray job.
     beside = {"distributed_executor_backend": "mp"} if given.num_workers > 1 else {}
-    with environment(start_environment(part, given, gpus)):
+    # On GPUs its process has to be a fresh one: a fork would keep what this process found out about CUDA.
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus.names), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"} if gpus else {}
+    with environment(cpu_environment(given) if part.gpus == 0 else own):
         try:
             return start({"model": source, **args, **beside})
         except Exception as error:  # whatever vLLM has against the model, its options or the machine
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
             raise EngineError(f"model {part.model!r}: vLLM did not start: {why}; what it wrote before may say more") from error
-
-
-def start_environment(part: LlmConfig, given: VllmOptions, gpus: GpuSlice | None) -> dict[str, str]:
-    """Return what the environment of an LLM's engine has to hold while it starts."""
-    if part.gpus == 0:
-        return cpu_environment(given)
-    return gpu_environment(gpus.names) if gpus else {}
 
 
 @contextmanager
