@@ -190,8 +190,7 @@ def train_ablation(
 def _changed(trained: Gate, ablation: Ablation) -> Gate:
     """Return a trained gate as an ablation would have it: the same weights, another activation, or blind to the summary."""
     spec = dataclasses.replace(trained.spec, **ablation.spec)
-    gate = Gate(spec, profile_AD=trained.state_dict().get("profile_AD"), label_model=trained.label_model)
-    gate.load_state_dict(trained.state_dict())
+    gate = Gate.of(spec, trained.state_dict(), label_model=trained.label_model)
     if ablation.is_blind:
         with torch.no_grad():
             _input_weights(gate)[:, spec.embedding_dim : 2 * spec.embedding_dim] = 0.0

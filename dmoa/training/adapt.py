@@ -390,20 +390,14 @@ class Adapter:
         scale, record = self._scale, self._checkpoint
         judge = self._deployed.label_model if scale is None else scale.label_model
         spec, anchor_set = self._deployed.spec, record.anchor_set
-        gate = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
-        gate.load_state_dict(weights)
         if self._refits and scale is not None:
-            self._point = spec, anchor_set = self._point or self._fitted_spec(gate, scale)
-            fitted = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
-            fitted.load_state_dict(gate.state_dict())
-            gate = fitted
+            self._point = spec, anchor_set = self._point or self._fitted_spec(Gate.of(spec, weights), scale)
         elif scale is not None and scale.used_anchors not in (None, spec.anchors) and anchor_set is not None:
             spec = dataclasses.replace(spec, anchors=scale.used_anchors)
             constant = tuple(spec.agents[agent] for agent, _ in scale.constant)
             anchor_set = anchor_set.model_copy(update={"means": scale.used_anchors, "constant": constant})
-            gate = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
-            gate.load_state_dict(weights)
         metrics = {} if scale is None else {"eta": scale.eta}
+        gate = Gate.of(spec, weights, label_model=judge)
         return gate, describe_gate(
             gate,
             fingerprint=record.pool_fingerprint,
@@ -423,10 +417,7 @@ class Adapter:
             scale = judged(scale, scale.label_model, kept, self._spec)
         evidence = FittedTargets(episodes=kept, data=dataclasses.replace(data, held_Q=data.train_Q), scale=scale)
         spec, _ = fit_spec(gate, evidence, _training(self._options))
-        if spec.anchors is None:
-            return spec, None
-        constant = tuple(spec.agents[agent] for agent, _ in scale.constant) if scale.is_discounted else ()
-        return spec, AnchorSet(means=spec.anchors, rows=scale.anchor_rows, clusters=_CLUSTERS, constant=constant)
+        return spec, evidence.anchor_set(spec.agents, _CLUSTERS) if spec.anchors is not None else None
 
     def _trained_on(self) -> dict[str, Any]:
         """Return the account of the training: the parent's, and what was adapted to since."""

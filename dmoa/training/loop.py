@@ -47,9 +47,7 @@ class TrainJob:
 
     def build_gate(self, device: torch.device) -> Gate:
         """Return the gate with its initial weights, in the dtype that is trained."""
-        gate = Gate(self.spec, profile_AD=self.weights.get("profile_AD"))
-        gate.load_state_dict(self.weights)
-        return gate.to(device, _DTYPES[self.options.dtype])
+        return Gate.of(self.spec, self.weights).to(device, _DTYPES[self.options.dtype])
 
 
 def epoch_batches(job: TrainJob, epoch: int) -> Iterator[IndexArray]:
