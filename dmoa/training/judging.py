@@ -38,16 +38,13 @@ _SHARES = (1.0, 0.5, 0.0)
 
 def witnesses_of_steps(episodes: Episodes, steps_R: IntArray, spec: GateSpec) -> Witnesses:
     """Return the replies of some steps as witnesses. The episodes must have been read with their answers."""
-    assert episodes.said is not None
-    answer_RA = episodes.said.answer_NA[steps_R]
+    answer_RA = episodes.answer_NA[steps_R]
     is_said_RA = answer_RA != NOT_ASKED
     return Witnesses(
         answer_RA=answer_RA,
         doubt_RA=np.where(is_said_RA, scores(episodes.sum_NA[steps_R], episodes.tokens_NA[steps_R]), np.nan),
-        length_RA=np.where(is_said_RA, episodes.said.length_NA[steps_R], np.nan),
-        outcome_RA=np.full(answer_RA.shape, np.nan)
-        if episodes.outcome_NA is None
-        else np.where(is_said_RA, episodes.outcome_NA[steps_R], np.nan),
+        length_RA=np.where(is_said_RA, episodes.length_NA[steps_R], np.nan),
+        outcome_RA=np.where(is_said_RA, episodes.outcome_NA[steps_R], np.nan),
         embedding_RD=context_part(episodes.input_NX[steps_R], spec.preset).astype(np.float64),
     )
 
@@ -83,8 +80,7 @@ def are_readable(episodes: Episodes, steps: IntArray) -> bool:
 
 
 def _num_answered(episodes: Episodes, steps: IntArray) -> int:
-    assert episodes.said is not None
-    return int((episodes.said.answer_NA[steps] >= 0).any(axis=1).sum())
+    return int((episodes.answer_NA[steps] >= 0).any(axis=1).sum())
 
 
 def fit_judge(

@@ -66,7 +66,7 @@ class Learner:
         self.batches = Batches(job.data, _DTYPES[job.options.dtype], world.device)
         self.progress = TrainProgress(identity=job.identity)
         self.best = self._weights()
-        self.clock = _Clock()
+        self._lap_s = time.perf_counter()
         self._job = job
         self._world = world
         self._parameters = list(self.gate.parameters())
@@ -119,6 +119,11 @@ class Learner:
                 step = torch.tensor(float(state.progress.num_updates), device=parameter.device)
                 self._optimizer.state[parameter] = {"step": step, **moments}
 
+    def lap_s(self) -> float:
+        """Return the seconds since the last call, or since the beginning."""
+        before, self._lap_s = self._lap_s, time.perf_counter()
+        return self._lap_s - before
+
     def end_epoch(self, record: EpochRecord, num_updates: int) -> None:
         """Take note of a finished epoch; the best weights are those with the lowest held-back loss, else the last."""
         before = self.progress
@@ -137,18 +142,6 @@ class Learner:
                 "ended": _end(self._job.options, record.epoch, best_epoch),
             }
         )
-
-
-class _Clock:
-    """Tells the time from one epoch's end to the next."""
-
-    def __init__(self) -> None:
-        self._last_s = time.perf_counter()
-
-    def lap(self) -> float:
-        """Return the seconds since the last call, or since the beginning."""
-        before, self._last_s = self._last_s, time.perf_counter()
-        return self._last_s - before
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,33 +177,19 @@ def train_gate(job: TrainJob, world: WorkerGroup, store: StateStore, keep_share:
         if state is not None:
             learner.restore(state)
         epoch = len(learner.progress.epochs)
-        if world.agree(epoch) != epoch:
+        if world.share(epoch) != epoch:
             raise DmoaError(
                 f"train: the workers read states of different epochs from {store.place!r}; is another run writing it?"
             )
-        keeper = _Keeper(store, keep_share)
+        due_s = time.perf_counter()
         while learner.progress.ended is None:
             run_epoch(learner, job, world)
-            if world.rank == 0:
-                keeper.epoch_ended(learner)
+            began_s = time.perf_counter()
+            if world.rank == 0 and (began_s >= due_s or learner.progress.ended is not None):
+                store.write(learner.snapshot())
+                ended_s = time.perf_counter()
+                due_s = ended_s + (ended_s - began_s) / keep_share
     return learner.progress
-
-
-class _Keeper:
-    """Keeps states, not more often than they are worth."""
-
-    def __init__(self, store: StateStore, share: float) -> None:
-        self._store, self._share = store, share
-        self._due_s = time.perf_counter()
-
-    def epoch_ended(self, learner: Learner) -> None:
-        """Keep the state if it is time, or the last one."""
-        began = time.perf_counter()
-        if began < self._due_s and learner.progress.ended is None:
-            return
-        self._store.write(learner.snapshot())
-        ended = time.perf_counter()
-        self._due_s = ended + (ended - began) / self._share
 
 
 def run_epoch(learner: Learner, job: TrainJob, world: WorkerGroup) -> None:
@@ -240,7 +219,7 @@ def run_epoch(learner: Learner, job: TrainJob, world: WorkerGroup) -> None:
         grad_norm=sum(result.norm for result in results) / max(1, len(results)),
         updates=len(results),
         bad_steps=bad_steps,
-        seconds=learner.clock.lap(),
+        seconds=learner.lap_s(),
     )
     learner.end_epoch(record, len(results))
 
@@ -254,5 +233,5 @@ def _held(learner: Learner, job: TrainJob, world: WorkerGroup) -> tuple[float | 
     found = (math.nan, math.nan)
     if world.rank == 0:
         found = held_metrics(learner.gate, learner.batches, job.data.held_Q, loss=job.options.loss, eta=job.eta)
-    loss, pairwise = (value if math.isfinite(value) else None for value in map(world.agree, found))
+    loss, pairwise = (value if math.isfinite(value) else None for value in world.share(found))
     return loss, pairwise
