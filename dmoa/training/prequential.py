@@ -33,7 +33,7 @@ from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.options import AdaptSettings
 from dmoa.training.outcomes import Outcome, credit_replies
-from dmoa.training.rollouts import RolloutModel, RolloutQuery, table_of
+from dmoa.training.rollouts import FileRecord, RolloutQuery, table_of
 from dmoa.types import Answer, Query
 
 
@@ -69,7 +69,7 @@ class Counted:
     """Whether it was asked just now, or kept by a session before."""
 
 
-class StreamUpdate(RolloutModel):
+class StreamUpdate(FileRecord):
     """One update of a stream, and the queries before it: a line of `updates.jsonl`."""
 
     number: int

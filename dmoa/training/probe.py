@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from scipy.stats import binomtest, rankdata
 
 from dmoa.core.label_model import MIN_ROWS
@@ -20,6 +20,7 @@ from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
 from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
 from dmoa.training.probe_answers import AnswerFinding, commonest, probe_answers, replies_of, say_one_thing
+from dmoa.training.rollouts import FileRecord
 
 Verdict = Literal["can", "cannot", "audit"]
 AUDIT_ROWS = 30
@@ -41,11 +42,7 @@ _LEAST_GAIN = 0.005
 """Share of the possible gain that clusters must reach; less reads as 0 %."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class AgentFinding(_Record):
+class AgentFinding(FileRecord):
     """What the probe saw of one agent."""
 
     agent: str
@@ -63,11 +60,11 @@ class AgentFinding(_Record):
     """On the rows with known answers."""
     auroc: float | None = None
     """How well its entropy tells its wrong answers from its right ones; null without both."""
-    sure_and_wrong: list[str] = []
+    sure_and_wrong: list[str] = Field(default_factory=list)
     """Sources whose rows it would win by sureness although another agent is right far more often."""
 
 
-class PairFinding(_Record):
+class PairFinding(FileRecord):
     """Two agents."""
 
     a: str
@@ -78,7 +75,7 @@ class PairFinding(_Record):
     """Share of the variance of their log PEs that is neither the rows' nor the agents' own."""
 
 
-class ProbeReport(_Record):
+class ProbeReport(FileRecord):
     """Everything that the probe found."""
 
     rows: int
@@ -119,23 +116,27 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
         raise one_agent(sample.agents[0])
     log_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
     whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
-    if whole_R.sum() < _FEWEST and sample.heard_RA is not None and sample.heard_RA.any():
-        return _without_entropies(sample, known, int(whole_R.sum()), seed)
-    if whole_R.sum() < _FEWEST:
+    num_whole = int(whole_R.sum())
+    are_compared = num_whole >= _FEWEST
+    if not are_compared and (sample.heard_RA is None or not sample.heard_RA.any()):
         silent = [name for name, is_heard in zip(sample.agents, np.isfinite(log_RA).any(axis=0), strict=True) if not is_heard]
         advice = f"{', '.join(silent)}: no reply with an entropy to any query; mend that, or take it out of the pool"
         raise ConfigError(
-            f"probe: {whole_R.sum()} queries that all of {len(sample.agents)} agents replied to; {_FEWEST} is the least; "
+            f"probe: {num_whole} queries that all of {len(sample.agents)} agents replied to; {_FEWEST} is the least; "
             f"{advice if silent else 'give more queries'}"
         )
-    log_RA = log_RA[whole_R]
-    shares = variance_shares(log_RA)
-    low, high = _interval(log_RA, seed)
-    choices, gain = _untrained(log_RA, np.asarray(sample.embedding_RD)[whole_R], sample.agents, seed)
+    log_RA = log_RA[whole_R & are_compared]
     findings = _agents(sample, log_RA, whole_R, known)
-    verdict, reasons = _verdict(shares[2], low, findings, gain)
+    shares, (low, high), choices, gain, pairs = (0.0, 0.0, 0.0), (0.0, 0.0), dict[str, float](), None, list[PairFinding]()
+    verdict: Verdict
+    verdict, reasons = "cannot", _unknown(sample, num_whole)
+    if are_compared:
+        shares, (low, high) = variance_shares(log_RA), _interval(log_RA, seed)
+        choices, gain = _untrained(log_RA, np.asarray(sample.embedding_RD)[whole_R], sample.agents, seed)
+        pairs = [_pair(sample.agents, log_RA, a, b) for a, b in combinations(range(len(sample.agents)), 2)]
+        verdict, reasons = _verdict(shares[2], low, findings, gain)
     return ProbeReport(
-        rows=len(log_RA),
+        rows=len(log_RA) or len(sample.texts),
         known_rows=0 if known is None else len(known.sources),
         row_share=shares[0],
         agent_share=shares[1],
@@ -143,7 +144,7 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
         interaction_low=low,
         interaction_high=high,
         agents=findings,
-        pairs=[_pair(sample.agents, log_RA, a, b) for a, b in combinations(range(len(sample.agents)), 2)],
+        pairs=pairs,
         cluster_choices=choices,
         cluster_gain=gain,
         verdict=verdict,
@@ -155,27 +156,6 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
 def one_agent(name: str) -> ConfigError:
     """Return the error of a pool that leaves nothing to route."""
     return ConfigError(f"probe: {name} is the pool's only agent, which leaves nothing to route; two are the least: add another")
-
-
-def _without_entropies(sample: ProbeSample, known: ProbeSample | None, whole: int, seed: int) -> ProbeReport:
-    """Return the report of a pool whose entropies cannot be compared, such as one of recorded replies: what the answers tell."""
-    nobody, none_R = np.full((0, len(sample.agents)), np.nan), np.zeros(len(sample.texts), dtype=bool)
-    return ProbeReport(
-        rows=len(sample.texts),
-        known_rows=0 if known is None else len(known.sources),
-        row_share=0.0,
-        agent_share=0.0,
-        interaction_share=0.0,
-        interaction_low=0.0,
-        interaction_high=0.0,
-        agents=_agents(sample, nobody, none_R, known),
-        pairs=[],
-        cluster_choices={},
-        cluster_gain=None,
-        verdict="cannot",
-        reasons=[*_unknown(sample, whole), *_too_few(sample)],
-        answers=probe_answers(sample, can_entropy=False, seed=seed),
-    )
 
 
 def _unknown(sample: ProbeSample, whole: int) -> list[str]:

@@ -15,7 +15,6 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from dmoa.core.forms import agreement_key
 from dmoa.core.in_step import read_classes
@@ -34,6 +33,7 @@ from dmoa.core.witnesses import (
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.judging import ask_in_turn
 from dmoa.training.probe_outcomes import Judged, Settled, judged_agents, settled_words
+from dmoa.training.rollouts import FileRecord
 
 _SAME = 0.95
 _CLIQUE, _APART = 0.6, 0.25
@@ -48,11 +48,7 @@ _Z = 1.96
 _GAPS = (0.1, 0.25)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Expected(_Record):
+class Expected(FileRecord):
     """What a way of asking comes to."""
 
     way: Literal["one agent", "everybody", "in turn"]
@@ -69,7 +65,7 @@ class Expected(_Record):
     """What a query costs by `llms.NAME.price`; null where an agent that is asked has none."""
 
 
-class DisputeFinding(_Record):
+class DisputeFinding(FileRecord):
     """Two agents that are sure, agree with each other and nobody else, and are refuted by another that is sure as well."""
 
     a: str
@@ -80,7 +76,7 @@ class DisputeFinding(_Record):
     """How many."""
 
 
-class AnswerFinding(_Record):
+class AnswerFinding(FileRecord):
     """What a probe found in the answers."""
 
     signal: Signal

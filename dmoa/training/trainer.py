@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor
 
 from dmoa import checkpoint
@@ -48,7 +48,7 @@ from dmoa.training.loop import TrainJob, train_gate
 from dmoa.training.objective import Batches, IndexArray, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
 from dmoa.training.outcomes import read_outcomes
-from dmoa.training.rollouts import Manifest, RolloutFolder
+from dmoa.training.rollouts import FileRecord, Manifest, RolloutFolder
 from dmoa.training.state import EpochRecord, StateStore, TrainProgress
 from dmoa.types import supervision_of
 from dmoa.validation import redact
@@ -469,10 +469,8 @@ def _metrics_of(point: OperatingPoint) -> dict[str, float]:
     return found if point.theta_alpha is None else found | {"theta_alpha": point.theta_alpha}
 
 
-class TrainReport(BaseModel):
+class TrainReport(FileRecord):
     """`train.json`: what a training was, and its results."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     schema_version: int = 1
     command: str
@@ -497,9 +495,9 @@ class TrainReport(BaseModel):
     """Of the checkpoint's weights, on the held-back queries."""
     ranking: Ranking = "unknown"
     """Whether the interval of `pairwise` among the metrics lies above 0.5."""
-    trust: list[str] = []
+    trust: list[str] = Field(default_factory=list)
     """With score posterior, a line for every context of the label model: what it goes by there, and why."""
-    silent: list[str] = []
+    silent: list[str] = Field(default_factory=list)
     """A line for every agent that the rollouts hold no reply of: what that means."""
     load: dict[str, float]
     """By agent, on which share of the held-back steps it is the most probable one."""
