@@ -24,7 +24,7 @@ from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.in_step import context_part
 from dmoa.core.inference import one_thread
 from dmoa.core.label_model import MIN_ROWS
-from dmoa.core.scores import CONSTANT_PENALTY, USUAL_SHARE, fit_eta, same_reply_shares, scores
+from dmoa.core.scores import CONSTANT_PENALTY, USUAL_SHARE, IntArray, fit_eta, same_reply_shares, scores
 from dmoa.core.told import OutcomeTable
 from dmoa.core.witnesses import NOT_ASKED
 from dmoa.errors import ConfigError
@@ -33,7 +33,7 @@ from dmoa.training.dataset import EpisodeBuilder, Episodes, asked_of
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.judging import fit_judge, judged, witnesses_of_steps
 from dmoa.training.loop import Learner, TrainJob
-from dmoa.training.objective import IndexArray, Scale, Split, TrainingData, anchor_sample, build_data, fit_scale, unroll
+from dmoa.training.objective import Scale, Split, TrainingData, anchor_sample, build_data, fit_scale, unroll
 from dmoa.training.options import AdaptSettings, TrainOptions
 from dmoa.training.rollouts import RolloutQuery, table_of
 from dmoa.training.trainer import FittedTargets, fit_spec
@@ -115,7 +115,8 @@ class Adapter:
         self._known: OrderedDict[str, bool] = OrderedDict()
         """Newest queries that were taken in, and whether an outcome came with them."""
         self._deployed, self._checkpoint, self._options, self._world = gate, checkpoint, options, world
-        self._spec: GateSpec = gate.spec
+        self.spec = gate.spec
+        """Of the deployed gate: how records are to be read."""
         self._recent = EpisodeBuilder(gate.spec.agents, gate.spec.input_dim, has_feedback=False).pack()
         self._old = self._recent if replay is None else replay
         self._joined = len(self._old.key_Q)
@@ -137,14 +138,9 @@ class Adapter:
         self._home = [parameter.detach().clone() for parameter in self._learner.gate.parameters()]
         self._home_gate = self._start.build_gate(world.device)
 
-    @property
-    def spec(self) -> GateSpec:
-        """Of the deployed gate: how records are to be read."""
-        return self._deployed.spec
-
     def _deployed_scale(self) -> Scale | None:
         """Return what the deployed gate measures replies by; None where it was never fitted."""
-        spec, judge = self._deployed.spec, self._deployed.label_model
+        spec, judge = self.spec, self._deployed.label_model
         if (spec.score == "anchored" and spec.anchors is None) or (spec.score == "posterior" and judge is None):
             return None
         eta = 1.0 if spec.score == "posterior" else self._checkpoint.metrics.get("eta")
@@ -165,13 +161,13 @@ class Adapter:
         if self._scale is None or self._scale.label_model is None or not len(self._old.key_Q):
             return None
         first_QX = self._old.input_NX[self._old.start_Q[:-1]]
-        return OutcomeTable(self._scale.label_model, context_part(first_QX, self._spec.preset).astype(np.float64))
+        return OutcomeTable(self._scale.label_model, context_part(first_QX, self.spec.preset).astype(np.float64))
 
     def _first_heard(self, episode: Episodes) -> tuple[int, int]:
         """Return how many queries, and how many outcomes of queries, are heard of for the first time."""
         queries = outcomes = 0
         for key, first in zip(episode.key_Q, episode.start_Q, strict=False):
-            is_judged = self._spec.score == "posterior" and bool(np.isfinite(episode.outcome_NA[first]).any())
+            is_judged = self.spec.score == "posterior" and bool(np.isfinite(episode.outcome_NA[first]).any())
             was_judged = self._known.get(key.query_id)
             queries += was_judged is None
             outcomes += is_judged and not was_judged
@@ -190,7 +186,7 @@ class Adapter:
             return list(fresh)
         kept, before = [], self._table.judged
         for episode, news in zip(fresh, heard, strict=True):
-            witnesses = witnesses_of_steps(episode, episode.start_Q[:-1], self._spec)
+            witnesses = witnesses_of_steps(episode, episode.start_Q[:-1], self.spec)
             take = self._table.hear if any(news) else self._table.is_new
             is_new = [take(witnesses.rows(slice(row, row + 1))) for row in range(len(witnesses.answer_RA))]
             if not any(is_new) or np.isfinite(witnesses.doubt_RA).any():
@@ -264,7 +260,7 @@ class Adapter:
     def _episodes(self, record: Feedback | Lesson | Episodes) -> Episodes | str:
         """Return a record as episodes, or why nothing can be learned from it."""
         if not isinstance(record, Episodes):
-            return episodes_of(lesson_of(record) if isinstance(record, Feedback) else record, self._deployed.spec)
+            return episodes_of(lesson_of(record) if isinstance(record, Feedback) else record, self.spec)
         return record if _is_comparable(record) else _ALONE
 
     def _retire(self, recent: Episodes) -> Episodes:
@@ -289,7 +285,7 @@ class Adapter:
         is_first = self._scale is None or self._is_own_scale
         if not (shift or (is_first and self.used <= self._options.recent)):
             return False
-        kept, spec = Episodes.joined([self._old, self._recent]), self._spec
+        kept, spec = Episodes.joined([self._old, self._recent]), self.spec
         everything = np.arange(len(kept.key_Q))
         if len(kept.dense_steps(everything)) < MIN_ROWS:
             return False
@@ -337,11 +333,11 @@ class Adapter:
         parts = {name: part for name, part in (("old", self._old), ("recent", self._recent)) if len(part.key_Q)}
         for name, part in parts.items():
             if name not in self._made or self._made[name][0] is not part or self._made[name][1] is not self._scale:
-                self._made[name] = (part, self._scale, _data(part, self._scale, self._spec))
+                self._made[name] = (part, self._scale, _data(part, self._scale, self.spec))
         data = _joined([self._made[name][2] for name in parts])
         self._learner.follow(dataclasses.replace(self._start, data=data, eta=self._scale.eta))
 
-    def _drawn(self, rng: np.random.Generator, fresh: int) -> tuple[IndexArray, int]:
+    def _drawn(self, rng: np.random.Generator, fresh: int) -> tuple[IntArray, int]:
         """Return a global batch: the newest queries, others of the stream, and the replay on top; and how many are replayed."""
         num_old, num_recent = len(self._old.key_Q), len(self._recent.key_Q)
         newest = np.arange(num_recent)[::-1][:fresh]
@@ -364,7 +360,7 @@ class Adapter:
         batch = self._learner.batches.gather(probed)
         with torch.no_grad():
             before, now = (
-                torch.log_softmax(unroll(gate, batch) / self._spec.temperature, dim=-1)
+                torch.log_softmax(unroll(gate, batch) / self.spec.temperature, dim=-1)
                 for gate in (self._home_gate, self._learner.gate)
             )
             return float((before.exp() * (before - now)).sum(dim=-1).mean())
@@ -378,7 +374,7 @@ class Adapter:
         weights = self.weights()
         scale, record = self._scale, self._checkpoint
         judge = self._deployed.label_model if scale is None else scale.label_model
-        spec, anchor_set = self._deployed.spec, record.anchor_set
+        spec, anchor_set = self.spec, record.anchor_set
         if self._refits and scale is not None:
             self._point = spec, anchor_set = self._point or self._fitted_spec(Gate.of(spec, weights), scale)
         elif scale is not None and scale.used_anchors not in (None, spec.anchors) and anchor_set is not None:
@@ -402,7 +398,7 @@ class Adapter:
         kept = Episodes.joined([self._old, self._recent])
         everything = np.arange(len(kept.key_Q))
         if scale.score == "posterior" and scale.label_model is not None:
-            scale = judged(scale, scale.label_model, kept, self._spec)
+            scale = judged(scale, scale.label_model, kept, self.spec)
         data = build_data(kept, Split(train_Q=everything, held_Q=everything), scale)
         evidence = FittedTargets(episodes=kept, data=data, scale=scale)
         spec, _ = fit_spec(gate, evidence, _training(self._options))

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from dmoa.core.features import FEEDBACK_FEATURES, feedback
 from dmoa.core.gate import GateSpec
 from dmoa.core.in_step import read_classes
-from dmoa.core.scores import Array, BoolArray, reply_key
+from dmoa.core.scores import Array, BoolArray, IntArray, reply_key
 from dmoa.core.witnesses import NOT_ASKED
 from dmoa.dataflow import on_this_node, quiet, stopped_by
 from dmoa.errors import ConfigError
@@ -77,7 +77,7 @@ class Episodes:
 
     agents: tuple[str, ...]
     key_Q: tuple[EpisodeKey, ...]
-    start_Q: npt.NDArray[np.int64]
+    start_Q: IntArray
     """[Q + 1], where each episode begins, and the end of the last."""
     input_NX: FloatArray
     asked_NA: BoolArray
@@ -96,28 +96,28 @@ class Episodes:
     """1 where an agent has no row."""
     probability_NA: Array
     """Of the policy that collected; NaN where an agent has no row."""
-    reply_NA: npt.NDArray[np.int64]
+    reply_NA: IntArray
     """`reply_key` of each reply's text, 0 where nothing ran."""
-    answer_NA: npt.NDArray[np.int64]
+    answer_NA: IntArray
     """Equality class of the answer within its step (`core/witnesses`); `NOT_ASKED` where episodes are read without answers."""
     length_NA: Array
     """Characters of the reply; 0 where there is none, NaN in traffic, whose texts are tokens (`dmoa/feedback`)."""
     outcome_NA: Array
     """How good replies were found to be, 0 to 1, NaN where nobody said."""
 
-    def dense_steps(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def dense_steps(self, episodes: IntArray) -> IntArray:
         """Return the steps of some episodes in which every agent was asked for certain."""
         is_dense_N = (self.asked_NA & (self.propensity_NA == 1.0)).all(axis=1)
         steps = self.steps_of(episodes)
-        found: npt.NDArray[np.int64] = steps[is_dense_N[steps]]
+        found: IntArray = steps[is_dense_N[steps]]
         return found
 
-    def steps_of(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def steps_of(self, episodes: IntArray) -> IntArray:
         """Return the entries of all steps of some episodes, in their order."""
         parts = [np.arange(self.start_Q[q], self.start_Q[q + 1]) for q in episodes]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
-    def take(self, episodes: npt.NDArray[np.int64]) -> Episodes:
+    def take(self, episodes: IntArray) -> Episodes:
         """Return some episodes, in the order given."""
         steps = self.steps_of(episodes)
         length_Q = (self.start_Q[1:] - self.start_Q[:-1])[episodes]
@@ -292,51 +292,34 @@ def asked_of(queries: Iterable[RolloutQuery]) -> Asked:
     return found
 
 
-def _asked_questions(folder: Path) -> Asked:
-    """Return what the queries of a folder ask; of one without a list of queries nothing is known."""
-    return asked_of(RolloutQuery.model_validate_json(line) for _, line in offsets(RolloutFolder(folder).queries))
-
-
 def _cells(table: pa.Table, columns: Mapping[str, list[Any]]) -> npt.NDArray[np.void]:
     """Return what training keeps of each row [R]. Raises ConfigError for numbers that cannot be."""
     cell_R = np.zeros(table.num_rows, dtype=_CELL)
+    slack_R = table.column("entropy_slack_nats").to_numpy()
+    if (slack_R < 0).any():
+        row = int(np.argmax(slack_R < 0))
+        seen = f"entropy_slack_nats is {slack_R[row]} ({columns['entropy_kind'][row]})"
+        raise _unusable(columns, row, f"{seen}; expected numbers from 0, and NaN where it is not known")
+    # Of what nobody knows, any difference may be chance.
+    cell_R["slack"] = np.where(np.array(columns["entropy_kind"]) == "exact", 0.0, np.where(np.isnan(slack_R), np.inf, slack_R))
     for name in _MEASURES:
         cell_R[name] = table.column(name).to_numpy()
-    cell_R["slack"] = _slack(columns)
-    _check_measures(columns, cell_R)
+    bad_R = cell_R["propensity"] <= 0
+    for name in _MEASURES:
+        bad_R |= ~np.isfinite(cell_R[name]) | (cell_R[name] < 0)
+    if bad_R.any():
+        row = int(np.argmax(bad_R))
+        measures = {name: float(cell_R[name][row]) for name in _MEASURES}
+        raise _unusable(columns, row, f"{measures}; expected finite numbers from 0, propensity above 0")
     cell_R["ran"] = (np.array(columns["status"]) == "ok") & (cell_R["entropy_tokens"] > 0)
     cell_R["cut"] = np.array(columns["finish_reason"]) == "length"
     cell_R["reply"] = [reply_key(text) for text in columns["text"]]
     return cell_R
 
 
-def _slack(columns: Mapping[str, list[Any]]) -> list[float]:
-    """Return how far each row's entropy sum may lie off. Raises ConfigError for a slack below 0."""
-    slack_R = columns["entropy_slack_nats"]
-    for row, (kind, slack) in enumerate(zip(columns["entropy_kind"], slack_R, strict=True)):
-        if slack < 0:
-            raise ConfigError(
-                f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: entropy_slack_nats is "
-                f"{slack} ({kind}); expected numbers from 0, and NaN where it is not known; collect the query again"
-            )
-    # Of what nobody knows, any difference may be chance.
-    return [
-        0.0 if kind == "exact" else math.inf if math.isnan(slack) else slack
-        for kind, slack in zip(columns["entropy_kind"], slack_R, strict=True)
-    ]
-
-
-def _check_measures(columns: Mapping[str, list[Any]], cell_R: npt.NDArray[np.void]) -> None:
-    bad_R = cell_R["propensity"] <= 0
-    for name in _MEASURES:
-        bad_R |= ~np.isfinite(cell_R[name]) | (cell_R[name] < 0)
-    if bad_R.any():
-        row = int(np.argmax(bad_R))
-        seen = {name: float(cell_R[name][row]) for name in _MEASURES}
-        raise ConfigError(
-            f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: {seen}; expected finite numbers "
-            "from 0, propensity above 0; collect the query again"
-        )
+def _unusable(columns: Mapping[str, list[Any]], row: int, words: str) -> ConfigError:
+    where = f"query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}"
+    return ConfigError(f"rollouts: {where}: {words}; collect the query again")
 
 
 FOLDER = "folder"
@@ -379,7 +362,10 @@ def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, 
     Raises ConfigError for files that are damaged, missing or hold what cannot be used.
     """
     parts = _parts(folders)
-    asked = [_asked_questions(folder) for folder in folders] if spec.score == "posterior" else None
+    asked = None
+    if spec.score == "posterior":  # of a folder without a list of queries nothing is known
+        lines = [offsets(RolloutFolder(folder).queries) for folder in folders]
+        asked = [asked_of(RolloutQuery.model_validate_json(line) for _, line in those) for those in lines]
     builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=asked)
     for table in _stream(parts, fingerprint) if on_ray else (read_rollout_rows(*part, fingerprint) for part in parts):
         for place in table[FOLDER].unique().to_pylist():

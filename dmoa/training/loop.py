@@ -20,10 +20,11 @@ from torch.nn.utils import clip_grad_norm_
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.inference import one_thread
 from dmoa.core.losses import LossSums
+from dmoa.core.scores import IntArray
 from dmoa.errors import DmoaError
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.gate_metrics import held_metrics
-from dmoa.training.objective import Batches, IndexArray, TrainingData, batch_loss
+from dmoa.training.objective import Batches, TrainingData, batch_loss
 from dmoa.training.options import TrainOptions
 from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
 
@@ -50,7 +51,7 @@ class TrainJob:
         return Gate.of(self.spec, self.weights).to(device, _DTYPES[self.options.dtype])
 
 
-def epoch_batches(job: TrainJob, epoch: int) -> Iterator[IndexArray]:
+def epoch_batches(job: TrainJob, epoch: int) -> Iterator[IntArray]:
     """Yield the global batches of an epoch: all episodes that are learned from, in an order of seed and epoch alone."""
     order = np.random.default_rng([job.options.seed, epoch]).permutation(job.data.train_Q)
     for start in range(0, len(order), job.options.batch_queries):
@@ -78,7 +79,7 @@ class Learner:
         self._job = job
         self.batches = Batches(job.data, _DTYPES[job.options.dtype], self._world.device)
 
-    def update(self, episodes: IndexArray) -> UpdateResult:
+    def update(self, episodes: IntArray) -> UpdateResult:
         """Learn from one global batch; a loss or gradient that is not finite changes nothing."""
         mine = episodes[self._world.rank :: self._world.size]
         self._optimizer.zero_grad()

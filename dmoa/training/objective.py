@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from dmoa.core.scores import (
     CONSTANT_PENALTY,
     Array,
     BoolArray,
+    IntArray,
     clipped_propensity,
     constant_agents,
     fit_anchors,
@@ -36,15 +36,13 @@ from dmoa.errors import ConfigError
 from dmoa.training.dataset import Episodes
 from dmoa.types import FloatArray
 
-IndexArray = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
     """Which episodes are learned from, and which are held back."""
 
-    train_Q: IndexArray
-    held_Q: IndexArray
+    train_Q: IntArray
+    held_Q: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +78,15 @@ class Scale:
 class TrainingData:
     """What every worker holds: plain arrays, so that the workers of a node share one copy."""
 
-    start_Q: IndexArray
+    start_Q: IntArray
     input_NX: FloatArray
     score_NA: Array
     """NaN where an agent did not reply."""
     ran_NA: BoolArray
     weight_NA: Array
     noise_NA: Array
-    train_Q: IndexArray
-    held_Q: IndexArray
+    train_Q: IntArray
+    held_Q: IntArray
 
 
 def split_episodes(episodes: Episodes, share: float) -> Split:
@@ -112,11 +110,11 @@ class AnchorSample(NamedTuple):
     raw_RA: Array
     """Raw scores, NaN where an agent gave nothing."""
     embedding_RD: FloatArray
-    reply_RA: IndexArray
+    reply_RA: IntArray
     """`reply_key`s."""
 
 
-def anchor_sample(episodes: Episodes, among_Q: IndexArray, embedding_dim: int) -> AnchorSample:
+def anchor_sample(episodes: Episodes, among_Q: IntArray, embedding_dim: int) -> AnchorSample:
     """Return the dense steps of some episodes."""
     dense = episodes.dense_steps(among_Q)
     raw_RA = scores(episodes.sum_NA[dense], episodes.tokens_NA[dense])
@@ -214,7 +212,7 @@ class Batches:
         self._dtype = dtype
         self._device = device
 
-    def gather(self, episodes: IndexArray) -> Batch:
+    def gather(self, episodes: IntArray) -> Batch:
         """Return a batch of at least one episode."""
         data = self._data
         start_B, end_B = data.start_Q[episodes], data.start_Q[episodes + 1]

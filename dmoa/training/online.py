@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dmoa.checkpoint import files_of, read_files
+from dmoa.core.scores import scores
 from dmoa.core.shift import ShiftDetector
 from dmoa.errors import DmoaError
 from dmoa.feedback import Feedback, query_part
@@ -325,6 +326,5 @@ def _vetted(rules: IntakeRules, records: Sequence[Feedback]) -> list[Feedback]:
 def _signals(replay: Episodes, rules: IntakeRules) -> tuple[Any, Any]:
     """Return the embeddings [Q, D] and raw scores [Q, A] of the first steps."""
     first = replay.start_Q[:-1]
-    nats_QA = np.where(replay.ran_NA, replay.sum_NA / np.maximum(replay.tokens_NA, 1), np.nan)[first]
     inputs = np.stack([query_part(input_X, rules.preset) for input_X in replay.input_NX[first]])
-    return inputs, np.log(nats_QA + 1e-3)
+    return inputs, scores(replay.sum_NA[first], replay.tokens_NA[first])

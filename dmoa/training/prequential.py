@@ -198,7 +198,11 @@ def run_streams(job: StreamJob, world: WorkerGroup, tick: Callable[[], None] = l
     swarm = job.open_swarm() if world.rank == 0 else None
     for name, folder in job.starts.items():
         gate, record = start_gate(job.config, folder)
-        adapter = Adapter(gate, record, _replay(job, gate) if folder else None, job.settings, world)
+        replay = None
+        if folder and job.replay:
+            read_manifests(job.replay, gate.spec, job.fingerprint)
+            replay = read_episodes(job.replay, gate.spec, job.fingerprint, on_ray=False)
+        adapter = Adapter(gate, record, replay, job.settings, world)
         if swarm is None:
             while (lessons := world.share(None)) is not None:
                 adapter.learn(lessons)
@@ -245,10 +249,3 @@ def start_gate(config: Config, folder: Path | None) -> tuple[Gate, Checkpoint]:
     if folder is not None:
         return build_other_gate(config, folder)
     return build_pool_gate(config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": None})}))
-
-
-def _replay(job: StreamJob, gate: Gate) -> Episodes | None:
-    if not job.replay:
-        return None
-    read_manifests(job.replay, gate.spec, job.fingerprint)
-    return read_episodes(job.replay, gate.spec, job.fingerprint, on_ray=False)

@@ -16,9 +16,9 @@ from pydantic import Field
 from scipy.stats import binomtest, rankdata
 
 from dmoa.core.label_model import MIN_ROWS
-from dmoa.core.scores import SCORE_OFFSET_NATS
+from dmoa.core.scores import SCORE_OFFSET_NATS, Array, BoolArray
 from dmoa.errors import ConfigError
-from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
+from dmoa.training.cluster_router import ProbeSample, fit_clusters
 from dmoa.training.probe_answers import AnswerFinding, commonest, probe_answers, replies_of, say_one_thing
 from dmoa.training.rollouts import FileRecord
 
@@ -179,7 +179,7 @@ def _too_few(sample: ProbeSample) -> list[str]:
     return [f"{rows} queries are too few for what answers tell; {MIN_ROWS} are the least"] if rows < MIN_ROWS else []
 
 
-def variance_shares(log_RA: Floats) -> tuple[float, float, float]:
+def variance_shares(log_RA: Array) -> tuple[float, float, float]:
     """Return the shares of Var(log PE) of rows, of agents, and of their interaction (two-way layout, one reply a cell)."""
     centred_RA = log_RA - log_RA.mean()
     total = float((centred_RA**2).mean())
@@ -190,7 +190,7 @@ def variance_shares(log_RA: Floats) -> tuple[float, float, float]:
     return float((row_R1**2).mean()) / total, float((agent_1A**2).mean()) / total, float((rest_RA**2).mean()) / total
 
 
-def _interval(log_RA: Floats, seed: int) -> tuple[float, float]:
+def _interval(log_RA: Array, seed: int) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     drawn = [variance_shares(log_RA[rng.integers(0, len(log_RA), len(log_RA))])[2] for _ in range(_ROUNDS)]
     low, high = np.quantile(drawn, (_ALPHA / 2, 1 - _ALPHA / 2))
@@ -198,7 +198,7 @@ def _interval(log_RA: Floats, seed: int) -> tuple[float, float]:
 
 
 def _untrained(
-    log_RA: Floats, embedding_RD: npt.NDArray[np.floating], agents: tuple[str, ...], seed: int
+    log_RA: Array, embedding_RD: npt.NDArray[np.floating], agents: tuple[str, ...], seed: int
 ) -> tuple[dict[str, float], float | None]:
     """Return what clusters would choose, each row left out (of many a twentieth at once), and how much they gain."""
     num_rows = len(log_RA)
@@ -219,7 +219,7 @@ def _untrained(
     return {agent: float(share) for agent, share in zip(agents, counts, strict=True)}, gain
 
 
-def _agents(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_], known: ProbeSample | None) -> list[AgentFinding]:
+def _agents(sample: ProbeSample, log_RA: Array, whole_R: BoolArray, known: ProbeSample | None) -> list[AgentFinding]:
     """Return what was seen of each agent. `log_RA`: the rows `whole_R`, of which all entropies are known; there may be none."""
     said = [[None if text is None else text.strip() for text in row] for row in replies_of(sample)]
     ignoring = say_one_thing([[text or None for text in row] for row in said], _SAME_TEXT)  # an empty reply ignores nothing
@@ -244,10 +244,10 @@ def _agents(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_],
     return found
 
 
-def _surest(log_RA: Floats) -> Floats:
+def _surest(log_RA: Array) -> Array:
     """Return the share of rows on which each agent is the surest [A]; those that are as sure as each other share a row."""
     is_least_RA = log_RA == log_RA.min(axis=1, keepdims=True)
-    share_A: Floats = (is_least_RA / is_least_RA.sum(axis=1, keepdims=True)).sum(axis=0) / max(1, len(log_RA))
+    share_A: Array = (is_least_RA / is_least_RA.sum(axis=1, keepdims=True)).sum(axis=0) / max(1, len(log_RA))
     return share_A
 
 
@@ -273,7 +273,7 @@ def _judged(known: ProbeSample | None, index: int) -> tuple[float | None, float 
     return float(value_RA[mine_R, index].mean()), auroc(entropy_RA[sure_R, index], value_RA[sure_R, index] < 1.0), bad
 
 
-def _is_sure_and_wrong(value_RA: Floats, entropy_RA: Floats, here_R: npt.NDArray[np.bool_], index: int) -> bool:
+def _is_sure_and_wrong(value_RA: Array, entropy_RA: Array, here_R: BoolArray, index: int) -> bool:
     """Tell whether, on rows that an agent wins by sureness, another is right so much more often that it is not an accident."""
     won_R = here_R & (entropy_RA.argmin(axis=1) == index)
     if won_R.sum() < 5:
@@ -286,7 +286,7 @@ def _is_sure_and_wrong(value_RA: Floats, entropy_RA: Floats, here_R: npt.NDArray
     return bool(binomtest(gained, gained + lost, alternative="greater").pvalue < _ALPHA)
 
 
-def auroc(score_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> float | None:
+def auroc(score_N: Array, is_positive_N: BoolArray) -> float | None:
     """Return the chance that a positive case scores above a negative one, ties counting half; None without both."""
     positive, negative = int(is_positive_N.sum()), int((~is_positive_N).sum())
     if not positive or not negative:
@@ -295,7 +295,7 @@ def auroc(score_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> float | None
     return float((ranks_N[is_positive_N].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
-def _pair(agents: tuple[str, ...], log_RA: Floats, a: int, b: int) -> PairFinding:
+def _pair(agents: tuple[str, ...], log_RA: Array, a: int, b: int) -> PairFinding:
     two_R2 = log_RA[:, [a, b]]
     return PairFinding(
         a=agents[a],

@@ -27,7 +27,7 @@ from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.config import Config
 from dmoa.core.calibration import ENTROPY_PRICE, OperatingPoint, fit_operating_point
 from dmoa.core.gate import Gate, GateSpec
-from dmoa.core.scores import Array, scores
+from dmoa.core.scores import Array, IntArray, scores
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.reading import offsets
 from dmoa.storage import display_path, write_whole
@@ -45,7 +45,7 @@ from dmoa.training.judging import (
     witnesses_of_steps,
 )
 from dmoa.training.loop import TrainJob, train_gate
-from dmoa.training.objective import Batches, IndexArray, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
+from dmoa.training.objective import Batches, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
 from dmoa.training.outcomes import read_outcomes
 from dmoa.training.rollouts import FileRecord, Manifest, RolloutFolder
@@ -361,7 +361,7 @@ class FittedTargets:
         return Batches(self.data, torch.float32, torch.device("cpu"))
 
     @property
-    def dense(self) -> IndexArray:
+    def dense(self) -> IntArray:
         """The held-back dense steps [R]."""
         return self.episodes.dense_steps(self.data.held_Q)
 
@@ -405,7 +405,7 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
             alphas=options.alphas,
             theta_alpha=options.theta_alpha or (None if options.alpha == "auto" else options.alpha),
         )
-        return _fitted(spec, point), _metrics_of(point) | shares
+        return _at_point(spec, point, shares)
     finished_NA = np.where(
         episodes.cut_NA[dense], np.nan, scores(episodes.sum_NA[dense], episodes.tokens_NA[dense], scale.used_anchors)
     )
@@ -419,7 +419,7 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
         theta_alphas=options.theta_alphas,
         price=ENTROPY_PRICE if options.agent_price is None else options.agent_price,
     )
-    return _fitted(spec, point), _metrics_of(point)
+    return _at_point(spec, point, {})
 
 
 def _credit_competence(gate: Gate, evidence: FittedTargets) -> None:
@@ -430,10 +430,6 @@ def _credit_competence(gate: Gate, evidence: FittedTargets) -> None:
     bias_A = competence_bias(scale.label_model, evidence.dense_logits(gate), scale.target_NA[dense], gate.spec.temperature)
     with torch.no_grad():
         gate.head_bias.add_(torch.from_numpy(bias_A))
-
-
-def _fitted(spec: GateSpec, point: OperatingPoint) -> GateSpec:
-    return dataclasses.replace(spec, mass=1.0 - point.mass_left, fitted_left=point.mass_left, theta=point.theta)
 
 
 def build_trained(
@@ -464,9 +460,12 @@ def build_trained(
     return final, record
 
 
-def _metrics_of(point: OperatingPoint) -> dict[str, float]:
+def _at_point(spec: GateSpec, point: OperatingPoint, shares: dict[str, float]) -> tuple[GateSpec, dict[str, float]]:
+    """Return a spec with the numbers of an operating point, and the point's metrics."""
+    spec = dataclasses.replace(spec, mass=1.0 - point.mass_left, fitted_left=point.mass_left, theta=point.theta)
     found = {"alpha": point.alpha, "agents": point.agents, "regret": point.regret}
-    return found if point.theta_alpha is None else found | {"theta_alpha": point.theta_alpha}
+    found |= {} if point.theta_alpha is None else {"theta_alpha": point.theta_alpha}
+    return spec, found | shares
 
 
 class TrainReport(FileRecord):
@@ -555,8 +554,12 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
         curves = Curves(options, config.name, training_set.job.identity, context.finish_timeout_s)
         try:
             with curves.follow(store, lambda epoch: context.watch(epoch, options.epochs)):
-                if before is None or before.ended is None:
-                    _train(training_set.job, store, workers)
+                if (before is None or before.ended is None) and workers:
+                    from dmoa.training.ray_train import train_on_ray
+
+                    train_on_ray(training_set.job, store, workers)
+                elif before is None or before.ended is None:
+                    train_gate(training_set.job, SingleWorker(torch.device("cuda" if options.gpu else "cpu")), store)
             return _finish(config, start, training_set, store, curves, context, (workers, note))
         finally:
             curves.close()
@@ -592,15 +595,6 @@ def _choose(options: TrainOptions) -> tuple[int, str]:
     if options.workers == "auto":
         return 1, "an update of a gate is shorter than what several workers would need to agree on it"
     return options.workers, "in process, without Ray" if options.workers == 0 else "as asked for"
-
-
-def _train(job: TrainJob, store: StateStore, workers: int) -> None:
-    if workers == 0:
-        train_gate(job, SingleWorker(torch.device("cuda" if job.options.gpu else "cpu")), store)
-        return
-    from dmoa.training.ray_train import train_on_ray
-
-    train_on_ray(job, store, workers)
 
 
 def _finish(
