@@ -10,13 +10,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from dmoa.core.gate import Rule
+from dmoa.core.scores import BoolArray, IntArray
 from dmoa.types import FloatArray
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 LEFT_TOLERANCE = 1e-4
 """Share of 1 - tau by which the mass that is left may be above it: float32 rounds the logits of sharp gates as coarsely."""

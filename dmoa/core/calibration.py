@@ -13,9 +13,9 @@ from itertools import product
 
 import numpy as np
 
-from dmoa.core.activation import IntArray, activate, probabilities
+from dmoa.core.activation import activate, probabilities
 from dmoa.core.gate import GateSpec
-from dmoa.core.scores import Array, Numbers
+from dmoa.core.scores import Array, IntArray, Numbers
 from dmoa.errors import ConfigError
 from dmoa.types import FloatArray
 

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -206,6 +207,13 @@ class Gate(nn.Module):
         self.query_weight = nn.Parameter(torch.zeros(hidden, features))
         self.key_weight = nn.Parameter(torch.zeros(hidden, spec.embedding_dim))
         self.register_buffer("profile_AD", profile_AD.detach().to(torch.float32).clone())
+
+    @classmethod
+    def of(cls, spec: GateSpec, weights: Mapping[str, Tensor], *, label_model: LabelModel | None = None) -> Gate:
+        """Return a gate with these weights and buffers, which become float32. Raises ConfigError as `__init__` does."""
+        gate = cls(spec, weights.get("profile_AD"), label_model=label_model)
+        gate.load_state_dict(weights)
+        return gate
 
     def head(self) -> tuple[Tensor, Tensor]:
         """Return (weight [A, C], bias [A]) of the map from the core's output to logits, differentiable.

@@ -21,11 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dmoa.core.scores import Array, BoolArray, IntArray
 from dmoa.errors import CheckpointError
-
-Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 BETS = (0.05, 0.15, 0.35, 0.65, 0.95)
 """Shares of the largest stake; the evidence is the mean wealth of one player for each (method of mixtures)."""

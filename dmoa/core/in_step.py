@@ -77,22 +77,18 @@ def _witnesses(agents: Sequence[str], said: Mapping[str, AgentReply], asked: str
     """Return the contributions of one step as witnesses [1, A]."""
     replies = [said.get(name) for name in agents]
     nats = [None if reply is None else reply.entropy.mean_nats for reply in replies]
+    texts = [None if reply is None else reply.text for reply in replies]
+    are_cut = [bool(reply and is_cut(reply)) for reply in replies]
     return Witnesses(
-        answer_RA=np.array([classes_of(replies, asked)], dtype=np.int64),
+        answer_RA=np.array([read_classes(texts, are_cut, asked)], dtype=np.int64),
         doubt_RA=np.array([[np.nan if value is None else raw_score(round(value, DIGITS)) for value in nats]]),
         length_RA=np.array([[np.nan if reply is None else float(len(reply.text)) for reply in replies]]),
         outcome_RA=np.full((1, len(agents)), np.nan),
     )
 
 
-def classes_of(replies: Sequence[AgentReply | None], asked: str) -> list[int]:
-    """Return the equality class of each reply's answer (`core/witnesses`); one that was cut off has none."""
-    texts = [None if reply is None else reply.text for reply in replies]
-    return read_classes(texts, [bool(reply and is_cut(reply)) for reply in replies], asked)
-
-
 def read_classes(texts: Sequence[str | None], are_cut: Sequence[bool], asked: str) -> list[int]:
-    """Return the same for texts, None where there is no reply."""
+    """Return the equality class of each text's answer (`core/witnesses`), None: no reply; one that was cut off has none."""
     return answer_classes(["" if text is not None and cut else text for text, cut in zip(texts, are_cut, strict=True)], asked)
 
 

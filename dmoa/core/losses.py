@@ -40,17 +40,6 @@ class LossSums(NamedTuple):
     """Sum of the weights; 0 where no step held two agents."""
 
 
-class _Pairs(NamedTuple):
-    """The targets by ordered pairs of agents; each unordered pair stands here twice."""
-
-    gap_NAA: Tensor
-    """s_b - s_a: positive where a is surer."""
-    delta_NAA: Tensor
-    """sqrt(v_a / n_a + v_b / n_b): gaps below it may be chance."""
-    weight_NAA: Tensor
-    """Product of the replies' weights; 0 on the diagonal and where one of the two did not run."""
-
-
 def ranking_loss(loss: Loss, logits_NA: Tensor, targets: Targets, *, temperature: float, eta: float) -> LossSums:
     """Return the sum of weighted terms and the sum of weights over all pairs (`listnet`: all steps).
 
@@ -71,31 +60,23 @@ def ranking_loss(loss: Loss, logits_NA: Tensor, targets: Targets, *, temperature
     score_NA, weight_NA, noise_NA = (
         torch.where(counts_NA, value.to(logits_NA), 0.0) for value in (targets.score_NA, targets.weight_NA, targets.noise_NA)
     )
-    pairs = _pairs(score_NA, weight_NA, noise_NA)
+    # Each unordered pair stands here twice. A gap is positive where a is surer than b; one below delta may be chance.
+    is_self_AA = torch.eye(score_NA.shape[-1], dtype=torch.bool, device=score_NA.device)
+    weight_NAA = (weight_NA[..., :, None] * weight_NA[..., None, :]).masked_fill(is_self_AA, 0.0)
     if loss == "listnet":
-        return _listnet(logits_NA / temperature, -score_NA / eta, counts_NA, pairs.weight_NAA)
+        return _listnet(logits_NA / temperature, -score_NA / eta, counts_NA, weight_NAA)
+    gap_NAA = score_NA[..., None, :] - score_NA[..., :, None]
+    delta_NAA = (noise_NA[..., :, None] + noise_NA[..., None, :]).sqrt()
     margin_NAA = logits_NA[..., :, None] - logits_NA[..., None, :]
     if loss == "soft":
-        term_NAA = binary_cross_entropy_with_logits(
-            margin_NAA / temperature, torch.sigmoid(pairs.gap_NAA / eta), reduction="none"
-        )
+        term_NAA = binary_cross_entropy_with_logits(margin_NAA / temperature, torch.sigmoid(gap_NAA / eta), reduction="none")
         # Half, because both orders of a pair have the same term.
-        weight_NAA = 0.5 * pairs.weight_NAA * rank_weights(score_NA, counts_NA)
-        weight_NAA = torch.where(pairs.gap_NAA.abs() < pairs.delta_NAA, 0.5 * weight_NAA, weight_NAA)
+        weight_NAA = 0.5 * weight_NAA * rank_weights(score_NA, counts_NA)
+        weight_NAA = torch.where(gap_NAA.abs() < delta_NAA, 0.5 * weight_NAA, weight_NAA)
     else:
         term_NAA = softplus(-margin_NAA) if loss == "hard" else torch.relu(1.0 - margin_NAA / temperature)
-        weight_NAA = torch.where(pairs.gap_NAA > pairs.delta_NAA, pairs.weight_NAA, 0.0)
+        weight_NAA = torch.where(gap_NAA > delta_NAA, weight_NAA, 0.0)
     return LossSums((weight_NAA * term_NAA).sum(), weight_NAA.sum())
-
-
-def _pairs(score_NA: Tensor, weight_NA: Tensor, noise_NA: Tensor) -> _Pairs:
-    weight_NAA = weight_NA[..., :, None] * weight_NA[..., None, :]
-    is_self_AA = torch.eye(score_NA.shape[-1], dtype=torch.bool, device=score_NA.device)
-    return _Pairs(
-        gap_NAA=score_NA[..., None, :] - score_NA[..., :, None],
-        delta_NAA=(noise_NA[..., :, None] + noise_NA[..., None, :]).sqrt(),
-        weight_NAA=weight_NAA.masked_fill(is_self_AA, 0.0),
-    )
 
 
 def rank_weights(score_NA: Tensor, counts_NA: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dmoa.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 Numbers = npt.NDArray[Any]
 """An array of any numbers; results are float64."""
 
@@ -162,20 +163,22 @@ def fit_anchors(
     return tuple(float(value) for value in mean_A)
 
 
-def _balanced_means(raw_RA: Array, cluster_R: npt.NDArray[np.int64]) -> Array:
+def _balanced_means(raw_RA: Array, cluster_R: IntArray) -> Array:
     """Return the mean [A] over clusters of the means within them, leaving out what is NaN."""
-    is_known_RA = np.isfinite(raw_RA)
-    known_RA = np.where(is_known_RA, raw_RA, 0.0)
-    means = []
-    for cluster in np.unique(cluster_R):
-        rows = cluster_R == cluster
-        count_A = is_known_RA[rows].sum(axis=0)
-        means.append(np.divide(known_RA[rows].sum(axis=0), count_A, out=np.full(count_A.shape, np.nan), where=count_A > 0))
+    means = [known_mean(raw_RA[cluster_R == cluster]) for cluster in np.unique(cluster_R)]
     mean_A: Array = np.nanmean(np.stack(means), axis=0)
     return mean_A
 
 
-def clusters(distinct_UD: Array, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def known_mean(value_RA: Array, axis: int = 0) -> Array:
+    """Return the means along an axis of the values that are finite; NaN where none is."""
+    is_known_RA = np.isfinite(value_RA)
+    count = is_known_RA.sum(axis=axis)
+    mean: Array = np.where(is_known_RA, value_RA, 0.0).sum(axis=axis) / np.where(count, count, np.nan)
+    return mean
+
+
+def clusters(distinct_UD: Array, num_clusters: int, rng: np.random.Generator) -> IntArray:
     """Return the cluster [U] of every row: k-means from k-means++ centres, over different rows in sorted order.
 
     So neither the order of the rows nor their repetition matters. A centre that loses its rows stays where it is.
@@ -192,7 +195,7 @@ def clusters(distinct_UD: Array, num_clusters: int, rng: np.random.Generator) ->
             break
         for cluster in np.unique(cluster_U):
             centre_CD[cluster] = distinct_UD[cluster_U == cluster].mean(axis=0)
-    found_U: npt.NDArray[np.int64] = cluster_U
+    found_U: IntArray = cluster_U
     return found_U
 
 
@@ -210,9 +213,7 @@ def reply_key(text: str | None) -> int:
     return zlib.crc32((text or "").strip().encode())
 
 
-def same_reply_shares(
-    reply_RA: npt.NDArray[np.int64], is_known_RA: npt.NDArray[np.bool_], min_rows: int = MIN_ROWS
-) -> npt.NDArray[np.float64]:
+def same_reply_shares(reply_RA: IntArray, is_known_RA: BoolArray, min_rows: int = MIN_ROWS) -> Array:
     """Return per agent [A] the share of its replies that are its commonest one; NaN for fewer than `min_rows` replies.
 
     `reply_RA` are `reply_key`s, `is_known_RA` says where there is a reply at all.
@@ -225,7 +226,7 @@ def same_reply_shares(
     return shares
 
 
-def constant_agents(share_A: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+def constant_agents(share_A: Array) -> BoolArray:
     """Return which agents [A] give one reply nearly always, while the others, by the median, do not; from `same_reply_shares`.
 
     Where most queries have one and the same answer, honest agents repeat themselves too: then nobody is constant. Agents

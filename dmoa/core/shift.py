@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.scores import Array
+from dmoa.core.scores import Array, known_mean
 from dmoa.errors import ConfigError
 
 NEIGHBOURS = 5
@@ -258,10 +258,7 @@ class _Reference:
         """Return how much farther off than its neighbours are a query lies, and per agent how far its signal is from theirs."""
         distance_R = np.sqrt(np.maximum(_squares(input_D[None], self._input_RD)[0], 0.0))
         near = np.argpartition(distance_R, NEIGHBOURS - 1)[:NEIGHBOURS]
-        is_known_RA = np.isfinite(self._signal_RA[near])
-        count_A = is_known_RA.sum(axis=0)
-        theirs_A = np.where(is_known_RA, self._signal_RA[near], 0.0).sum(axis=0) / np.maximum(count_A, 1)
-        off_A: Array = np.where(count_A > 0, np.abs(signal_A - theirs_A), np.nan)
+        off_A: Array = np.abs(signal_A - known_mean(self._signal_RA[near]))
         return float(distance_R[near].mean() / self._usual_R[near].mean()), off_A
 
 

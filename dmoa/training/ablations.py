@@ -62,8 +62,7 @@ def _dealt(rollouts: pa.Table, keys: Sequence[str], seed: int) -> pa.Table:
         source[groups[name]] = rng.permutation(groups[name])
     dealt = rollouts
     for column in EVIDENCE:
-        place = dealt.schema.get_field_index(column)
-        dealt = dealt.set_column(place, dealt.schema.field(place), rollouts[column].take(pa.array(source)))
+        dealt = _with_column(dealt, column, rollouts[column].take(pa.array(source)))
     return dealt
 
 
@@ -102,8 +101,7 @@ def as_paper(rollouts: pa.Table, seed: int) -> pa.Table:
     contexts = np.array(first["context"].to_pylist(), dtype=np.float32)
     first = _with_lists(first, "context", contexts[:, : contexts.shape[1] // 2])
     first = _with_lists(first, "feedback", np.zeros((first.num_rows, FEEDBACK_FEATURES), dtype=np.float32))
-    place = first.schema.get_field_index("num_steps")
-    return first.set_column(place, first.schema.field(place), pa.array(np.ones(first.num_rows, dtype=np.int64)))
+    return _with_column(first, "num_steps", pa.array(np.ones(first.num_rows, dtype=np.int64)))
 
 
 ABLATIONS: dict[str, Ablation] = {
@@ -190,8 +188,7 @@ def train_ablation(
 def _changed(trained: Gate, ablation: Ablation) -> Gate:
     """Return a trained gate as an ablation would have it: the same weights, another activation, or blind to the summary."""
     spec = dataclasses.replace(trained.spec, **ablation.spec)
-    gate = Gate(spec, profile_AD=trained.state_dict().get("profile_AD"), label_model=trained.label_model)
-    gate.load_state_dict(trained.state_dict())
+    gate = Gate.of(spec, trained.state_dict(), label_model=trained.label_model)
     if ablation.is_blind:
         with torch.no_grad():
             _input_weights(gate)[:, spec.embedding_dim : 2 * spec.embedding_dim] = 0.0
@@ -225,8 +222,10 @@ def write_changed(rollouts: Path, out: Path, rows: Rows, *, seed: int, preset: s
 
 def _with_lists(table: pa.Table, name: str, values: np.ndarray[Any, Any]) -> pa.Table:
     """Return a table with a column of float32 lists replaced by the rows of an array."""
+    ends = pa.array(np.arange(0, values.size + 1, values.shape[1], dtype=np.int32))
+    return _with_column(table, name, pa.ListArray.from_arrays(ends, pa.array(values.ravel())))
+
+
+def _with_column(table: pa.Table, name: str, column: Any) -> pa.Table:
     place = table.schema.get_field_index(name)
-    lists = pa.ListArray.from_arrays(
-        pa.array(np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)), pa.array(values.ravel())
-    )
-    return table.set_column(place, table.schema.field(place), lists)
+    return table.set_column(place, table.schema.field(place), column)

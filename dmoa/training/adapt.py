@@ -24,7 +24,7 @@ from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.in_step import context_part
 from dmoa.core.inference import one_thread
 from dmoa.core.label_model import MIN_ROWS
-from dmoa.core.scores import CONSTANT_PENALTY, USUAL_SHARE, fit_eta, same_reply_shares, scores
+from dmoa.core.scores import CONSTANT_PENALTY, USUAL_SHARE, IntArray, fit_eta, same_reply_shares, scores
 from dmoa.core.told import OutcomeTable
 from dmoa.core.witnesses import NOT_ASKED
 from dmoa.errors import ConfigError
@@ -33,7 +33,7 @@ from dmoa.training.dataset import EpisodeBuilder, Episodes, asked_of
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.judging import fit_judge, judged, witnesses_of_steps
 from dmoa.training.loop import Learner, TrainJob
-from dmoa.training.objective import IndexArray, Scale, Split, TrainingData, anchor_sample, build_data, fit_scale, unroll
+from dmoa.training.objective import Scale, Split, TrainingData, anchor_sample, build_data, fit_scale, unroll
 from dmoa.training.options import AdaptSettings, TrainOptions
 from dmoa.training.rollouts import RolloutQuery, table_of
 from dmoa.training.trainer import FittedTargets, fit_spec
@@ -115,9 +115,11 @@ class Adapter:
         self._known: OrderedDict[str, bool] = OrderedDict()
         """Newest queries that were taken in, and whether an outcome came with them."""
         self._deployed, self._checkpoint, self._options, self._world = gate, checkpoint, options, world
-        self._spec: GateSpec = gate.spec
-        self._old, self._recent = replay, None if replay is None else replay.take(np.zeros(0, np.int64))
-        self._joined = 0 if replay is None else len(replay.key_Q)
+        self.spec = gate.spec
+        """Of the deployed gate: how records are to be read."""
+        self._recent = EpisodeBuilder(gate.spec.agents, gate.spec.input_dim, has_feedback=False).pack()
+        self._old = self._recent if replay is None else replay
+        self._joined = len(self._old.key_Q)
         """Queries that have joined the replay so far, those that it began with included."""
         self._draw_Q = np.random.default_rng([options.seed, 0]).random(self._joined)
         """Of the replayed queries; those with the lowest draws stay."""
@@ -130,26 +132,19 @@ class Adapter:
         self._made: dict[str, tuple[Episodes, Scale, TrainingData]] = {}
         """What was made of the replay and of the recent queries, with what it was made of."""
         weights = {name: tensor.detach().clone() for name, tensor in gate.state_dict().items()}
-        empty = _blank(gate.spec) if replay is None else replay
-        self._start = TrainJob(
-            options=_training(options), spec=gate.spec, weights=weights, data=_data(empty, None), eta=1.0, identity={}
-        )
+        nothing = _data(self._recent, Scale(score="raw", eta=1.0, anchors=None), gate.spec)
+        self._start = TrainJob(options=_training(options), spec=gate.spec, weights=weights, data=nothing, eta=1.0, identity={})
         self._learner = Learner(self._start, world)
         self._home = [parameter.detach().clone() for parameter in self._learner.gate.parameters()]
         self._home_gate = self._start.build_gate(world.device)
 
-    @property
-    def spec(self) -> GateSpec:
-        """Of the deployed gate: how records are to be read."""
-        return self._deployed.spec
-
     def _deployed_scale(self) -> Scale | None:
         """Return what the deployed gate measures replies by; None where it was never fitted."""
-        spec, judge = self._deployed.spec, self._deployed.label_model
+        spec, judge = self.spec, self._deployed.label_model
         if (spec.score == "anchored" and spec.anchors is None) or (spec.score == "posterior" and judge is None):
             return None
         eta = 1.0 if spec.score == "posterior" else self._checkpoint.metrics.get("eta")
-        if eta is None and self._old is not None:
+        if eta is None and len(self._old.key_Q):
             used = spec.anchors if spec.score == "anchored" else None
             eta = fit_eta(scores(self._old.sum_NA, self._old.tokens_NA, used))
         if eta is None:
@@ -163,17 +158,16 @@ class Adapter:
 
     def _new_table(self) -> OutcomeTable | None:
         """Return an empty table of outcomes for the label model that is measured by; None without one, or without a replay."""
-        if self._scale is None or self._scale.label_model is None or self._old is None or not len(self._old.key_Q):
+        if self._scale is None or self._scale.label_model is None or not len(self._old.key_Q):
             return None
         first_QX = self._old.input_NX[self._old.start_Q[:-1]]
-        return OutcomeTable(self._scale.label_model, context_part(first_QX, self._spec.preset).astype(np.float64))
+        return OutcomeTable(self._scale.label_model, context_part(first_QX, self.spec.preset).astype(np.float64))
 
     def _first_heard(self, episode: Episodes) -> tuple[int, int]:
         """Return how many queries, and how many outcomes of queries, are heard of for the first time."""
         queries = outcomes = 0
         for key, first in zip(episode.key_Q, episode.start_Q, strict=False):
-            outcome_NA = episode.outcome_NA if self._spec.score == "posterior" else None
-            is_judged = outcome_NA is not None and bool(np.isfinite(outcome_NA[first]).any())
+            is_judged = self.spec.score == "posterior" and bool(np.isfinite(episode.outcome_NA[first]).any())
             was_judged = self._known.get(key.query_id)
             queries += was_judged is None
             outcomes += is_judged and not was_judged
@@ -192,7 +186,7 @@ class Adapter:
             return list(fresh)
         kept, before = [], self._table.judged
         for episode, news in zip(fresh, heard, strict=True):
-            witnesses = witnesses_of_steps(episode, episode.start_Q[:-1], self._spec)
+            witnesses = witnesses_of_steps(episode, episode.start_Q[:-1], self.spec)
             take = self._table.hear if any(news) else self._table.is_new
             is_new = [take(witnesses.rows(slice(row, row + 1))) for row in range(len(witnesses.answer_RA))]
             if not any(is_new) or np.isfinite(witnesses.doubt_RA).any():
@@ -214,7 +208,6 @@ class Adapter:
             if not fresh or self._scale is None:
                 return self._update(None, fresh, skipped, replayed=0, bad=0, refitted=False)
             self._follow()
-            assert self._recent is not None
             rng = np.random.default_rng([self._options.seed, self.updates])
             results, replayed = [], 0
             for _ in range(self._options.steps):
@@ -259,8 +252,7 @@ class Adapter:
         taught = self._tabled(fresh, heard)
         skipped[_LED] += len(fresh) - len(taught)
         if taught:
-            kept = Episodes.joined([*([] if self._recent is None else [self._recent]), *taught])
-            self._recent = self._retire(kept)
+            self._recent = self._retire(Episodes.joined([self._recent, *taught]))
         self.used += sum(queries for queries, _ in heard)
         self.outcomes += sum(outcomes for _, outcomes in heard)
         return len(taught), dict(+skipped)
@@ -268,7 +260,7 @@ class Adapter:
     def _episodes(self, record: Feedback | Lesson | Episodes) -> Episodes | str:
         """Return a record as episodes, or why nothing can be learned from it."""
         if not isinstance(record, Episodes):
-            return episodes_of(lesson_of(record) if isinstance(record, Feedback) else record, self._deployed.spec)
+            return episodes_of(lesson_of(record) if isinstance(record, Feedback) else record, self.spec)
         return record if _is_comparable(record) else _ALONE
 
     def _retire(self, recent: Episodes) -> Episodes:
@@ -278,7 +270,7 @@ class Adapter:
             return recent
         ends = np.arange(len(recent.key_Q))
         retired = recent.take(ends[:spare])
-        old = retired if self._old is None else Episodes.joined([self._old, retired])
+        old = Episodes.joined([self._old, retired])
         rng = np.random.default_rng([self._options.seed, self._joined])
         self._joined += spare
         self._draw_Q = np.concatenate([self._draw_Q, rng.random(spare)])
@@ -288,17 +280,12 @@ class Adapter:
         self._old = old
         return recent.take(ends[spare:])
 
-    def _kept(self) -> Episodes:
-        """Return the replay and after it the recent queries."""
-        parts = [part for part in (self._old, self._recent) if part is not None]
-        return Episodes.joined(parts)
-
     def _refitted(self, shift: bool) -> bool:
         """Fit the scale and the operating point anew where that is due; tell whether it was done."""
         is_first = self._scale is None or self._is_own_scale
         if not (shift or (is_first and self.used <= self._options.recent)):
             return False
-        kept, spec = self._kept(), self._spec
+        kept, spec = Episodes.joined([self._old, self._recent]), self.spec
         everything = np.arange(len(kept.key_Q))
         if len(kept.dense_steps(everything)) < MIN_ROWS:
             return False
@@ -327,7 +314,7 @@ class Adapter:
         An agent that no old query was for may say one thing to all of them. Where nobody asks what it is good at it looks like
         one that always says the same, and would stay discounted when its own queries come. Source: ours.
         """
-        if scale is None or not scale.is_discounted or scale.anchors is None or self._recent is None:
+        if scale is None or not scale.is_discounted or scale.anchors is None:
             return scale
         share_A = same_reply_shares(self._recent.reply_NA, self._recent.ran_NA, _HEARD)
         varied = {agent for agent, _ in scale.constant if share_A[agent] <= USUAL_SHARE}
@@ -343,17 +330,16 @@ class Adapter:
     def _follow(self) -> None:
         """Hand replay and recent queries, with the targets of this moment, to the learner."""
         assert self._scale is not None
-        parts = {name: part for name, part in (("old", self._old), ("recent", self._recent)) if part is not None}
+        parts = {name: part for name, part in (("old", self._old), ("recent", self._recent)) if len(part.key_Q)}
         for name, part in parts.items():
             if name not in self._made or self._made[name][0] is not part or self._made[name][1] is not self._scale:
-                self._made[name] = (part, self._scale, _data(part, self._scale, self._spec))
+                self._made[name] = (part, self._scale, _data(part, self._scale, self.spec))
         data = _joined([self._made[name][2] for name in parts])
         self._learner.follow(dataclasses.replace(self._start, data=data, eta=self._scale.eta))
 
-    def _drawn(self, rng: np.random.Generator, fresh: int) -> tuple[IndexArray, int]:
+    def _drawn(self, rng: np.random.Generator, fresh: int) -> tuple[IntArray, int]:
         """Return a global batch: the newest queries, others of the stream, and the replay on top; and how many are replayed."""
-        assert self._recent is not None
-        num_old, num_recent = (0 if self._old is None else len(self._old.key_Q)), len(self._recent.key_Q)
+        num_old, num_recent = len(self._old.key_Q), len(self._recent.key_Q)
         newest = np.arange(num_recent)[::-1][:fresh]
         wanted = max(self._options.batch_queries - len(newest), 0)
         rest = rng.permutation(num_recent - len(newest))[:wanted]
@@ -370,12 +356,11 @@ class Adapter:
 
     def _drift(self) -> float:
         """Return how far the routing of the replayed queries is from the deployed gate's."""
-        num_old = 0 if self._old is None else len(self._old.key_Q)
-        probed = np.arange(num_old or (0 if self._recent is None else len(self._recent.key_Q)))[-_PROBED:]
+        probed = np.arange(len(self._old.key_Q) or len(self._recent.key_Q))[-_PROBED:]
         batch = self._learner.batches.gather(probed)
         with torch.no_grad():
             before, now = (
-                torch.log_softmax(unroll(gate, batch) / self._spec.temperature, dim=-1)
+                torch.log_softmax(unroll(gate, batch) / self.spec.temperature, dim=-1)
                 for gate in (self._home_gate, self._learner.gate)
             )
             return float((before.exp() * (before - now)).sum(dim=-1).mean())
@@ -389,21 +374,15 @@ class Adapter:
         weights = self.weights()
         scale, record = self._scale, self._checkpoint
         judge = self._deployed.label_model if scale is None else scale.label_model
-        spec, anchor_set = self._deployed.spec, record.anchor_set
-        gate = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
-        gate.load_state_dict(weights)
+        spec, anchor_set = self.spec, record.anchor_set
         if self._refits and scale is not None:
-            self._point = spec, anchor_set = self._point or self._fitted_spec(gate, scale)
-            fitted = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
-            fitted.load_state_dict(gate.state_dict())
-            gate = fitted
+            self._point = spec, anchor_set = self._point or self._fitted_spec(Gate.of(spec, weights), scale)
         elif scale is not None and scale.used_anchors not in (None, spec.anchors) and anchor_set is not None:
             spec = dataclasses.replace(spec, anchors=scale.used_anchors)
             constant = tuple(spec.agents[agent] for agent, _ in scale.constant)
             anchor_set = anchor_set.model_copy(update={"means": scale.used_anchors, "constant": constant})
-            gate = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
-            gate.load_state_dict(weights)
         metrics = {} if scale is None else {"eta": scale.eta}
+        gate = Gate.of(spec, weights, label_model=judge)
         return gate, describe_gate(
             gate,
             fingerprint=record.pool_fingerprint,
@@ -416,17 +395,14 @@ class Adapter:
 
     def _fitted_spec(self, gate: Gate, scale: Scale) -> tuple[GateSpec, AnchorSet | None]:
         """Return the spec with tau, theta and anchors as everything that is kept gives them."""
-        kept = self._kept()
-        data = _data(kept, scale, self._spec)
-        if scale.score == "posterior":
-            assert scale.label_model is not None
-            scale = judged(scale, scale.label_model, kept, self._spec)
-        evidence = FittedTargets(episodes=kept, data=dataclasses.replace(data, held_Q=data.train_Q), scale=scale)
+        kept = Episodes.joined([self._old, self._recent])
+        everything = np.arange(len(kept.key_Q))
+        if scale.score == "posterior" and scale.label_model is not None:
+            scale = judged(scale, scale.label_model, kept, self.spec)
+        data = build_data(kept, Split(train_Q=everything, held_Q=everything), scale)
+        evidence = FittedTargets(episodes=kept, data=data, scale=scale)
         spec, _ = fit_spec(gate, evidence, _training(self._options))
-        if spec.anchors is None:
-            return spec, None
-        constant = tuple(spec.agents[agent] for agent, _ in scale.constant) if scale.is_discounted else ()
-        return spec, AnchorSet(means=spec.anchors, rows=scale.anchor_rows, clusters=_CLUSTERS, constant=constant)
+        return spec, evidence.anchor_set(spec.agents, _CLUSTERS) if spec.anchors is not None else None
 
     def _trained_on(self) -> dict[str, Any]:
         """Return the account of the training: the parent's, and what was adapted to since."""
@@ -439,7 +415,7 @@ class Adapter:
             "updates": self.updates,
             "queries": self.used,
             "outcomes": self.outcomes,
-            "replay": 0 if self._old is None else len(self._old.key_Q),
+            "replay": len(self._old.key_Q),
             "refits": self._refits,
             "options": self._options.model_dump(mode="json", include=set(AdaptSettings.model_fields)),
         }
@@ -480,8 +456,6 @@ def episodes_of_table(table: pa.Table, query: RolloutQuery, spec: GateSpec) -> E
 
 def with_credit(episode: Episodes, outcomes: Mapping[str, float]) -> Episodes:
     """Return an episode with what is known of the replies to its first step, by agent."""
-    if not outcomes:
-        return episode
     outcome_NA = np.full(episode.ran_NA.shape, np.nan)
     outcome_NA[0] = [outcomes.get(name, np.nan) for name in episode.agents]
     return dataclasses.replace(episode, outcome_NA=outcome_NA)
@@ -489,20 +463,16 @@ def with_credit(episode: Episodes, outcomes: Mapping[str, float]) -> Episodes:
 
 def _is_comparable(episode: Episodes) -> bool:
     """Tell whether some step has two replies that a target can be made of: an entropy each, or an answer that can be judged."""
-    replied_NA = episode.ran_NA if episode.said is None else episode.ran_NA | (episode.said.answer_NA != NOT_ASKED)
+    replied_NA = episode.ran_NA | (episode.answer_NA != NOT_ASKED)
     return bool((replied_NA.sum(axis=1) >= 2).any())
 
 
-def _data(episodes: Episodes, scale: Scale | None, spec: GateSpec | None = None) -> TrainingData:
-    """Return inputs and targets of episodes that are all learned from; raw scores without a scale."""
+def _data(episodes: Episodes, scale: Scale, spec: GateSpec) -> TrainingData:
+    """Return inputs and targets of episodes that are all learned from."""
     everything = np.arange(len(episodes.key_Q))
-    split = Split(train_Q=everything, held_Q=everything[:0])
-    if scale is None or spec is None:
-        return build_data(episodes, split, Scale(score="raw", eta=1.0, anchors=None))
-    if scale.score == "posterior":
-        assert scale.label_model is not None
+    if scale.score == "posterior" and scale.label_model is not None:
         scale = judged(scale, scale.label_model, episodes, spec)
-    return build_data(episodes, split, scale)
+    return build_data(episodes, Split(train_Q=everything, held_Q=everything[:0]), scale)
 
 
 def _joined(parts: Sequence[TrainingData]) -> TrainingData:
@@ -516,22 +486,6 @@ def _joined(parts: Sequence[TrainingData]) -> TrainingData:
         train_Q=everything,
         held_Q=everything[:0],
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
-    )
-
-
-def _blank(spec: GateSpec) -> Episodes:
-    """Return no episodes."""
-    zero_NA = np.zeros((0, len(spec.agents)))
-    numbers = ("sum_NA", "sq_sum_NA", "tokens_NA", "slack_NA", "propensity_NA", "probability_NA")
-    cells: dict[str, Any] = dict.fromkeys(numbers, zero_NA)
-    cells |= {name: zero_NA.astype(np.bool_) for name in ("asked_NA", "ran_NA", "cut_NA")}
-    return Episodes(
-        agents=spec.agents,
-        key_Q=(),
-        start_Q=np.zeros(1, np.int64),
-        input_NX=np.zeros((0, spec.input_dim), np.float32),
-        reply_NA=zero_NA.astype(np.int64),
-        **cells,
     )
 
 

@@ -5,7 +5,7 @@ The probe looks at the same sample; the study and the ablations compare gates wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from scipy.cluster.vq import ClusterError, kmeans2, vq
 
 from dmoa.core.features import Preset
-from dmoa.core.scores import scores
+from dmoa.core.scores import Array, BoolArray, IntArray, known_mean, scores
 from dmoa.core.sequential import AGENT_PRICE
 from dmoa.errors import ConfigError
 from dmoa.types import Price, TokenUsage
@@ -27,7 +27,6 @@ _PROBE_COLUMNS = (
     "completion_tokens",
 )  # fmt: skip
 
-Floats = npt.NDArray[np.float64]
 _TRIES = 5
 """k-means is begun so often, and the tightest result is kept."""
 
@@ -58,25 +57,26 @@ def sample_of(
             "dense rollouts"
         )
     rows = list(dense.values())
+
+    def cells(of: Callable[[dict[str, Any]], float]) -> np.ndarray[Any, Any]:
+        return np.array([[of(cell) for cell in row] for row in rows])
+
+    def known(given: Mapping[tuple[str, str], float] | None) -> Array | None:
+        return None if given is None else np.array([[given.get((query, name), np.nan) for name in agents] for query in dense])
+
     return ProbeSample(
         agents=tuple(agents),
         sources=tuple(str(row[0]["source"]) for row in rows),
         embedding_RD=np.array([_query_part(row[0]["context"], preset) for row in rows], dtype=np.float64),
-        entropy_RA=np.array([[_entropy(cell) for cell in row] for row in rows]),
+        entropy_RA=cells(_entropy),
         texts=tuple(tuple(str(cell["text"]) for cell in row) for row in rows),
-        value_RA=None
-        if values is None
-        else np.array([[values.get((query, name), np.nan) for name in agents] for query in dense]),
-        heard_RA=np.array([[cell["status"] == "ok" for cell in row] for row in rows]),
-        cut_RA=np.array([[cell["finish_reason"] == "length" for cell in row] for row in rows]),
+        value_RA=known(values),
+        heard_RA=cells(lambda cell: cell["status"] == "ok"),
+        cut_RA=cells(lambda cell: cell["finish_reason"] == "length"),
         asked=None if asked is None else tuple(asked.get(query, "") for query in dense),
-        tokens_RA=np.array([[_tokens(cell) for cell in row] for row in rows]),
-        price_RA=None
-        if not prices
-        else np.array([[_price(cell, prices.get(name)) for name, cell in zip(agents, row, strict=True)] for row in rows]),
-        outcome_RA=None
-        if outcomes is None
-        else np.array([[outcomes.get((query, name), np.nan) for name in agents] for query in dense]),
+        tokens_RA=cells(_tokens),
+        price_RA=cells(lambda cell: _price(cell, prices.get(cell["agent"]))) if prices else None,
+        outcome_RA=known(outcomes),
         agent_price=agent_price,
     )
 
@@ -119,29 +119,29 @@ class ProbeSample:
     sources: tuple[str, ...]
     """[R] benchmark or file of each row."""
     embedding_RD: npt.NDArray[np.floating]
-    entropy_RA: Floats
+    entropy_RA: Array
     """Mean entropy in nats per token; NaN where an agent gave nothing."""
     texts: tuple[tuple[str, ...], ...]
     """[R][A]"""
-    value_RA: Floats | None = None
+    value_RA: Array | None = None
     """Score of each reply, 0..1; NaN in rows without a known answer."""
-    heard_RA: npt.NDArray[np.bool_] | None = None
+    heard_RA: BoolArray | None = None
     """Whether each agent contributed; None: all did."""
-    cut_RA: npt.NDArray[np.bool_] | None = None
+    cut_RA: BoolArray | None = None
     """Whether each reply was cut off, and so holds no answer; None: none was."""
     asked: tuple[str, ...] | None = None
     """[R] text of each query, which tells the form of its answers; None: not known."""
-    tokens_RA: Floats | None = None
+    tokens_RA: Array | None = None
     """Prompt and completion tokens of each reply; NaN where there is none. None: not known."""
-    price_RA: Floats | None = None
+    price_RA: Array | None = None
     """What each reply cost; NaN where its agent has no price, or gave nothing. None: no agent has a price."""
-    outcome_RA: Floats | None = None
+    outcome_RA: Array | None = None
     """Rewards that the user handed over, 0..1; NaN where there are none. None: there are none at all."""
     agent_price: float = AGENT_PRICE
     """What one more agent must be worth (`gate.agent_price`)."""
 
     @property
-    def replied(self) -> npt.NDArray[np.bool_]:
+    def replied(self) -> BoolArray:
         """Return which agents contributed."""
         return np.ones(self.entropy_RA.shape, dtype=np.bool_) if self.heard_RA is None else self.heard_RA
 
@@ -150,13 +150,13 @@ class ProbeSample:
 class KMeansRouter:
     """Cluster centres, and in each the agents from the surest to the least sure."""
 
-    centres_CD: Floats
-    ranking_CA: npt.NDArray[np.int64]
+    centres_CD: Array
+    ranking_CA: IntArray
 
-    def rank(self, embedding_RD: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
+    def rank(self, embedding_RD: npt.NDArray[np.floating]) -> IntArray:
         """Return each row's agents, surest first, [R, A] indices."""
         labels_R, _ = vq(np.asarray(embedding_RD, dtype=np.float64), self.centres_CD)
-        ranking_RA: npt.NDArray[np.int64] = self.ranking_CA[labels_R]
+        ranking_RA: IntArray = self.ranking_CA[labels_R]
         return ranking_RA
 
 
@@ -170,16 +170,16 @@ def fit_clusters(
     points_RD = np.asarray(embedding_RD, dtype=np.float64)
     score_RA = np.asarray(score_RA, dtype=np.float64)
     centres_CD, labels_R = cluster(points_RD, num_clusters=num_clusters, seed=seed)
-    means = [_mean(score_RA[labels_R == number]) for number in range(len(centres_CD))]
-    ranking_CA = np.argsort(np.array(means), axis=1, kind="stable")
+    means = [known_mean(score_RA[labels_R == number]) for number in range(len(centres_CD))]
+    ranking_CA = np.argsort(np.array(means), axis=1, kind="stable")  # an agent that never ran comes last
     return KMeansRouter(centres_CD=centres_CD, ranking_CA=ranking_CA)
 
 
-def cluster(points_RD: Floats, *, num_clusters: int, seed: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+def cluster(points_RD: Array, *, num_clusters: int, seed: int) -> tuple[Array, IntArray]:
     """Return (centres [C, D], label of each row [R]); no cluster is empty, C is at most `num_clusters` and R."""
     rng = np.random.default_rng(seed)
     count = min(num_clusters, len(np.unique(points_RD, axis=0)))
-    best: tuple[float, Floats, npt.NDArray[np.int64]] | None = None
+    best: tuple[float, Array, IntArray] | None = None
     while best is None:
         for _ in range(_TRIES):
             try:
@@ -193,14 +193,6 @@ def cluster(points_RD: Floats, *, num_clusters: int, seed: int) -> tuple[Floats,
     return best[1], best[2]
 
 
-def _mean(score_RA: Floats) -> Floats:
-    """Mean score per agent, infinite for one that never ran."""
-    known_RA = np.isfinite(score_RA)
-    total_A = np.where(known_RA, score_RA, 0.0).sum(axis=0)
-    count_A = known_RA.sum(axis=0)
-    return np.where(count_A > 0, total_A / np.maximum(count_A, 1), np.inf)
-
-
 def fit_rival(rollouts: pa.Table, agents: Sequence[str], preset: Preset, *, num_clusters: int, seed: int) -> KMeansRouter:
     """Fit the rival on a table of rollouts; `preset`: of the collection.
 
@@ -210,7 +202,7 @@ def fit_rival(rollouts: pa.Table, agents: Sequence[str], preset: Preset, *, num_
     return fit_clusters(sample.embedding_RD, training_scores(rollouts, agents), num_clusters=num_clusters, seed=seed)
 
 
-def training_scores(rollouts: pa.Table, agents: Sequence[str]) -> Floats:
+def training_scores(rollouts: pa.Table, agents: Sequence[str]) -> Array:
     """Return the raw scores [R, A] of the rows of `sample_of`, cut replies behind all others; NaN where nothing was generated."""
     cell_RA3 = [
         [

@@ -289,25 +289,21 @@ def collect(session: CollectSession) -> Manifest:
 
     Raises ConfigError for bad input, DmoaError where the pipeline stops or every query failed; what was written is kept.
     """
-    with only_one(session.folder.root, "collection"):
-        return _locked(session)
-
-
-def _locked(session: CollectSession) -> Manifest:
     folder = session.folder
-    manifest = _begin(session)
-    before = collected_ids(folder, manifest)
-    left = len(pending(folder, before))
-    if before:
-        session.say(f"{len(before)} queries are collected, {left} are left")
-    failures = _ask(session, manifest) if left else []
-    counts = count_rows(folder, manifest)
-    counts = counts.model_copy(update={"failed": len(before) + left - counts.queries})
-    manifest = manifest.model_copy(update={"counts": counts, "failures": failures, "ended_unix_s": time.time()})
-    _write_manifest(folder, manifest)
-    if left and counts.failed == left:
-        raise DmoaError(f"rollouts: all {left} queries failed, the last one: {failures[-1]}; mend that, then {_ADVICE}")
-    return manifest
+    with only_one(folder.root, "collection"):
+        manifest = _begin(session)
+        before = collected_ids(folder, manifest)
+        left = len(pending(folder, before))
+        if before:
+            session.say(f"{len(before)} queries are collected, {left} are left")
+        failures = _ask(session, manifest) if left else []
+        counts = count_rows(folder, manifest)
+        counts = counts.model_copy(update={"failed": len(before) + left - counts.queries})
+        manifest = manifest.model_copy(update={"counts": counts, "failures": failures, "ended_unix_s": time.time()})
+        _write(folder.manifest, manifest.model_dump_json(indent=2) + "\n")
+        if left and counts.failed == left:
+            raise DmoaError(f"rollouts: all {left} queries failed, the last one: {failures[-1]}; mend that, then {_ADVICE}")
+        return manifest
 
 
 def _begin(session: CollectSession) -> Manifest:
@@ -326,7 +322,7 @@ def _begin(session: CollectSession) -> Manifest:
     lines = [query.model_dump_json() + "\n" for query in prepared.queries]
     _write(folder.queries, "".join(lines))
     manifest = session.manifest.model_copy(update={"sources": prepared.sources})
-    _write_manifest(folder, manifest)
+    _write(folder.manifest, manifest.model_dump_json(indent=2) + "\n")
     session.say(", ".join(f"{source.name}: {source.queries} queries" for source in prepared.sources))
     return manifest
 
@@ -343,11 +339,14 @@ def _check_same(session: CollectSession, before: Manifest) -> None:
         raise ConfigError(f"--out: {'; '.join(different)}; repeat the settings of {where!r}, or collect into another folder")
 
 
+def _parts(folder: RolloutFolder, manifest: Manifest, *columns: str) -> Iterator[tuple[Path, pa.Table]]:
+    return ((path, read_part(path, fingerprint=manifest.pool_fingerprint, columns=columns)) for path in part_paths(folder.root))
+
+
 def collected_ids(folder: RolloutFolder, manifest: Manifest) -> set[str]:
     """Return the queries whose rows are on disk. Raises ConfigError for a damaged or foreign part."""
     found: set[str] = set()
-    for path in part_paths(folder.root):
-        part = read_part(path, fingerprint=manifest.pool_fingerprint, columns=("query_id",))
+    for path, part in _parts(folder, manifest, "query_id"):
         ids = set(part["query_id"].unique().to_pylist())
         if twice := sorted(found & ids):
             raise ConfigError(f"{path}: query_id is {twice[0]}, which an earlier part has; remove one of the two files")
@@ -365,8 +364,7 @@ def count_rows(folder: RolloutFolder, manifest: Manifest) -> Counts:
     """Count what lies on disk."""
     steps: set[tuple[str, int]] = set()
     rows = 0
-    for path in part_paths(folder.root):
-        part = read_part(path, fingerprint=manifest.pool_fingerprint, columns=("query_id", "step"))
+    for _, part in _parts(folder, manifest, "query_id", "step"):
         rows += part.num_rows
         steps.update(zip(part["query_id"].to_pylist(), part["step"].to_pylist(), strict=True))
     return Counts(queries=len({query for query, _ in steps}), steps=len(steps), rows=rows)
@@ -376,8 +374,7 @@ def silent_agents(folder: RolloutFolder, manifest: Manifest) -> dict[str, str]:
     """Return the agents that were asked, and of which no reply lies on disk, each with what its last call met."""
     met: dict[str, str] = {}
     heard: set[str] = set()
-    for path in part_paths(folder.root):
-        part = read_part(path, fingerprint=manifest.pool_fingerprint, columns=("agent", "status", "error"))
+    for _, part in _parts(folder, manifest, "agent", "status", "error"):
         met.update(zip(part["agent"].to_pylist(), part["error"].to_pylist(), strict=True))
         heard.update(part.filter(pc.equal(part["status"], "ok"))["agent"].unique().to_pylist())
     return {name: met[name] for name in manifest.agents if name in met.keys() - heard}
@@ -401,10 +398,6 @@ def _ask(session: CollectSession, manifest: Manifest) -> list[str]:
         finally:
             failures: list[str] = ray.get(writer.flush.remote())
     return failures
-
-
-def _write_manifest(folder: RolloutFolder, manifest: Manifest) -> None:
-    _write(folder.manifest, manifest.model_dump_json(indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

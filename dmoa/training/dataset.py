@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from dmoa.core.features import FEEDBACK_FEATURES, feedback
 from dmoa.core.gate import GateSpec
 from dmoa.core.in_step import read_classes
-from dmoa.core.scores import Array, BoolArray, reply_key
+from dmoa.core.scores import Array, BoolArray, IntArray, reply_key
+from dmoa.core.witnesses import NOT_ASKED
 from dmoa.dataflow import on_this_node, quiet, stopped_by
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK
@@ -70,22 +71,13 @@ class EpisodeKey(NamedTuple):
     seed: int
 
 
-class Said(NamedTuple):
-    """What the agents of every step said, for the label model."""
-
-    answer_NA: npt.NDArray[np.int64]
-    """Equality class of the answer within its step (`core/witnesses`)."""
-    length_NA: Array
-    """Characters of the reply; 0 where there is none, NaN in traffic, whose texts are tokens (`dmoa/feedback`)."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episodes:
     """All episodes of a training, packed: step n of episode q is entry `start_Q[q] + n`."""
 
     agents: tuple[str, ...]
     key_Q: tuple[EpisodeKey, ...]
-    start_Q: npt.NDArray[np.int64]
+    start_Q: IntArray
     """[Q + 1], where each episode begins, and the end of the last."""
     input_NX: FloatArray
     asked_NA: BoolArray
@@ -104,26 +96,28 @@ class Episodes:
     """1 where an agent has no row."""
     probability_NA: Array
     """Of the policy that collected; NaN where an agent has no row."""
-    reply_NA: npt.NDArray[np.int64]
+    reply_NA: IntArray
     """`reply_key` of each reply's text, 0 where nothing ran."""
-    said: Said | None = None
-    """None where the episodes were read without answers."""
-    outcome_NA: Array | None = None
-    """How good replies were found to be, 0 to 1, NaN where nobody said; None: no outcomes were handed over."""
+    answer_NA: IntArray
+    """Equality class of the answer within its step (`core/witnesses`); `NOT_ASKED` where episodes are read without answers."""
+    length_NA: Array
+    """Characters of the reply; 0 where there is none, NaN in traffic, whose texts are tokens (`dmoa/feedback`)."""
+    outcome_NA: Array
+    """How good replies were found to be, 0 to 1, NaN where nobody said."""
 
-    def dense_steps(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def dense_steps(self, episodes: IntArray) -> IntArray:
         """Return the steps of some episodes in which every agent was asked for certain."""
         is_dense_N = (self.asked_NA & (self.propensity_NA == 1.0)).all(axis=1)
         steps = self.steps_of(episodes)
-        found: npt.NDArray[np.int64] = steps[is_dense_N[steps]]
+        found: IntArray = steps[is_dense_N[steps]]
         return found
 
-    def steps_of(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def steps_of(self, episodes: IntArray) -> IntArray:
         """Return the entries of all steps of some episodes, in their order."""
         parts = [np.arange(self.start_Q[q], self.start_Q[q + 1]) for q in episodes]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
-    def take(self, episodes: npt.NDArray[np.int64]) -> Episodes:
+    def take(self, episodes: IntArray) -> Episodes:
         """Return some episodes, in the order given."""
         steps = self.steps_of(episodes)
         length_Q = (self.start_Q[1:] - self.start_Q[:-1])[episodes]
@@ -131,24 +125,18 @@ class Episodes:
             self,
             key_Q=tuple(self.key_Q[q] for q in episodes),
             start_Q=np.concatenate([[0], np.cumsum(length_Q)]).astype(np.int64),
-            said=None if self.said is None else Said(self.said.answer_NA[steps], self.said.length_NA[steps]),
-            outcome_NA=None if self.outcome_NA is None else self.outcome_NA[steps],
             **{name: getattr(self, name)[steps] for name in _OF_STEPS},
         )
 
     @staticmethod
     def joined(parts: Sequence[Episodes]) -> Episodes:
-        """Return the episodes of all parts, one after the other; what one part lacks (`said`, outcomes) is unknown there."""
-        first, sizes = parts[0], [len(part.input_NX) for part in parts]
+        """Return the episodes of all parts, one after the other."""
+        sizes = [len(part.input_NX) for part in parts]
         starts = np.cumsum([0, *sizes[:-1]])
-        blank_NA = [np.full(part.ran_NA.shape, np.nan) for part in parts]
-        outcomes = [blank if part.outcome_NA is None else part.outcome_NA for part, blank in zip(parts, blank_NA, strict=True)]
         return dataclasses.replace(
-            first,
+            parts[0],
             key_Q=tuple(key for part in parts for key in part.key_Q),
             start_Q=np.concatenate([*(part.start_Q[:-1] + at for part, at in zip(parts, starts, strict=True)), [sum(sizes)]]),
-            said=_joined_said([part.said for part in parts]),
-            outcome_NA=np.concatenate(outcomes),
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _OF_STEPS},
         )
 
@@ -162,31 +150,8 @@ class Episodes:
         return found.hexdigest()
 
 
-def _joined_said(parts: Sequence[Said | None]) -> Said | None:
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        return None
-    return Said(np.concatenate([part.answer_NA for part in known]), np.concatenate([part.length_NA for part in known]))
-
-
-_OF_STEPS = tuple(
-    field.name for field in dataclasses.fields(Episodes) if field.name not in ("agents", "key_Q", "start_Q", "said", "outcome_NA")
-)
+_OF_STEPS = tuple(field.name for field in dataclasses.fields(Episodes) if field.name not in ("agents", "key_Q", "start_Q"))
 """Arrays of `Episodes` with an entry a step."""
-
-
-def held_back(episodes: Episodes, share: float) -> BoolArray:
-    """Return which episodes [Q] are held back: those of the queries with the lowest hashes, `share` of all queries.
-
-    All episodes of a query, whatever their round, are on one side; both sides have a query at least. Raises ConfigError
-    for fewer than two queries.
-    """
-    queries = sorted({key.query_id for key in episodes.key_Q}, key=lambda query: hashlib.sha256(query.encode()).digest())
-    if len(queries) < 2:
-        raise ConfigError(f"rollouts: {len(queries)} queries; training and holding back need two at least; collect more")
-    count = min(max(round(share * len(queries)), 1), len(queries) - 1)
-    held = set(queries[:count])
-    return np.array([key.query_id in held for key in episodes.key_Q], dtype=np.bool_)
 
 
 class _Step(NamedTuple):
@@ -205,7 +170,7 @@ class EpisodeBuilder:
     ) -> None:
         """`input_dim`: X of the gate that is to learn; `has_feedback`: whether its preset reads the feedback features.
 
-        `asked`: what each folder asked, where that is known; with it `Episodes.said` is filled.
+        `asked`: what each folder asked, where that is known; with it answers are read.
         """
         self._agents = agents
         self._asked = asked
@@ -269,15 +234,13 @@ class EpisodeBuilder:
                     f"rollouts: query {key.query_id!r} has steps {sorted(steps)} of {self._num_steps[key]}; all of them are "
                     "needed; collect the query again"
                 )
+        return self.pack()
+
+    def pack(self) -> Episodes:
+        """Return all episodes, sorted, unchecked; there may be none."""
         keys = tuple(sorted(self._episodes))
-        return self._pack(keys, [self._episodes[key][step] for key in keys for step in range(self._num_steps[key])])
-
-    def _questions(self, keys: tuple[EpisodeKey, ...]) -> list[str]:
-        """Return what was asked at every step, in order; empty where that is not known."""
-        known = [(self._asked[key.folder] if self._asked else {}, key.query_id, self._num_steps[key]) for key in keys]
-        return [asked.get((query, step), asked.get((query, -1), "")) for asked, query, num in known for step in range(num)]
-
-    def _pack(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Episodes:
+        places = [(key, step) for key in keys for step in range(self._num_steps[key])]
+        steps = [self._episodes[key][step] for key, step in places]
         place = {name: a for a, name in enumerate(self._agents)}
         cell_NA = np.zeros((len(steps), len(self._agents)), dtype=_CELL)
         cell_NA["probability"], cell_NA["propensity"] = np.nan, 1.0
@@ -287,11 +250,14 @@ class EpisodeBuilder:
                 cell_NA[n, place[agent]] = cell
                 asked_NA[n, place[agent]] = True
         ran_NA = cell_NA["ran"].copy()
+        answer_NA, length_NA = np.full(asked_NA.shape, NOT_ASKED), np.full(asked_NA.shape, np.nan)
+        for n, (key, number) in enumerate(places if self._asked is not None else ()):
+            answer_NA[n], length_NA[n] = self._said(key, number)
         return Episodes(
             agents=self._agents,
             key_Q=keys,
             start_Q=np.concatenate([[0], np.cumsum([self._num_steps[key] for key in keys])]).astype(np.int64),
-            input_NX=np.stack([step.input_X for step in steps]),
+            input_NX=np.array([step.input_X for step in steps], dtype=np.float32).reshape(len(steps), self._input_dim),
             asked_NA=asked_NA,
             ran_NA=ran_NA,
             cut_NA=ran_NA & cell_NA["cut"],
@@ -302,18 +268,19 @@ class EpisodeBuilder:
             propensity_NA=cell_NA["propensity"].copy(),
             probability_NA=cell_NA["probability"].copy(),
             reply_NA=np.where(ran_NA, cell_NA["reply"], 0),
-            said=None if self._asked is None else self._said(keys, steps),
+            answer_NA=answer_NA,
+            length_NA=length_NA,
+            outcome_NA=np.full(asked_NA.shape, np.nan),
         )
 
-    def _said(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Said:
-        is_told_N = [not key.query_id.startswith(MARK) for key in keys for _ in range(self._num_steps[key])]
-        answers, lengths = [], []
-        for step, asked, is_told in zip(steps, self._questions(keys), is_told_N, strict=True):
-            texts = [step.texts.get(name) for name in self._agents]
-            are_cut = [name in step.cells and bool(step.cells[name]["cut"]) for name in self._agents]
-            answers.append(read_classes(texts, are_cut, asked))
-            lengths.append([float(len(text or "")) if is_told else math.nan for text in texts])
-        return Said(np.array(answers, dtype=np.int64), np.array(lengths))
+    def _said(self, key: EpisodeKey, number: int) -> tuple[list[int], list[float]]:
+        """Return the classes and the lengths of the answers of a step."""
+        step, known = self._episodes[key][number], self._asked[key.folder] if self._asked else {}
+        asked = known.get((key.query_id, number), known.get((key.query_id, -1), ""))
+        texts = [step.texts.get(name) for name in self._agents]
+        are_cut = [name in step.cells and bool(step.cells[name]["cut"]) for name in self._agents]
+        is_told = not key.query_id.startswith(MARK)
+        return read_classes(texts, are_cut, asked), [float(len(text or "")) if is_told else math.nan for text in texts]
 
 
 def asked_of(queries: Iterable[RolloutQuery]) -> Asked:
@@ -325,51 +292,34 @@ def asked_of(queries: Iterable[RolloutQuery]) -> Asked:
     return found
 
 
-def _asked_questions(folder: Path) -> Asked:
-    """Return what the queries of a folder ask; of one without a list of queries nothing is known."""
-    return asked_of(RolloutQuery.model_validate_json(line) for _, line in offsets(RolloutFolder(folder).queries))
-
-
 def _cells(table: pa.Table, columns: Mapping[str, list[Any]]) -> npt.NDArray[np.void]:
     """Return what training keeps of each row [R]. Raises ConfigError for numbers that cannot be."""
     cell_R = np.zeros(table.num_rows, dtype=_CELL)
+    slack_R = table.column("entropy_slack_nats").to_numpy()
+    if (slack_R < 0).any():
+        row = int(np.argmax(slack_R < 0))
+        seen = f"entropy_slack_nats is {slack_R[row]} ({columns['entropy_kind'][row]})"
+        raise _unusable(columns, row, f"{seen}; expected numbers from 0, and NaN where it is not known")
+    # Of what nobody knows, any difference may be chance.
+    cell_R["slack"] = np.where(np.array(columns["entropy_kind"]) == "exact", 0.0, np.where(np.isnan(slack_R), np.inf, slack_R))
     for name in _MEASURES:
         cell_R[name] = table.column(name).to_numpy()
-    cell_R["slack"] = _slack(columns)
-    _check_measures(columns, cell_R)
+    bad_R = cell_R["propensity"] <= 0
+    for name in _MEASURES:
+        bad_R |= ~np.isfinite(cell_R[name]) | (cell_R[name] < 0)
+    if bad_R.any():
+        row = int(np.argmax(bad_R))
+        measures = {name: float(cell_R[name][row]) for name in _MEASURES}
+        raise _unusable(columns, row, f"{measures}; expected finite numbers from 0, propensity above 0")
     cell_R["ran"] = (np.array(columns["status"]) == "ok") & (cell_R["entropy_tokens"] > 0)
     cell_R["cut"] = np.array(columns["finish_reason"]) == "length"
     cell_R["reply"] = [reply_key(text) for text in columns["text"]]
     return cell_R
 
 
-def _slack(columns: Mapping[str, list[Any]]) -> list[float]:
-    """Return how far each row's entropy sum may lie off. Raises ConfigError for a slack below 0."""
-    slack_R = columns["entropy_slack_nats"]
-    for row, (kind, slack) in enumerate(zip(columns["entropy_kind"], slack_R, strict=True)):
-        if slack < 0:
-            raise ConfigError(
-                f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: entropy_slack_nats is "
-                f"{slack} ({kind}); expected numbers from 0, and NaN where it is not known; collect the query again"
-            )
-    # Of what nobody knows, any difference may be chance.
-    return [
-        0.0 if kind == "exact" else math.inf if math.isnan(slack) else slack
-        for kind, slack in zip(columns["entropy_kind"], slack_R, strict=True)
-    ]
-
-
-def _check_measures(columns: Mapping[str, list[Any]], cell_R: npt.NDArray[np.void]) -> None:
-    bad_R = cell_R["propensity"] <= 0
-    for name in _MEASURES:
-        bad_R |= ~np.isfinite(cell_R[name]) | (cell_R[name] < 0)
-    if bad_R.any():
-        row = int(np.argmax(bad_R))
-        seen = {name: float(cell_R[name][row]) for name in _MEASURES}
-        raise ConfigError(
-            f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: {seen}; expected finite numbers "
-            "from 0, propensity above 0; collect the query again"
-        )
+def _unusable(columns: Mapping[str, list[Any]], row: int, words: str) -> ConfigError:
+    where = f"query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}"
+    return ConfigError(f"rollouts: {where}: {words}; collect the query again")
 
 
 FOLDER = "folder"
@@ -412,7 +362,10 @@ def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, 
     Raises ConfigError for files that are damaged, missing or hold what cannot be used.
     """
     parts = _parts(folders)
-    asked = [_asked_questions(folder) for folder in folders] if spec.score == "posterior" else None
+    asked = None
+    if spec.score == "posterior":  # of a folder without a list of queries nothing is known
+        lines = [offsets(RolloutFolder(folder).queries) for folder in folders]
+        asked = [asked_of(RolloutQuery.model_validate_json(line) for _, line in those) for those in lines]
     builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=asked)
     for table in _stream(parts, fingerprint) if on_ray else (read_rollout_rows(*part, fingerprint) for part in parts):
         for place in table[FOLDER].unique().to_pylist():

@@ -8,7 +8,7 @@ was shared out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import distributed, nn
@@ -26,23 +26,6 @@ class GlobalLoss(NamedTuple):
     """0 where no query of the batch held a pair: then there is nothing to learn from it."""
 
 
-class WorkerGroup(Protocol):
-    """This worker and the others."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def backward(self, sums: LossSums | None, parameters: Sequence[nn.Parameter]) -> GlobalLoss:
-        """Leave the gradient of the global batch in the parameters; `sums` None: this worker has none of its queries."""
-
-    def agree(self, value: float) -> float:
-        """Return the first worker's value to all of them."""
-
-    def share(self, value: Shared) -> Shared:
-        """Return the first worker's value, anything that pickles, to all of them; what the others give is not read."""
-
-
 class SingleWorker:
     """The only worker."""
 
@@ -53,16 +36,12 @@ class SingleWorker:
         self.device = device
 
     def backward(self, sums: LossSums | None, parameters: Sequence[nn.Parameter]) -> GlobalLoss:
-        """Leave the gradient in the parameters."""
+        """Leave the gradient of the global batch in the parameters."""
         assert sums is not None, "the only worker has all queries"
         total, weight = float(sums.total.detach()), float(sums.weight)
         if weight:
             torch.autograd.backward(sums.total / weight)
         return GlobalLoss(total, weight)
-
-    def agree(self, value: float) -> float:
-        """Return the value."""
-        return value
 
     def share(self, value: Shared) -> Shared:
         """Return the value."""
@@ -79,7 +58,7 @@ class TorchGroup:
         self.device = device
 
     def backward(self, sums: LossSums | None, parameters: Sequence[nn.Parameter]) -> GlobalLoss:
-        """Add up gradients, totals and weights in one all-reduce, and divide."""
+        """Add up gradients, totals and weights in one all-reduce, and divide; `sums` None: it has none of the batch's queries."""
         counts = parameters[0].new_zeros(2)
         if sums is not None:
             torch.autograd.backward(sums.total)
@@ -95,14 +74,12 @@ class TorchGroup:
             place += parameter.numel()
         return GlobalLoss(total, weight)
 
-    def agree(self, value: float) -> float:
-        """Return the first worker's value to all of them."""
-        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
-        distributed.broadcast(shared, src=0)
-        return float(shared)
-
     def share(self, value: Shared) -> Shared:
-        """Return the first worker's value to all of them."""
+        """Return the first worker's value, anything that pickles, to all of them; what the others give is not read."""
         found = [value]
         distributed.broadcast_object_list(found, src=0, device=self.device)
         return found[0]
+
+
+WorkerGroup = SingleWorker | TorchGroup
+"""This worker and the others."""

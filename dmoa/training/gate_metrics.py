@@ -15,9 +15,9 @@ import torch
 from dmoa.core.activation import probabilities
 from dmoa.core.gate import Gate
 from dmoa.core.losses import Loss, Targets, ranking_loss
-from dmoa.core.scores import Array, BoolArray
+from dmoa.core.scores import Array, BoolArray, IntArray, known_mean
 from dmoa.training.dataset import Episodes
-from dmoa.training.objective import Batches, IndexArray, TrainingData, unroll
+from dmoa.training.objective import Batches, TrainingData, unroll
 
 Ranking = Literal["better than chance", "no better than chance", "unknown"]
 """`unknown`: no held-back step holds two replies of different scores."""
@@ -37,19 +37,19 @@ class HeldMetrics(NamedTuple):
 
 
 @torch.no_grad()
-def _logits(gate: Gate, batches: Batches, episodes: IndexArray) -> Iterator[tuple[torch.Tensor, Targets]]:
+def _logits(gate: Gate, batches: Batches, episodes: IntArray) -> Iterator[tuple[torch.Tensor, Targets]]:
     """Yield logits [N, A] and targets of the episodes' steps, in order, some episodes at a time."""
     for start in range(0, len(episodes), _CHUNK):
         batch = batches.gather(episodes[start : start + _CHUNK])
         yield unroll(gate, batch), batch.targets
 
 
-def logits_of(gate: Gate, batches: Batches, episodes: IndexArray) -> Array:
+def logits_of(gate: Gate, batches: Batches, episodes: IntArray) -> Array:
     """Return the logits [N, A] float64 of the episodes' steps, in order."""
     return np.concatenate([logits_NA.double().cpu().numpy() for logits_NA, _ in _logits(gate, batches, episodes)])
 
 
-def held_metrics(gate: Gate, batches: Batches, episodes: IndexArray, *, loss: Loss, eta: float) -> HeldMetrics:
+def held_metrics(gate: Gate, batches: Batches, episodes: IntArray, *, loss: Loss, eta: float) -> HeldMetrics:
     """Return loss and pairwise accuracy on the episodes."""
     total = weight = 0.0
     alike = pairs = 0
@@ -63,7 +63,7 @@ def held_metrics(gate: Gate, batches: Batches, episodes: IndexArray, *, loss: Lo
     return HeldMetrics(total / weight if weight else float("nan"), alike / pairs if pairs else float("nan"))
 
 
-def _count_pairs(logits_NA: Array, score_NA: Array, ran_NA: BoolArray) -> tuple[IndexArray, IndexArray]:
+def _count_pairs(logits_NA: Array, score_NA: Array, ran_NA: BoolArray) -> tuple[IntArray, IntArray]:
     """Return by step [N] how many ordered pairs have s_a < s_b, and z_a > z_b as well; and how many have the former."""
     score_NA = np.where(ran_NA, score_NA, np.nan)
     is_surer_NAA = score_NA[:, :, None] < score_NA[:, None, :]
@@ -96,14 +96,14 @@ def measure_gate(gate: Gate, batches: Batches, episodes: Episodes, data: Trainin
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
-def _query_of_steps(episodes: Episodes, held_Q: IndexArray) -> IndexArray:
+def _query_of_steps(episodes: Episodes, held_Q: IntArray) -> IntArray:
     """Return a number of the query of every step [N] of some episodes, the same for all episodes of a query."""
     numbers: dict[str, int] = {}
     number_Q = [numbers.setdefault(episodes.key_Q[episode].query_id, len(numbers)) for episode in held_Q]
     return np.repeat(np.array(number_Q, dtype=np.int64), (episodes.start_Q[1:] - episodes.start_Q[:-1])[held_Q])
 
 
-def _pairwise(logits_NA: Array, score_NA: Array, ran_NA: BoolArray, query_N: IndexArray) -> dict[str, float]:
+def _pairwise(logits_NA: Array, score_NA: Array, ran_NA: BoolArray, query_N: IntArray) -> dict[str, float]:
     """Return the share of pairs ranked alike, and its 95 % interval.
 
     Pairs of one query hang together, so queries are the sample: the share is a ratio of two means over them, its spread that
@@ -163,17 +163,9 @@ def _choices(p_NA: Array, nats_NA: Array, score_NA: Array, ran_NA: BoolArray) ->
     return {
         "chosen_nats": float(nats_NA[rows, first_N].mean()),
         "surest_nats": float(nats_NA[rows, score_NA.argmin(axis=1)].mean()),
-        "mean_nats": float(_mean_known(nats_NA).mean()),
+        "mean_nats": float(known_mean(nats_NA, axis=1).mean()),
         "surest_share": float((score_NA[rows, first_N] == lowest_N).mean()),
     }
-
-
-def _mean_known(value_NA: Array) -> Array:
-    """Return the mean of each row's numbers, NaN where it has none."""
-    is_known_NA = np.isfinite(value_NA)
-    count_N = is_known_NA.sum(axis=1)
-    mean_N: Array = np.where(is_known_NA, value_NA, 0.0).sum(axis=1) / np.where(count_N, count_N, np.nan)
-    return mean_N
 
 
 def _load(p_NA: Array) -> dict[str, float]:
@@ -189,7 +181,7 @@ def _entropy(p_NA: Array) -> Array:
     return found_N
 
 
-def _distances(p_NA: Array, episodes: Episodes, data: TrainingData, steps: IndexArray) -> dict[str, float]:
+def _distances(p_NA: Array, episodes: Episodes, data: TrainingData, steps: IntArray) -> dict[str, float]:
     """Return the mean total variation distance from the collecting policy, by step of the query."""
     before_NA = episodes.probability_NA[steps]
     is_known_NA = np.isfinite(before_NA)
@@ -201,7 +193,7 @@ def _distances(p_NA: Array, episodes: Episodes, data: TrainingData, steps: Index
     return {f"distance_step_{place}": float(distance_N[place_N == place].mean()) for place in np.unique(place_N)}
 
 
-def load_shares(gate: Gate, batches: Batches, episodes: IndexArray) -> dict[str, float]:
+def load_shares(gate: Gate, batches: Batches, episodes: IntArray) -> dict[str, float]:
     """Return by agent how often it is the most probable one."""
     first_N = logits_of(gate, batches, episodes).argmax(axis=1)
     share_A = np.bincount(first_N, minlength=len(gate.spec.agents)) / len(first_N)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -144,7 +144,7 @@ class Intake:
         if self._copies[copy_of] >= MAX_COPIES:
             self.refused["a copy of queries that teach already"] += 1
             return None
-        cleaned = self._cleaned(record)
+        cleaned = _keeping(record, self._teaches)
         others = (one for name, other in self._keys.items() if name != record.tenant for one in other.waiting.values())
         share = self.rules.key_share if any(one.uses < MAX_USES for one in others) else 1.0
         shift = self.detector.see(input_D, self._doubts(cleaned.answer.steps[0]), record.tenant, share)
@@ -175,17 +175,12 @@ class Intake:
             return "gate inputs that cannot be"
         return None
 
-    def _cleaned(self, record: Feedback) -> Feedback:
-        """Return a record without replies whose numbers cannot be, and without agents that are left out."""
-        steps = tuple(replace(step, replies=tuple(filter(self._teaches, step.replies))) for step in record.answer.steps)
-        return replace(record, answer=replace(record.answer, steps=steps))
-
     def _usual(self, record: Feedback) -> Feedback:
         """Return a record without replies to its first step that are as unlike those to similar queries as hardly any is."""
         odd = {self.rules.agents[a] for a in np.flatnonzero(self.detector.usual_A < UNUSUAL)}
         for agent in odd:
             self.refused[f"replies of {agent} unlike those to similar queries"] += 1
-        return _without(record, odd)
+        return _keeping(record, lambda reply: reply.agent not in odd)
 
     def _teaches(self, reply: AgentReply) -> bool:
         if reply.status == "ok" and not is_possible(reply):
@@ -291,16 +286,16 @@ class Intake:
         for one in drawn:
             one.uses += 1
         left_out, is_false = set(self.left_out), bool(drawn) and drawn[0].record.tenant in self.false_keys
-        return [lesson_of(_without(one.record, left_out), {} if is_false else self._outcomes(one.record)) for one in drawn]
+
+        def stays(reply: AgentReply) -> bool:
+            return reply.agent not in left_out
+
+        return [lesson_of(_keeping(one.record, stays), {} if is_false else self._outcomes(one.record)) for one in drawn]
 
 
-def _without(record: Feedback, agents: Collection[str]) -> Feedback:
-    """Return a record without the replies of some agents."""
-    if not agents:
-        return record
-    steps = tuple(
-        replace(step, replies=tuple(reply for reply in step.replies if reply.agent not in agents)) for step in record.answer.steps
-    )
+def _keeping(record: Feedback, keeps: Callable[[AgentReply], bool]) -> Feedback:
+    """Return a record with some of its replies."""
+    steps = tuple(replace(step, replies=tuple(filter(keeps, step.replies))) for step in record.answer.steps)
     return replace(record, answer=replace(record.answer, steps=steps))
 
 

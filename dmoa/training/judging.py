@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dmoa.core.activation import IntArray, probabilities
+from dmoa.core.activation import probabilities
 from dmoa.core.calibration import OperatingPoint, fit_level, fit_theta, num_active, tau_levels
 from dmoa.core.gate import GateSpec
 from dmoa.core.in_step import context_part
 from dmoa.core.label_model import MIN_ROWS, LabelModel, fit_label_model
-from dmoa.core.scores import Array, BoolArray, posterior_scores, scores
+from dmoa.core.scores import Array, BoolArray, IntArray, posterior_scores, scores
 from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NOT_ASKED, Witnesses, usual_doubts
 from dmoa.errors import ConfigError
@@ -38,16 +38,13 @@ _SHARES = (1.0, 0.5, 0.0)
 
 def witnesses_of_steps(episodes: Episodes, steps_R: IntArray, spec: GateSpec) -> Witnesses:
     """Return the replies of some steps as witnesses. The episodes must have been read with their answers."""
-    assert episodes.said is not None
-    answer_RA = episodes.said.answer_NA[steps_R]
+    answer_RA = episodes.answer_NA[steps_R]
     is_said_RA = answer_RA != NOT_ASKED
     return Witnesses(
         answer_RA=answer_RA,
         doubt_RA=np.where(is_said_RA, scores(episodes.sum_NA[steps_R], episodes.tokens_NA[steps_R]), np.nan),
-        length_RA=np.where(is_said_RA, episodes.said.length_NA[steps_R], np.nan),
-        outcome_RA=np.full(answer_RA.shape, np.nan)
-        if episodes.outcome_NA is None
-        else np.where(is_said_RA, episodes.outcome_NA[steps_R], np.nan),
+        length_RA=np.where(is_said_RA, episodes.length_NA[steps_R], np.nan),
+        outcome_RA=np.where(is_said_RA, episodes.outcome_NA[steps_R], np.nan),
         embedding_RD=context_part(episodes.input_NX[steps_R], spec.preset).astype(np.float64),
     )
 
@@ -83,8 +80,7 @@ def are_readable(episodes: Episodes, steps: IntArray) -> bool:
 
 
 def _num_answered(episodes: Episodes, steps: IntArray) -> int:
-    assert episodes.said is not None
-    return int((episodes.said.answer_NA[steps] >= 0).any(axis=1).sum())
+    return int((episodes.answer_NA[steps] >= 0).any(axis=1).sum())
 
 
 def fit_judge(
@@ -150,17 +146,11 @@ def competence_bias(model: LabelModel, logits_RA: Array, right_RA: Array, temper
     won_RAA = right_RA[:, :, None] * np.where(known_RA, 1.0 - right_RA, 0.0)[:, None, :]
     logits_RA = logits_RA / temperature
     tried = [(share, credit) for share in _SHARES for credit in _CREDITS]
-    losses = [
-        float((won_RAA * np.logaddexp(0.0, -_differences(share * competence_A + credit * logits_RA))).sum())
-        for share, credit in tried
-    ]
+    valued = (share * competence_A + credit * logits_RA for share, credit in tried)
+    losses = [float((won_RAA * np.logaddexp(0.0, -(v_RA[:, :, None] - v_RA[:, None, :]))).sum()) for v_RA in valued]
     share, credit = tried[int(np.argmin(losses))]
     bias_A: Array = (competence_A - competence_A.mean()) * temperature * share / credit
     return bias_A
-
-
-def _differences(value_RA: Array) -> Array:
-    return value_RA[:, :, None] - value_RA[:, None, :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

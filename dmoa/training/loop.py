@@ -20,10 +20,11 @@ from torch.nn.utils import clip_grad_norm_
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.inference import one_thread
 from dmoa.core.losses import LossSums
+from dmoa.core.scores import IntArray
 from dmoa.errors import DmoaError
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.gate_metrics import held_metrics
-from dmoa.training.objective import Batches, IndexArray, TrainingData, batch_loss
+from dmoa.training.objective import Batches, TrainingData, batch_loss
 from dmoa.training.options import TrainOptions
 from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
 
@@ -47,12 +48,10 @@ class TrainJob:
 
     def build_gate(self, device: torch.device) -> Gate:
         """Return the gate with its initial weights, in the dtype that is trained."""
-        gate = Gate(self.spec, profile_AD=self.weights.get("profile_AD"))
-        gate.load_state_dict(self.weights)
-        return gate.to(device, _DTYPES[self.options.dtype])
+        return Gate.of(self.spec, self.weights).to(device, _DTYPES[self.options.dtype])
 
 
-def epoch_batches(job: TrainJob, epoch: int) -> Iterator[IndexArray]:
+def epoch_batches(job: TrainJob, epoch: int) -> Iterator[IntArray]:
     """Yield the global batches of an epoch: all episodes that are learned from, in an order of seed and epoch alone."""
     order = np.random.default_rng([job.options.seed, epoch]).permutation(job.data.train_Q)
     for start in range(0, len(order), job.options.batch_queries):
@@ -68,7 +67,7 @@ class Learner:
         self.batches = Batches(job.data, _DTYPES[job.options.dtype], world.device)
         self.progress = TrainProgress(identity=job.identity)
         self.best = self._weights()
-        self.clock = _Clock()
+        self._lap_s = time.perf_counter()
         self._job = job
         self._world = world
         self._parameters = list(self.gate.parameters())
@@ -80,7 +79,7 @@ class Learner:
         self._job = job
         self.batches = Batches(job.data, _DTYPES[job.options.dtype], self._world.device)
 
-    def update(self, episodes: IndexArray) -> UpdateResult:
+    def update(self, episodes: IntArray) -> UpdateResult:
         """Learn from one global batch; a loss or gradient that is not finite changes nothing."""
         mine = episodes[self._world.rank :: self._world.size]
         self._optimizer.zero_grad()
@@ -121,6 +120,11 @@ class Learner:
                 step = torch.tensor(float(state.progress.num_updates), device=parameter.device)
                 self._optimizer.state[parameter] = {"step": step, **moments}
 
+    def lap_s(self) -> float:
+        """Return the seconds since the last call, or since the beginning."""
+        before, self._lap_s = self._lap_s, time.perf_counter()
+        return self._lap_s - before
+
     def end_epoch(self, record: EpochRecord, num_updates: int) -> None:
         """Take note of a finished epoch; the best weights are those with the lowest held-back loss, else the last."""
         before = self.progress
@@ -139,18 +143,6 @@ class Learner:
                 "ended": _end(self._job.options, record.epoch, best_epoch),
             }
         )
-
-
-class _Clock:
-    """Tells the time from one epoch's end to the next."""
-
-    def __init__(self) -> None:
-        self._last_s = time.perf_counter()
-
-    def lap(self) -> float:
-        """Return the seconds since the last call, or since the beginning."""
-        before, self._last_s = self._last_s, time.perf_counter()
-        return self._last_s - before
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,33 +178,19 @@ def train_gate(job: TrainJob, world: WorkerGroup, store: StateStore, keep_share:
         if state is not None:
             learner.restore(state)
         epoch = len(learner.progress.epochs)
-        if world.agree(epoch) != epoch:
+        if world.share(epoch) != epoch:
             raise DmoaError(
                 f"train: the workers read states of different epochs from {store.place!r}; is another run writing it?"
             )
-        keeper = _Keeper(store, keep_share)
+        due_s = time.perf_counter()
         while learner.progress.ended is None:
             run_epoch(learner, job, world)
-            if world.rank == 0:
-                keeper.epoch_ended(learner)
+            began_s = time.perf_counter()
+            if world.rank == 0 and (began_s >= due_s or learner.progress.ended is not None):
+                store.write(learner.snapshot())
+                ended_s = time.perf_counter()
+                due_s = ended_s + (ended_s - began_s) / keep_share
     return learner.progress
-
-
-class _Keeper:
-    """Keeps states, not more often than they are worth."""
-
-    def __init__(self, store: StateStore, share: float) -> None:
-        self._store, self._share = store, share
-        self._due_s = time.perf_counter()
-
-    def epoch_ended(self, learner: Learner) -> None:
-        """Keep the state if it is time, or the last one."""
-        began = time.perf_counter()
-        if began < self._due_s and learner.progress.ended is None:
-            return
-        self._store.write(learner.snapshot())
-        ended = time.perf_counter()
-        self._due_s = ended + (ended - began) / self._share
 
 
 def run_epoch(learner: Learner, job: TrainJob, world: WorkerGroup) -> None:
@@ -242,7 +220,7 @@ def run_epoch(learner: Learner, job: TrainJob, world: WorkerGroup) -> None:
         grad_norm=sum(result.norm for result in results) / max(1, len(results)),
         updates=len(results),
         bad_steps=bad_steps,
-        seconds=learner.clock.lap(),
+        seconds=learner.lap_s(),
     )
     learner.end_epoch(record, len(results))
 
@@ -256,5 +234,5 @@ def _held(learner: Learner, job: TrainJob, world: WorkerGroup) -> tuple[float | 
     found = (math.nan, math.nan)
     if world.rank == 0:
         found = held_metrics(learner.gate, learner.batches, job.data.held_Q, loss=job.options.loss, eta=job.eta)
-    loss, pairwise = (value if math.isfinite(value) else None for value in map(world.agree, found))
+    loss, pairwise = (value if math.isfinite(value) else None for value in world.share(found))
     return loss, pairwise

@@ -21,6 +21,7 @@ from torch import Tensor
 from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import resolve_model
 from dmoa.engines.transformers.load import load_model
+from dmoa.storage import write_whole
 from dmoa.types import Message
 
 IGNORED = -100
@@ -42,10 +43,7 @@ class TrainingRow(BaseModel):
 
 def write_training_rows(path: Path, rows: Iterable[TrainingRow]) -> None:
     """Write rows as JSON lines, whole and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, "".join(row.model_dump_json() + "\n" for row in rows))
 
 
 def encode(tokenizer: Any, rows: Sequence[TrainingRow]) -> list[dict[str, list[int]]]:
@@ -114,12 +112,9 @@ def load_lora(model: str, settings: LoraSettings, *, seed: int) -> tuple[Any, An
 
 def export_adapter(saved: Path, out: Path, *, base: str) -> None:
     """Write an adapter that PEFT saved as it is shipped: weights in bfloat16, `base` for the path of the model it is for."""
-    out.mkdir(parents=True, exist_ok=True)
     weights = load_file(saved / "adapter_model.safetensors")
     tensors = {name: weight.to(torch.bfloat16).contiguous() for name, weight in sorted(weights.items())}
     config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(config["target_modules"])}
-    (out / "adapter_model.tmp").write_bytes(serialize(tensors, metadata={"format": "pt"}))
-    (out / "adapter_config.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (out / "adapter_model.tmp").replace(out / "adapter_model.safetensors")
-    (out / "adapter_config.tmp").replace(out / "adapter_config.json")
+    write_whole(out / "adapter_model.safetensors", serialize(tensors, metadata={"format": "pt"}))
+    write_whole(out / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -6,11 +6,11 @@ Split, scale and scores are fitted once per training, before the first update, a
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from dmoa.core.scores import (
     CONSTANT_PENALTY,
     Array,
     BoolArray,
+    IntArray,
     clipped_propensity,
     constant_agents,
     fit_anchors,
@@ -32,18 +33,16 @@ from dmoa.core.scores import (
     scores,
 )
 from dmoa.errors import ConfigError
-from dmoa.training.dataset import Episodes, held_back
+from dmoa.training.dataset import Episodes
 from dmoa.types import FloatArray
-
-IndexArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
     """Which episodes are learned from, and which are held back."""
 
-    train_Q: IndexArray
-    held_Q: IndexArray
+    train_Q: IntArray
+    held_Q: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +78,29 @@ class Scale:
 class TrainingData:
     """What every worker holds: plain arrays, so that the workers of a node share one copy."""
 
-    start_Q: IndexArray
+    start_Q: IntArray
     input_NX: FloatArray
     score_NA: Array
     """NaN where an agent did not reply."""
     ran_NA: BoolArray
     weight_NA: Array
     noise_NA: Array
-    train_Q: IndexArray
-    held_Q: IndexArray
+    train_Q: IntArray
+    held_Q: IntArray
 
 
 def split_episodes(episodes: Episodes, share: float) -> Split:
-    """Return the episodes to learn from and those held back, by the hash of their queries. Raises ConfigError for too few."""
-    is_held_Q = held_back(episodes, share)
+    """Return the episodes to learn from, and those held back: of the queries with the lowest hashes, `share` of all queries.
+
+    All episodes of a query, whatever their round, are on one side; both sides have a query at least. Raises ConfigError
+    for fewer than two queries.
+    """
+    queries = sorted({key.query_id for key in episodes.key_Q}, key=lambda query: hashlib.sha256(query.encode()).digest())
+    if len(queries) < 2:
+        raise ConfigError(f"rollouts: {len(queries)} queries; training and holding back need two at least; collect more")
+    count = min(max(round(share * len(queries)), 1), len(queries) - 1)
+    held = set(queries[:count])
+    is_held_Q = np.array([key.query_id in held for key in episodes.key_Q], dtype=np.bool_)
     return Split(train_Q=np.flatnonzero(~is_held_Q), held_Q=np.flatnonzero(is_held_Q))
 
 
@@ -102,11 +110,11 @@ class AnchorSample(NamedTuple):
     raw_RA: Array
     """Raw scores, NaN where an agent gave nothing."""
     embedding_RD: FloatArray
-    reply_RA: IndexArray
+    reply_RA: IntArray
     """`reply_key`s."""
 
 
-def anchor_sample(episodes: Episodes, among_Q: IndexArray, embedding_dim: int) -> AnchorSample:
+def anchor_sample(episodes: Episodes, among_Q: IntArray, embedding_dim: int) -> AnchorSample:
     """Return the dense steps of some episodes."""
     dense = episodes.dense_steps(among_Q)
     raw_RA = scores(episodes.sum_NA[dense], episodes.tokens_NA[dense])
@@ -164,27 +172,22 @@ def fit_scale(
 
 def build_data(episodes: Episodes, split: Split, scale: Scale) -> TrainingData:
     """Return inputs and targets of all steps."""
-    tokens_NA = episodes.tokens_NA
+    sum_NA, tokens_NA, propensity_NA = episodes.sum_NA, episodes.tokens_NA, episodes.propensity_NA
     if scale.target_NA is not None:
         # Its probability has a reply's length, spread and slack in it already.
-        said_NA = np.isfinite(scale.target_NA)
-        return TrainingData(
-            start_Q=episodes.start_Q,
-            input_NX=episodes.input_NX,
-            score_NA=posterior_scores(scale.target_NA),
-            ran_NA=said_NA,
-            weight_NA=said_NA / clipped_propensity(episodes.propensity_NA),
-            noise_NA=np.zeros(said_NA.shape),
-            train_Q=split.train_Q,
-            held_Q=split.held_Q,
-        )
+        score_NA, ran_NA = posterior_scores(scale.target_NA), np.isfinite(scale.target_NA)
+        weight_NA, noise_NA = ran_NA / clipped_propensity(propensity_NA), np.zeros(ran_NA.shape)
+    else:
+        score_NA, ran_NA = scores(sum_NA, tokens_NA, scale.used_anchors, episodes.cut_NA), episodes.ran_NA
+        weight_NA = reply_weights(tokens_NA, propensity_NA)
+        noise_NA = reply_noise(sum_NA, episodes.sq_sum_NA, tokens_NA, episodes.slack_NA)
     return TrainingData(
         start_Q=episodes.start_Q,
         input_NX=episodes.input_NX,
-        score_NA=scores(episodes.sum_NA, tokens_NA, scale.used_anchors, episodes.cut_NA),
-        ran_NA=episodes.ran_NA,
-        weight_NA=reply_weights(tokens_NA, episodes.propensity_NA),
-        noise_NA=reply_noise(episodes.sum_NA, episodes.sq_sum_NA, tokens_NA, episodes.slack_NA),
+        score_NA=score_NA,
+        ran_NA=ran_NA,
+        weight_NA=weight_NA,
+        noise_NA=noise_NA,
         train_Q=split.train_Q,
         held_Q=split.held_Q,
     )
@@ -209,7 +212,7 @@ class Batches:
         self._dtype = dtype
         self._device = device
 
-    def gather(self, episodes: IndexArray) -> Batch:
+    def gather(self, episodes: IntArray) -> Batch:
         """Return a batch of at least one episode."""
         data = self._data
         start_B, end_B = data.start_Q[episodes], data.start_Q[episodes + 1]

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dmoa.checkpoint import files_of, read_files
+from dmoa.core.scores import scores
 from dmoa.core.shift import ShiftDetector
 from dmoa.errors import DmoaError
 from dmoa.feedback import Feedback, query_part
@@ -26,7 +27,7 @@ from dmoa.training.adapt import Adapter, AdaptUpdate, Lesson, episodes_of, lesso
 from dmoa.training.dataset import Episodes
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.intake import Intake, IntakeRules
-from dmoa.training.options import AdaptSettings
+from dmoa.training.options import OnlineOptions
 from dmoa.training.outcomes import Outcome
 
 _LOG = logging.getLogger("dmoa.adapt")
@@ -83,20 +84,13 @@ class OnlineJob:
     """What the workers of a long-lived adaptation need; the same for all of them."""
 
     rules: IntakeRules
-    settings: AdaptSettings
+    settings: OnlineOptions
     open_exchange: Callable[[], Exchange]
     """Called by the first worker."""
     log: Callable[[dict[str, float], int], None]
     """Takes numbers of an update, and its number; called by the first worker."""
     say: Callable[[str], None] = _LOG.info
     """Takes a line for a person; called by the first worker."""
-    every: int = 8
-    """New queries for each update."""
-    offer_every: int = 4
-    """Updates for each offer."""
-    cpu_share: float = 0.5
-    """Most of one core that a worker takes, on average."""
-    poll_s: float = 2.0
     explore_after_shift: float = 0.5
     explore_for_s: float = 600.0
     replay: Episodes | None = None
@@ -136,7 +130,7 @@ def run_online(job: OnlineJob, world: WorkerGroup, *, sleep: Callable[[float], N
             updates += update.loss is not None
             if driver is not None:
                 driver.learned(adapter, update, work)
-        sleep(max(0.0, (time.process_time() - cpu_s) / job.cpu_share - (time.monotonic() - wall_s)))
+        sleep(max(0.0, (time.process_time() - cpu_s) / job.settings.cpu_share - (time.monotonic() - wall_s)))
 
 
 class Driver:
@@ -181,7 +175,7 @@ class Driver:
             return work
         except DmoaError as error:
             self._say_closed(str(error))
-            self._sleep(self._job.poll_s)
+            self._sleep(self._job.settings.poll_s)
             return Work(kind="wait")
 
     def _is_astray(self, found: Pulled) -> bool:
@@ -237,10 +231,10 @@ class Driver:
 
     def _taken(self, intake: Intake, found: Pulled) -> Work:
         self._hear(intake, found.records, found)
-        if self._fresh < self._job.every or found.mode == "off":
-            self._sleep(self._job.poll_s)
+        if self._fresh < self._job.settings.every or found.mode == "off":
+            self._sleep(self._job.settings.poll_s)
             return Work(kind="wait")
-        self._fresh -= self._job.every
+        self._fresh -= self._job.settings.every
         lessons = intake.draw()
         # A shift is declared to the update once what is usual is known again: anchors need some of the new queries.
         shift = bool(lessons) and self._shift and not intake.detector.is_settling
@@ -253,7 +247,7 @@ class Driver:
         self._oldest_unix_s = None
         self._since_offer += update.loss is not None
         self._untold_shift |= work.shift  # until an offer that says so was looked at
-        is_due = self._since_offer >= self._job.offer_every or self._untold_shift
+        is_due = self._since_offer >= self._job.settings.offer_every or self._untold_shift
         told: dict[str, Any] = {}
         if update.loss is not None and is_due and self._said_closed is None:
             try:
@@ -332,6 +326,5 @@ def _vetted(rules: IntakeRules, records: Sequence[Feedback]) -> list[Feedback]:
 def _signals(replay: Episodes, rules: IntakeRules) -> tuple[Any, Any]:
     """Return the embeddings [Q, D] and raw scores [Q, A] of the first steps."""
     first = replay.start_Q[:-1]
-    nats_QA = np.where(replay.ran_NA, replay.sum_NA / np.maximum(replay.tokens_NA, 1), np.nan)[first]
     inputs = np.stack([query_part(input_X, rules.preset) for input_X in replay.input_NX[first]])
-    return inputs, np.log(nats_QA + 1e-3)
+    return inputs, scores(replay.sum_NA[first], replay.tokens_NA[first])

@@ -230,26 +230,6 @@ def _folders(value: object) -> object:
     return (value,) if isinstance(value, Path) else value
 
 
-def _workers(value: object) -> object:
-    """Accept `auto`, or a number in words too."""
-    if isinstance(value, str) and value != "auto" and not value.isdecimal():
-        raise ValueError("expected auto or a whole number from 0")
-    return int(value) if isinstance(value, str) and value != "auto" else value
-
-
-def _alpha(value: object) -> object:
-    """Accept `auto`, or a number in words too."""
-    if not isinstance(value, str) or value == "auto":
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError("expected auto or a number between 0 and 1") from None
-
-
-Workers = Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], BeforeValidator(_workers), Flag(metavar="W")]
-
-
 class ImportOptions(Options):
     """One import of logs."""
 
@@ -423,7 +403,7 @@ class TrainOptions(Options):
     """Folder of the run, or a URI: `checkpoint/`, `train.json`, curves. The same folder goes on with the run in it."""
     preset: Literal["few-shot", "full"] = "few-shot"
     """few-shot: some 40-80 queries; full: thousands. Sets `epochs`, `batch_queries`, `lr`, `patience` unless given."""
-    workers: Workers = "auto"
+    workers: Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], Flag(metavar="W")] = "auto"
     """Ray Train workers; 0: in this process, without Ray; auto: 1, which is the fastest for a gate unless batches are large."""
     gpu: bool = False
     """Give every worker a GPU (all-reduce over nccl; on CPUs over gloo)."""
@@ -449,7 +429,7 @@ class TrainOptions(Options):
     max_agents: int | None = Field(default=None, ge=1, le=1024)
     start_from: Path | None = None
     """Checkpoint whose weights the training begins with, as in a later round; None: untrained weights."""
-    alpha: Annotated[Annotated[float, Field(gt=0, lt=1)] | Literal["auto"], BeforeValidator(_alpha), Flag(metavar="X")] = "auto"
+    alpha: Annotated[Annotated[float, Field(gt=0, lt=1)] | Literal["auto"], Flag(metavar="X")] = "auto"
     """tau covers the surest agent on 1 - alpha of the held-back rows, a nominal level; auto: chosen, with `theta_alpha`."""
     theta_alpha: float | None = Field(default=None, gt=0, lt=1)
     """theta lies above the surest reply's score on a share of 1 - theta_alpha of those rows; None: `alpha`, or chosen with it."""

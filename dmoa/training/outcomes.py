@@ -22,7 +22,7 @@ from dmoa.core.answers import extract_answer, same_answer
 from dmoa.engines.recorded import agent_name, read_lines
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK
-from dmoa.training.rollouts import RolloutModel
+from dmoa.training.rollouts import FileRecord
 from dmoa.types import AgentReply, Answer, EntropySum, is_untrained
 from dmoa.validation import describe
 
@@ -34,7 +34,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-class Outcome(RolloutModel):
+class Outcome(FileRecord):
     """One outcome: a line of a file of outcomes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -91,13 +91,9 @@ class Credited:
 
     credit: Credit
     """Mean reward of each reply that was judged, or that gives the answer that was."""
-    used: int
-    """Outcomes that credit some reply."""
-    unknown: int
-    """Outcomes of queries or agents that the rollouts do not have, of answers that no agent gave or that are not known, and of
-    later steps."""
     places: frozenset[int]
-    """Which outcomes credit some reply, by their place among those given."""
+    """Which outcomes credit some reply, by their place among those given; the others are of queries or agents that the rollouts
+    do not have, of answers that no agent gave or that are not known, and of later steps."""
 
     def array(self, queries: Sequence[str], agents: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the rewards as an array [R, A] of float64, NaN where nothing is known."""
@@ -122,17 +118,16 @@ def credit_replies(outcomes: Iterable[Outcome], rollouts: pa.Table, *, seed: int
     by_trace = {rollout_trace_id(query, seed, round_): query for query in queries}
     by_trace |= {query.removeprefix(MARK): query for query in queries if query.startswith(MARK)}
     rewards: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    places, unknown = set[int](), 0
+    places = set[int]()
     for place, outcome in enumerate(outcomes):
         query = outcome.query_id if outcome.query_id is not None else by_trace.get(outcome.trace_id or "")
         steps = queries.get(query or "", {})
         names = [] if outcome.step else _credited(steps, outcome.agent)
         for name in names:
             rewards[query or "", name].append(outcome.reward)
-        unknown += not names
         places |= {place} if names else set()
     credit = {key: float(np.mean(values)) for key, values in rewards.items()}
-    return Credited(credit=credit, used=len(places), unknown=unknown, places=frozenset(places))
+    return Credited(credit=credit, places=frozenset(places))
 
 
 def no_outcome_fits(count: int, of: str = "these rollouts", remedy: str = "collect rollouts of those queries") -> ConfigError:

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from dmoa import checkpoint
@@ -33,36 +33,19 @@ from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.options import AdaptSettings
 from dmoa.training.outcomes import Outcome, credit_replies
-from dmoa.training.rollouts import RolloutModel, RolloutQuery, table_of
+from dmoa.training.rollouts import FileRecord, RolloutQuery, table_of
 from dmoa.types import Answer, Query
 
 
-class AdaptiveSwarm(Protocol):
-    """Agents, and a gate that can be replaced between two queries."""
-
-    def install(self, version: str, gate: Gate) -> None:
-        """Let the queries that follow be routed by another gate."""
-
-    async def ask(self, query: Query) -> Answer:
-        """Answer by the gate's own choice, and ask everybody else beside it, to learn from. Raises DmoaError."""
-
-    async def close(self) -> None:
-        """Stop the engines."""
-
-
 class AdaptingSwarm:
-    """A swarm of this process as an `AdaptiveSwarm`."""
+    """A swarm of this process whose gate can be replaced between two queries."""
 
     def __init__(self, swarm: Swarm, router: LocalRouter) -> None:
         """`router`: the swarm's own."""
-        self._swarm, self._router = ExploringSwarm(swarm, epsilon=None), router
-
-    def install(self, version: str, gate: Gate) -> None:
-        """Make a gate the current one."""
-        self._router.install(version, gate)
+        self._swarm, self.install = ExploringSwarm(swarm, epsilon=None), router.install
 
     async def ask(self, query: Query) -> Answer:
-        """Answer densely."""
+        """Answer by the gate's own choice, and ask everybody else beside it, to learn from. Raises DmoaError."""
         return await final_answer(self._swarm, query, "dmoa")
 
     async def close(self) -> None:
@@ -86,7 +69,7 @@ class Counted:
     """Whether it was asked just now, or kept by a session before."""
 
 
-class StreamUpdate(RolloutModel):
+class StreamUpdate(FileRecord):
     """One update of a stream, and the queries before it: a line of `updates.jsonl`."""
 
     number: int
@@ -117,7 +100,7 @@ class StreamJob:
     """Streams of the same queries from several starts; pickles."""
 
     config: Config
-    open_swarm: Callable[[], AdaptiveSwarm]
+    open_swarm: Callable[[], AdaptingSwarm]
     queries: tuple[tuple[RolloutQuery, Query], ...]
     """In the order in which they are asked."""
     starts: Mapping[str, Path | None]
@@ -140,7 +123,7 @@ class StreamJob:
 class Stream:
     """Asks, keeps, learns: in this order, and there is no other way in."""
 
-    def __init__(self, name: str, job: StreamJob, swarm: AdaptiveSwarm, adapter: Adapter, world: WorkerGroup) -> None:
+    def __init__(self, name: str, job: StreamJob, swarm: AdaptingSwarm, adapter: Adapter, world: WorkerGroup) -> None:
         """`adapter`: of the start called `name`; the other workers of `world` follow it."""
         self._name, self._job, self._swarm, self._adapter, self._world = name, job, swarm, adapter, world
         self._batches = 0
@@ -194,8 +177,9 @@ class Stream:
         found = self._adapter.learn(self._world.share(lessons))
         self._install()
         update = {name: getattr(found, name) for name in StreamUpdate.model_fields if hasattr(found, name)}
-        update |= {"number": self._batches, "queries": [one.query.query_id for one in counted]}
-        update |= {"answered_by": before, "version": self.version, "outcomes": sum(one.outcome_NA is not None for one in lessons)}
+        told = sum(bool(np.isfinite(one.outcome_NA).any()) for one in lessons)
+        update |= {"number": self._batches, "queries": [one.query.query_id for one in counted], "outcomes": told}
+        update |= {"answered_by": before, "version": self.version}
         self._job.keep(self._name, StreamUpdate.model_validate(update))
 
     def _lesson(self, one: Counted) -> Episodes:
@@ -214,7 +198,11 @@ def run_streams(job: StreamJob, world: WorkerGroup, tick: Callable[[], None] = l
     swarm = job.open_swarm() if world.rank == 0 else None
     for name, folder in job.starts.items():
         gate, record = start_gate(job.config, folder)
-        adapter = Adapter(gate, record, _replay(job, gate) if folder else None, job.settings, world)
+        replay = None
+        if folder and job.replay:
+            read_manifests(job.replay, gate.spec, job.fingerprint)
+            replay = read_episodes(job.replay, gate.spec, job.fingerprint, on_ray=False)
+        adapter = Adapter(gate, record, replay, job.settings, world)
         if swarm is None:
             while (lessons := world.share(None)) is not None:
                 adapter.learn(lessons)
@@ -226,7 +214,7 @@ def run_streams(job: StreamJob, world: WorkerGroup, tick: Callable[[], None] = l
 async def _led(
     name: str,
     job: StreamJob,
-    swarm: AdaptiveSwarm,
+    swarm: AdaptingSwarm,
     adapter: Adapter,
     world: WorkerGroup,
     start: tuple[Gate, Checkpoint],
@@ -261,10 +249,3 @@ def start_gate(config: Config, folder: Path | None) -> tuple[Gate, Checkpoint]:
     if folder is not None:
         return build_other_gate(config, folder)
     return build_pool_gate(config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": None})}))
-
-
-def _replay(job: StreamJob, gate: Gate) -> Episodes | None:
-    if not job.replay:
-        return None
-    read_manifests(job.replay, gate.spec, job.fingerprint)
-    return read_episodes(job.replay, gate.spec, job.fingerprint, on_ray=False)

@@ -12,14 +12,15 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from scipy.stats import binomtest, rankdata
 
 from dmoa.core.label_model import MIN_ROWS
-from dmoa.core.scores import SCORE_OFFSET_NATS
+from dmoa.core.scores import SCORE_OFFSET_NATS, Array, BoolArray
 from dmoa.errors import ConfigError
-from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
+from dmoa.training.cluster_router import ProbeSample, fit_clusters
 from dmoa.training.probe_answers import AnswerFinding, commonest, probe_answers, replies_of, say_one_thing
+from dmoa.training.rollouts import FileRecord
 
 Verdict = Literal["can", "cannot", "audit"]
 AUDIT_ROWS = 30
@@ -41,11 +42,7 @@ _LEAST_GAIN = 0.005
 """Share of the possible gain that clusters must reach; less reads as 0 %."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class AgentFinding(_Record):
+class AgentFinding(FileRecord):
     """What the probe saw of one agent."""
 
     agent: str
@@ -63,11 +60,11 @@ class AgentFinding(_Record):
     """On the rows with known answers."""
     auroc: float | None = None
     """How well its entropy tells its wrong answers from its right ones; null without both."""
-    sure_and_wrong: list[str] = []
+    sure_and_wrong: list[str] = Field(default_factory=list)
     """Sources whose rows it would win by sureness although another agent is right far more often."""
 
 
-class PairFinding(_Record):
+class PairFinding(FileRecord):
     """Two agents."""
 
     a: str
@@ -78,7 +75,7 @@ class PairFinding(_Record):
     """Share of the variance of their log PEs that is neither the rows' nor the agents' own."""
 
 
-class ProbeReport(_Record):
+class ProbeReport(FileRecord):
     """Everything that the probe found."""
 
     rows: int
@@ -119,23 +116,27 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
         raise one_agent(sample.agents[0])
     log_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
     whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
-    if whole_R.sum() < _FEWEST and sample.heard_RA is not None and sample.heard_RA.any():
-        return _without_entropies(sample, known, int(whole_R.sum()), seed)
-    if whole_R.sum() < _FEWEST:
+    num_whole = int(whole_R.sum())
+    are_compared = num_whole >= _FEWEST
+    if not are_compared and (sample.heard_RA is None or not sample.heard_RA.any()):
         silent = [name for name, is_heard in zip(sample.agents, np.isfinite(log_RA).any(axis=0), strict=True) if not is_heard]
         advice = f"{', '.join(silent)}: no reply with an entropy to any query; mend that, or take it out of the pool"
         raise ConfigError(
-            f"probe: {whole_R.sum()} queries that all of {len(sample.agents)} agents replied to; {_FEWEST} is the least; "
+            f"probe: {num_whole} queries that all of {len(sample.agents)} agents replied to; {_FEWEST} is the least; "
             f"{advice if silent else 'give more queries'}"
         )
-    log_RA = log_RA[whole_R]
-    shares = variance_shares(log_RA)
-    low, high = _interval(log_RA, seed)
-    choices, gain = _untrained(log_RA, np.asarray(sample.embedding_RD)[whole_R], sample.agents, seed)
+    log_RA = log_RA[whole_R & are_compared]
     findings = _agents(sample, log_RA, whole_R, known)
-    verdict, reasons = _verdict(shares[2], low, findings, gain)
+    shares, (low, high), choices, gain, pairs = (0.0, 0.0, 0.0), (0.0, 0.0), dict[str, float](), None, list[PairFinding]()
+    verdict: Verdict
+    verdict, reasons = "cannot", _unknown(sample, num_whole)
+    if are_compared:
+        shares, (low, high) = variance_shares(log_RA), _interval(log_RA, seed)
+        choices, gain = _untrained(log_RA, np.asarray(sample.embedding_RD)[whole_R], sample.agents, seed)
+        pairs = [_pair(sample.agents, log_RA, a, b) for a, b in combinations(range(len(sample.agents)), 2)]
+        verdict, reasons = _verdict(shares[2], low, findings, gain)
     return ProbeReport(
-        rows=len(log_RA),
+        rows=len(log_RA) or len(sample.texts),
         known_rows=0 if known is None else len(known.sources),
         row_share=shares[0],
         agent_share=shares[1],
@@ -143,7 +144,7 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
         interaction_low=low,
         interaction_high=high,
         agents=findings,
-        pairs=[_pair(sample.agents, log_RA, a, b) for a, b in combinations(range(len(sample.agents)), 2)],
+        pairs=pairs,
         cluster_choices=choices,
         cluster_gain=gain,
         verdict=verdict,
@@ -155,27 +156,6 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
 def one_agent(name: str) -> ConfigError:
     """Return the error of a pool that leaves nothing to route."""
     return ConfigError(f"probe: {name} is the pool's only agent, which leaves nothing to route; two are the least: add another")
-
-
-def _without_entropies(sample: ProbeSample, known: ProbeSample | None, whole: int, seed: int) -> ProbeReport:
-    """Return the report of a pool whose entropies cannot be compared, such as one of recorded replies: what the answers tell."""
-    nobody, none_R = np.full((0, len(sample.agents)), np.nan), np.zeros(len(sample.texts), dtype=bool)
-    return ProbeReport(
-        rows=len(sample.texts),
-        known_rows=0 if known is None else len(known.sources),
-        row_share=0.0,
-        agent_share=0.0,
-        interaction_share=0.0,
-        interaction_low=0.0,
-        interaction_high=0.0,
-        agents=_agents(sample, nobody, none_R, known),
-        pairs=[],
-        cluster_choices={},
-        cluster_gain=None,
-        verdict="cannot",
-        reasons=[*_unknown(sample, whole), *_too_few(sample)],
-        answers=probe_answers(sample, can_entropy=False, seed=seed),
-    )
 
 
 def _unknown(sample: ProbeSample, whole: int) -> list[str]:
@@ -199,7 +179,7 @@ def _too_few(sample: ProbeSample) -> list[str]:
     return [f"{rows} queries are too few for what answers tell; {MIN_ROWS} are the least"] if rows < MIN_ROWS else []
 
 
-def variance_shares(log_RA: Floats) -> tuple[float, float, float]:
+def variance_shares(log_RA: Array) -> tuple[float, float, float]:
     """Return the shares of Var(log PE) of rows, of agents, and of their interaction (two-way layout, one reply a cell)."""
     centred_RA = log_RA - log_RA.mean()
     total = float((centred_RA**2).mean())
@@ -210,7 +190,7 @@ def variance_shares(log_RA: Floats) -> tuple[float, float, float]:
     return float((row_R1**2).mean()) / total, float((agent_1A**2).mean()) / total, float((rest_RA**2).mean()) / total
 
 
-def _interval(log_RA: Floats, seed: int) -> tuple[float, float]:
+def _interval(log_RA: Array, seed: int) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     drawn = [variance_shares(log_RA[rng.integers(0, len(log_RA), len(log_RA))])[2] for _ in range(_ROUNDS)]
     low, high = np.quantile(drawn, (_ALPHA / 2, 1 - _ALPHA / 2))
@@ -218,7 +198,7 @@ def _interval(log_RA: Floats, seed: int) -> tuple[float, float]:
 
 
 def _untrained(
-    log_RA: Floats, embedding_RD: npt.NDArray[np.floating], agents: tuple[str, ...], seed: int
+    log_RA: Array, embedding_RD: npt.NDArray[np.floating], agents: tuple[str, ...], seed: int
 ) -> tuple[dict[str, float], float | None]:
     """Return what clusters would choose, each row left out (of many a twentieth at once), and how much they gain."""
     num_rows = len(log_RA)
@@ -239,7 +219,7 @@ def _untrained(
     return {agent: float(share) for agent, share in zip(agents, counts, strict=True)}, gain
 
 
-def _agents(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_], known: ProbeSample | None) -> list[AgentFinding]:
+def _agents(sample: ProbeSample, log_RA: Array, whole_R: BoolArray, known: ProbeSample | None) -> list[AgentFinding]:
     """Return what was seen of each agent. `log_RA`: the rows `whole_R`, of which all entropies are known; there may be none."""
     said = [[None if text is None else text.strip() for text in row] for row in replies_of(sample)]
     ignoring = say_one_thing([[text or None for text in row] for row in said], _SAME_TEXT)  # an empty reply ignores nothing
@@ -264,10 +244,10 @@ def _agents(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_],
     return found
 
 
-def _surest(log_RA: Floats) -> Floats:
+def _surest(log_RA: Array) -> Array:
     """Return the share of rows on which each agent is the surest [A]; those that are as sure as each other share a row."""
     is_least_RA = log_RA == log_RA.min(axis=1, keepdims=True)
-    share_A: Floats = (is_least_RA / is_least_RA.sum(axis=1, keepdims=True)).sum(axis=0) / max(1, len(log_RA))
+    share_A: Array = (is_least_RA / is_least_RA.sum(axis=1, keepdims=True)).sum(axis=0) / max(1, len(log_RA))
     return share_A
 
 
@@ -293,7 +273,7 @@ def _judged(known: ProbeSample | None, index: int) -> tuple[float | None, float 
     return float(value_RA[mine_R, index].mean()), auroc(entropy_RA[sure_R, index], value_RA[sure_R, index] < 1.0), bad
 
 
-def _is_sure_and_wrong(value_RA: Floats, entropy_RA: Floats, here_R: npt.NDArray[np.bool_], index: int) -> bool:
+def _is_sure_and_wrong(value_RA: Array, entropy_RA: Array, here_R: BoolArray, index: int) -> bool:
     """Tell whether, on rows that an agent wins by sureness, another is right so much more often that it is not an accident."""
     won_R = here_R & (entropy_RA.argmin(axis=1) == index)
     if won_R.sum() < 5:
@@ -306,7 +286,7 @@ def _is_sure_and_wrong(value_RA: Floats, entropy_RA: Floats, here_R: npt.NDArray
     return bool(binomtest(gained, gained + lost, alternative="greater").pvalue < _ALPHA)
 
 
-def auroc(score_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> float | None:
+def auroc(score_N: Array, is_positive_N: BoolArray) -> float | None:
     """Return the chance that a positive case scores above a negative one, ties counting half; None without both."""
     positive, negative = int(is_positive_N.sum()), int((~is_positive_N).sum())
     if not positive or not negative:
@@ -315,7 +295,7 @@ def auroc(score_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> float | None
     return float((ranks_N[is_positive_N].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
-def _pair(agents: tuple[str, ...], log_RA: Floats, a: int, b: int) -> PairFinding:
+def _pair(agents: tuple[str, ...], log_RA: Array, a: int, b: int) -> PairFinding:
     two_R2 = log_RA[:, [a, b]]
     return PairFinding(
         a=agents[a],

@@ -15,11 +15,11 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from dmoa.core.forms import agreement_key
 from dmoa.core.in_step import read_classes
 from dmoa.core.label_model import ENOUGH_BACKED, MIN_ROWS, LabelModel, Signal, fit_label_model
+from dmoa.core.scores import known_mean
 from dmoa.core.witnesses import (
     NO_ANSWER,
     NOT_ASKED,
@@ -34,6 +34,7 @@ from dmoa.core.witnesses import (
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.judging import ask_in_turn
 from dmoa.training.probe_outcomes import Judged, Settled, judged_agents, settled_words
+from dmoa.training.rollouts import FileRecord
 
 _SAME = 0.95
 _CLIQUE, _APART = 0.6, 0.25
@@ -48,11 +49,7 @@ _Z = 1.96
 _GAPS = (0.1, 0.25)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Expected(_Record):
+class Expected(FileRecord):
     """What a way of asking comes to."""
 
     way: Literal["one agent", "everybody", "in turn"]
@@ -69,7 +66,7 @@ class Expected(_Record):
     """What a query costs by `llms.NAME.price`; null where an agent that is asked has none."""
 
 
-class DisputeFinding(_Record):
+class DisputeFinding(FileRecord):
     """Two agents that are sure, agree with each other and nobody else, and are refuted by another that is sure as well."""
 
     a: str
@@ -80,7 +77,7 @@ class DisputeFinding(_Record):
     """How many."""
 
 
-class AnswerFinding(_Record):
+class AnswerFinding(FileRecord):
     """What a probe found in the answers."""
 
     signal: Signal
@@ -132,7 +129,16 @@ def probe_answers(sample: ProbeSample, *, can_entropy: bool, seed: int = 0) -> A
         assert sample.outcome_RA is not None
         before, right_RA = _found(replace(sample, outcome_RA=None), can_entropy=can_entropy, seed=seed)
         finding = _settle(finding, before, judged_agents(sample.agents, right_RA, sample.outcome_RA))
-    return finding.model_copy(update={"summary": [*signal_words(finding), *_outcome_words(finding), *_agent_words(finding)]})
+    settled: list[str] = []
+    if finding.settled is not None:
+        settled = settled_words(
+            finding.settled,
+            outcomes=finding.outcomes,
+            signal=finding.signal,
+            is_trusted=finding.is_trusted,
+            best=finding.expected[0].agent or "",
+        )
+    return finding.model_copy(update={"summary": [*signal_words(finding), *settled, *_agent_words(finding)]})
 
 
 def _settle(finding: AnswerFinding, before: AnswerFinding, judged: list[Judged]) -> AnswerFinding:
@@ -170,6 +176,7 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
     open_outcomes = 0 if is_trusted else max(0, _to_settle(expected) - outcomes)
     disputed = _disputed(sample.agents, model, witnesses)
     told = {*constant, *unread, *(name for pair in colluding for name in pair)}
+    competence_A = np.where(whole.asked.any(axis=0), np.nanmean(right_RA, axis=0), 0.0)
     agreed = int(_are_agreed(whole).sum())
     seldom = _seldom_right(sample, model, witnesses, right_RA) if agreed >= _HARDLY * len(sample.texts) else []
     finding = AnswerFinding(
@@ -183,7 +190,7 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
         replies={name: int(count) for name, count in zip(sample.agents, whole.asked.sum(axis=0), strict=True)},
         is_one_voice=is_one_voice,
         outcomes=outcomes,
-        competence={name: float(share) for name, share in zip(sample.agents, _competence(right_RA, whole), strict=True)},
+        competence={name: float(share) for name, share in zip(sample.agents, competence_A, strict=True)},
         expected=expected,
         redundant=[pair for pair in redundant if pair not in colluding and not {*pair} & {*constant}],
         colluding=[pair for pair in colluding if not {*pair} & {*constant}],
@@ -205,10 +212,6 @@ def _witnesses(sample: ProbeSample) -> Witnesses:
     answer_RA = np.array([read_classes(row, cut_A, query) for row, cut_A, query in zip(texts, cut_RA, asked, strict=True)])
     outcome_RA = found.outcome_RA if sample.outcome_RA is None else np.where(found.asked, sample.outcome_RA, np.nan)
     return replace(found, answer_RA=answer_RA.astype(np.int64), outcome_RA=outcome_RA)
-
-
-def _competence(right_RA: Array, witnesses: Witnesses) -> Array:
-    return np.where(witnesses.asked.any(axis=0), np.nanmean(right_RA, axis=0), 0.0)
 
 
 def _are_agreed(witnesses: Witnesses) -> BoolArray:
@@ -304,38 +307,28 @@ def _expected(sample: ProbeSample, model: LabelModel, witnesses: Witnesses, righ
     )
     turn_A, asked_A = turn.asked_RA.mean(axis=0), witnesses.asked.mean(axis=0)
     given_RA = np.where(witnesses.answer_RA >= 0, right_RA, 0.0)
+    one_A = (np.arange(num_agents) == best).astype(np.float64)
+    ways: list[tuple[Literal["one agent", "everybody", "in turn"], float, float, Array]] = [
+        ("one agent", given_RA[:, best].mean(), 1.0, one_A),
+        ("in turn", turn.right_R.mean(), turn.count_R.mean(), turn_A),
+        ("everybody", given_RA.max(axis=1).mean(), (asked_A > 0).sum(), asked_A),
+    ]
     return [
         Expected(
-            way="one agent",
-            agent=sample.agents[best],
-            accuracy=float(given_RA[:, best].mean()),
-            calls=1.0,
-            tokens=_rounded(tokens_A[best], 1),
-            price=_rounded(price_A[best]),
-        ),
-        Expected(
-            way="in turn",
-            accuracy=float(turn.right_R.mean()),
-            calls=float(turn.count_R.mean()),
-            tokens=_rounded(_spent(turn_A, tokens_A), 1),
-            price=_rounded(_spent(turn_A, price_A)),
-        ),
-        Expected(
-            way="everybody",
-            accuracy=float(given_RA.max(axis=1).mean()),
-            calls=float((asked_A > 0).sum()),
-            tokens=_rounded(_spent(asked_A, tokens_A), 1),
-            price=_rounded(_spent(asked_A, price_A)),
-        ),
+            way=way,
+            agent=sample.agents[best] if way == "one agent" else None,
+            accuracy=float(accuracy),
+            calls=float(calls),
+            tokens=_rounded(_spent(share_A, tokens_A), 1),
+            price=_rounded(_spent(share_A, price_A)),
+        )
+        for way, accuracy, calls, share_A in ways
     ]
 
 
 def _means(value_RA: Array | None, num_agents: int) -> Array:
     """Return the mean of every agent's replies [A]; NaN where nothing is known."""
-    known_RA = np.full((1, num_agents), np.nan) if value_RA is None else value_RA
-    counts_A = np.isfinite(known_RA).sum(axis=0)
-    mean_A: Array = np.where(counts_A > 0, np.nansum(known_RA, axis=0) / np.maximum(counts_A, 1), np.nan)
-    return mean_A
+    return np.full(num_agents, np.nan) if value_RA is None else known_mean(value_RA)
 
 
 def _spent(share_A: Array, value_A: Array) -> float:
@@ -513,13 +506,6 @@ def _expected_words(found: AnswerFinding) -> list[str]:
         f"{begin} {turn.accuracy:.0%} right at {turn.calls:.1f} calls{tokens} a query by asking in turn: {gain:+.0%} against "
         f"{one.agent} alone ({one.accuracy:.0%}), {everybody.accuracy:.0%} by asking everybody at {saved:.1f} times the calls"
     ]
-
-
-def _outcome_words(found: AnswerFinding) -> list[str]:
-    if found.settled is None:
-        return []
-    best = found.expected[0].agent or ""
-    return settled_words(found.settled, outcomes=found.outcomes, signal=found.signal, is_trusted=found.is_trusted, best=best)
 
 
 def _agent_words(found: AnswerFinding) -> list[str]:

@@ -9,22 +9,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from scipy.stats import norm
 
 from dmoa.core.label_model import Signal
 from dmoa.core.scores import Array, BoolArray
+from dmoa.training.rollouts import FileRecord
 
 _ALPHA = 0.05
 _FEW = 5
 """Judged replies of an agent below which nothing is held against its estimate."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Judged(_Record):
+class Judged(FileRecord):
     """What the outcomes say of one agent."""
 
     agent: str
@@ -40,7 +36,7 @@ class Judged(_Record):
     is_contradicted: bool
 
 
-class Settled(_Record):
+class Settled(FileRecord):
     """What the outcomes changed."""
 
     signal_before: Signal

@@ -22,8 +22,6 @@ from dmoa.training.distributed import SingleWorker, TorchGroup, WorkerGroup
 from dmoa.training.loop import BadStepsError, TrainJob, train_gate
 from dmoa.training.state import StateStore
 
-_NAME = "ray-train"
-
 
 def train_on_ray(job: TrainJob, store: StateStore, num_workers: int) -> None:
     """Train with Ray Train's workers, over gloo or, with GPUs, nccl; a worker that is lost is replaced, `max_failures` times.
@@ -54,23 +52,19 @@ def fit_on_ray(
     `shares_place`: what the first one writes in `place` is read here. Raises DmoaError where it fails, ConfigError before it
     begins where its machine has another `place`.
     """
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
     with StateStore(place).marked() if shares_place else nullcontext("") as mark:
-        trainer = TorchTrainer(
+        result = run_trainer(
             _where_marked(worker, place, mark) if mark else worker,
-            train_loop_config=config,
-            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
-            run_config=RunConfig(
-                name=_NAME,
-                storage_path=place,
-                failure_config=FailureConfig(max_failures=max_failures),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
+            config,
+            place,
+            num_workers,
+            use_gpu=use_gpu,
+            max_failures=max_failures,
+            tick=tick,
+            name="ray-train",
+            stopped="training stopped",
+            advice="the same command goes on from the last state that was kept",
         )
-        try:
-            result = in_background(trainer.fit, "training", tick)
-        except TrainingFailedError as error:
-            raise stopped_by(error, "training stopped", "the same command goes on from the last state that was kept") from error
     found: str | _Elsewhere | None = result.return_value
     if isinstance(found, _Elsewhere):
         raise ConfigError(
@@ -78,6 +72,38 @@ def fit_on_ray(
             "a folder that all machines of the Ray share, or, to train a gate, a URI"
         )
     return found
+
+
+def run_trainer(
+    worker: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    place: str,
+    num_workers: int,
+    *,
+    use_gpu: bool,
+    max_failures: int,
+    tick: Callable[[], None] = lambda: None,
+    stopped: str,
+    advice: str,
+    **run: Any,
+) -> ray.train.Result:
+    """Run a function in Ray Train's workers; `run` as of `RunConfig`. Raises DmoaError where they stop, in the words given."""
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            storage_path=place,
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            **run,
+        ),
+    )
+    try:
+        return in_background(trainer.fit, "training", tick)
+    except TrainingFailedError as error:
+        raise stopped_by(error, stopped, advice) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,13 +34,13 @@ MEASURE = "measure"
 """Marks a column of finite numbers from 0 that training reads."""
 
 
-class RolloutModel(BaseModel):
+class FileRecord(BaseModel):
     """Base of the records that lie in files: frozen, unknown keys refused, fields documented in place."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class _RolloutRowHead(RolloutModel):
+class _RolloutRowHead(FileRecord):
     query_id: Annotated[str, LEARNED]
     """Names the query in every file: `benchmark/split/hash`, or `queries/hash` for the user's own."""
     source: str
@@ -128,7 +128,7 @@ LATER_COLUMNS["entropy_slack_nats"] = float("nan")
 """Columns that older files lack, each with what is read then: those that have a default."""
 
 
-class RolloutQuery(RolloutModel):
+class RolloutQuery(FileRecord):
     """One query of a collection: a line of `queries.jsonl`."""
 
     query_id: str
@@ -139,7 +139,7 @@ class RolloutQuery(RolloutModel):
     """Set where the query runs exactly these steps."""
 
 
-class SourceInfo(RolloutModel):
+class SourceInfo(FileRecord):
     """One source of queries."""
 
     name: str
@@ -150,7 +150,7 @@ class SourceInfo(RolloutModel):
     """File -> SHA-256, or hub data set -> revision, or the generator and its parameters."""
 
 
-class Counts(RolloutModel):
+class Counts(FileRecord):
     """What lies in the Parquet files."""
 
     queries: int = 0
@@ -160,7 +160,7 @@ class Counts(RolloutModel):
     """Queries without any answer in the last session; the same command asks them again."""
 
 
-class Manifest(RolloutModel):
+class Manifest(FileRecord):
     """`rollouts.json`: where rollouts come from, and everything needed to repeat them."""
 
     schema_version: int = SCHEMA_VERSION

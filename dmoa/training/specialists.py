@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import sys
 import tempfile
@@ -322,39 +321,26 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
     if workers == 0:
         _train(job, states, state)
         return _hand_over(job, states, out)
-    checkpoint = _train_on_ray(job, workers, storage_path or str(run_dir / "ray"), use_gpu=use_gpu)
-    with checkpoint.as_directory() as directory:
-        return _hand_over(job, Path(directory), out)
+    from ray.train import CheckpointConfig
 
+    from dmoa.training.ray_train import run_trainer
 
-def _train_on_ray(job: LoraJob, workers: int, storage_path: str, *, use_gpu: bool) -> Any:
-    """Return Ray Train's last checkpoint. Raises DmoaError where training ends without one."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
-
-    from dmoa.dataflow import in_background, stopped_by
-
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    trainer = TorchTrainer(
+    result = run_trainer(
         train_worker,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        run_config=RunConfig(
-            name=f"adapter-{job.name}",
-            storage_path=storage_path,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
+        {"job": job},
+        storage_path or str(run_dir / "ray"),
+        workers,
+        use_gpu=use_gpu,
+        max_failures=MAX_FAILURES,
+        name=f"adapter-{job.name}",
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+        stopped=f"{job.name}: training stopped",
+        advice="the same command goes on from the last state",
     )
-    try:
-        result = in_background(trainer.fit, "training")
-    except TrainingFailedError as error:
-        raise stopped_by(error, f"{job.name}: training stopped", "the same command goes on from the last state") from error
     if result.checkpoint is None:
         raise DmoaError(f"{job.name}: Ray Train returned no checkpoint; look at {result.path} and train again")
-    return result.checkpoint
+    with result.checkpoint.as_directory() as directory:
+        return _hand_over(job, Path(directory), out)
 
 
 def _hand_over(job: LoraJob, states: Path, out: Path) -> TrainedAdapter:

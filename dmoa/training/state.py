@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.storage import write_at
+from dmoa.training.rollouts import FileRecord
 
 FILE = "state.safetensors"
 _META = "dmoa"
@@ -29,12 +30,11 @@ _HEADER_BYTES = 8
 """A safetensors file begins with the length of its header, in so many bytes."""
 _MAX_HEADER_BYTES = 1 << 24
 _READ_ERRORS = (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError)
+Parsed = TypeVar("Parsed")
 
 
-class EpochRecord(BaseModel):
+class EpochRecord(FileRecord):
     """One epoch of the curve."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     epoch: int
     """Counts from 1."""
@@ -54,10 +54,8 @@ class EpochRecord(BaseModel):
     """Wall time since the end of the epoch before, and so with the keeping of the state in between."""
 
 
-class TrainProgress(BaseModel):
+class TrainProgress(FileRecord):
     """How far a training is: the part of its state that is not a tensor."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     identity: dict[str, Any]
     """What is learned, from what, by what options: the training goes on only with the same."""
@@ -102,23 +100,20 @@ class StateStore:
 
     def check(self) -> None:
         """Make the folder. Raises ConfigError where it cannot be made or written."""
-        try:
-            system, root = self._open()
-            system.create_dir(root, recursive=True)
-            with system.open_output_stream(f"{root}/.writable") as stream:
-                stream.write(b"")
-            system.delete_file(f"{root}/.writable")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"train: cannot write {self.place!r}: {error}; name a folder that can be written") from error
+        with self.marked():
+            pass
 
     @contextmanager
     def marked(self) -> Iterator[str]:
         """Leave a file in the place while the block runs, and yield its name. Raises ConfigError where none can be written."""
-        self.check()
-        system, root = self._open()
         mark = f".mark-{secrets.token_hex(8)}"
-        with system.open_output_stream(f"{root}/{mark}") as stream:
-            stream.write(b"")
+        try:
+            system, root = self._open()
+            system.create_dir(root, recursive=True)
+            with system.open_output_stream(f"{root}/{mark}") as stream:
+                stream.write(b"")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"train: cannot write {self.place!r}: {error}; name a folder that can be written") from error
         try:
             yield mark
         finally:
@@ -141,51 +136,43 @@ class StateStore:
 
     def read(self) -> RunState | None:
         """Return the state, None before the first. Raises ConfigError where the file is damaged."""
-        progress = self.read_progress()
-        if progress is None:
-            return None
-        system, root = self._open()
-        try:
-            with system.open_input_file(f"{root}/{FILE}") as stream:
-                data = stream.read()
-            tensors = load(data)
-            if bad := next((name for name, one in tensors.items() if not one.isfinite().all()), None):
-                raise ValueError(f"{bad} holds NaN or infinity")
-            return RunState(_progress(data[_HEADER_BYTES : _HEADER_BYTES + _header_length(data)]), tensors)
-        except _READ_ERRORS as error:
-            raise self._damaged(error) from error
+        return self._read(_state)
 
     def read_progress(self) -> TrainProgress | None:
         """Return how far the training is, without its tensors; None before the first state. Raises ConfigError."""
+        return self._read(_progress)
+
+    def _read(self, parse: Callable[[pyarrow.NativeFile], Parsed]) -> Parsed | None:
         system, root = self._open()
-        path = f"{root}/{FILE}"
-        kind = system.get_file_info(path).type
+        kind = system.get_file_info(f"{root}/{FILE}").type
         if kind == pyarrow.fs.FileType.NotFound:
             return None
         try:
             if kind != pyarrow.fs.FileType.File:
                 raise OSError("it is no regular file")  # a pipe would be waited for
-            with system.open_input_file(path) as stream:
-                return _progress(stream.read(_header_length(stream.read(_HEADER_BYTES))))
+            with system.open_input_file(f"{root}/{FILE}") as stream:
+                return parse(stream)
         except _READ_ERRORS as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> ConfigError:
-        return ConfigError(
-            f"train: the state in {self.place!r} cannot be read: {' '.join(str(error).split())[:300]}; remove {FILE} there to "
-            "begin anew"
-        )
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"train: the state in {self.place!r} cannot be read: {reason}; remove {FILE} there to begin anew"
+            ) from error
 
 
-def _header_length(data: bytes) -> int:
-    length = int.from_bytes(data[:_HEADER_BYTES], "little")
+def _state(stream: pyarrow.NativeFile) -> RunState:
+    progress = _progress(stream)
+    stream.seek(0)
+    tensors = load(stream.read())
+    if bad := next((name for name, one in tensors.items() if not one.isfinite().all()), None):
+        raise ValueError(f"{bad} holds NaN or infinity")
+    return RunState(progress, tensors)
+
+
+def _progress(stream: pyarrow.NativeFile) -> TrainProgress:
+    length = int.from_bytes(stream.read(_HEADER_BYTES), "little")
     if not 0 < length <= _MAX_HEADER_BYTES:
         raise ValueError(f"its header claims {length} bytes")
-    return length
-
-
-def _progress(header: bytes) -> TrainProgress:
     try:
-        return TrainProgress.model_validate_json(json.loads(header)["__metadata__"][_META])
+        return TrainProgress.model_validate_json(json.loads(stream.read(length))["__metadata__"][_META])
     except ValidationError as error:
         raise ValueError(f"{error.error_count()} fields do not fit, first: {error.errors()[0]['msg']}") from error

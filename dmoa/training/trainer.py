@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor
 
 from dmoa import checkpoint
@@ -27,7 +27,7 @@ from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.config import Config
 from dmoa.core.calibration import ENTROPY_PRICE, OperatingPoint, fit_operating_point
 from dmoa.core.gate import Gate, GateSpec
-from dmoa.core.scores import scores
+from dmoa.core.scores import Array, IntArray, scores
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.reading import offsets
 from dmoa.storage import display_path, write_whole
@@ -48,7 +48,7 @@ from dmoa.training.loop import TrainJob, train_gate
 from dmoa.training.objective import Batches, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
 from dmoa.training.outcomes import read_outcomes
-from dmoa.training.rollouts import Manifest, RolloutFolder
+from dmoa.training.rollouts import FileRecord, Manifest, RolloutFolder
 from dmoa.training.state import EpochRecord, StateStore, TrainProgress
 from dmoa.types import supervision_of
 from dmoa.validation import redact
@@ -109,9 +109,7 @@ def build_start(options: TrainOptions, config: Config) -> InitialGate:
                 f"train: agent_price is {options.agent_price:g}; with score posterior it is a gain of probability, 0 to 1"
             )
         changes["agent_price"] = options.agent_price
-    begun = Gate(dataclasses.replace(gate.spec, **changes), profile_AD=gate.state_dict().get("profile_AD"))
-    begun.load_state_dict(gate.state_dict())
-    begun.label_model = gate.label_model
+    begun = Gate.of(dataclasses.replace(gate.spec, **changes), gate.state_dict(), label_model=gate.label_model)
     return InitialGate(gate=begun, parent=parent, fingerprint=fingerprint(config))
 
 
@@ -313,15 +311,15 @@ class Curves:
             values = {name: value for name, value in record.model_dump().items() if name != "epoch" and value is not None}
             self._tracker.log(values, step=record.epoch)
 
-    def end(self, trained: TrainedGate, load: Mapping[str, float], folder: Path, parent: str | None) -> None:
+    def end(self, trained: Checkpoint, load: Mapping[str, float], folder: Path, parent: str | None) -> None:
         """Log the results (metrics, the routing table, the checkpoint), and link the rollouts and the gate that it started from.
 
         Nothing where that is logged already.
         """
-        name = checkpoint.artifact_name(trained.record.version)
+        name = checkpoint.artifact_name(trained.version)
         if is_logged(self._out, "artifact", name=name, kind="checkpoint", role="output"):
             return
-        self._tracker.log({f"held/{name}": value for name, value in trained.record.metrics.items()})
+        self._tracker.log({f"held/{name}": value for name, value in trained.metrics.items()})
         self._tracker.table("first_choices", ["agent", "share of held-back steps"], [list(item) for item in load.items()])
         self._tracker.artifact(folder, name, "checkpoint")
         # After the output: W&B waits for inputs that it does not have yet.
@@ -350,20 +348,35 @@ def _logged_epochs(path: Path) -> set[int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainedGate:
-    """A trained gate and its record."""
-
-    gate: Gate
-    record: Checkpoint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FittedTargets:
     """What a gate was trained and is judged on."""
 
     episodes: Episodes
     data: TrainingData
     scale: Scale
+
+    @property
+    def batches(self) -> Batches:
+        """Its steps in the precision that is served."""
+        return Batches(self.data, torch.float32, torch.device("cpu"))
+
+    @property
+    def dense(self) -> IntArray:
+        """The held-back dense steps [R]."""
+        return self.episodes.dense_steps(self.data.held_Q)
+
+    def dense_logits(self, gate: Gate) -> Array:
+        """Return a gate's logits of the held-back dense steps [R, A]."""
+        held_Q = self.data.held_Q
+        return logits_of(gate, self.batches, held_Q)[np.isin(self.episodes.steps_of(held_Q), self.dense)]
+
+    def anchor_set(self, agents: tuple[str, ...], clusters: int) -> AnchorSet | None:
+        """Return the anchors as a checkpoint keeps them, None without any."""
+        scale = self.scale
+        if scale.anchors is None:
+            return None
+        constant = tuple(agents[agent] for agent, _ in scale.constant) if scale.is_discounted else ()
+        return AnchorSet(means=scale.anchors, rows=scale.anchor_rows, clusters=clusters, constant=constant)
 
 
 def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tuple[GateSpec, dict[str, float]]:
@@ -375,11 +388,10 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
     spec, episodes, scale = gate.spec, evidence.episodes, evidence.scale
     anchors = tuple(float(value) for value in scale.used_anchors) if scale.used_anchors is not None else None
     spec = dataclasses.replace(spec, score=scale.score, anchors=anchors)
-    dense = episodes.dense_steps(evidence.data.held_Q)
+    dense = evidence.dense
     if not evidence.data.ran_NA[dense].any():
         return spec, {}
-    is_dense_N = np.isin(episodes.steps_of(evidence.data.held_Q), dense)
-    logits_NA = logits_of(gate, _float32_batches(evidence.data), evidence.data.held_Q)[is_dense_N].astype(np.float32)
+    logits_NA = evidence.dense_logits(gate).astype(np.float32)
     if scale.label_model is not None and scale.right_NA is not None:
         witnesses = witnesses_of_steps(episodes, dense, spec)
         if not (witnesses.answer_RA >= 0).any():
@@ -393,7 +405,7 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
             alphas=options.alphas,
             theta_alpha=options.theta_alpha or (None if options.alpha == "auto" else options.alpha),
         )
-        return _fitted(spec, point), _metrics_of(point) | shares
+        return _at_point(spec, point, shares)
     finished_NA = np.where(
         episodes.cut_NA[dense], np.nan, scores(episodes.sum_NA[dense], episodes.tokens_NA[dense], scale.used_anchors)
     )
@@ -407,84 +419,57 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
         theta_alphas=options.theta_alphas,
         price=ENTROPY_PRICE if options.agent_price is None else options.agent_price,
     )
-    return _fitted(spec, point), _metrics_of(point)
+    return _at_point(spec, point, {})
 
 
 def _credit_competence(gate: Gate, evidence: FittedTargets) -> None:
     """Let a linear gate of score posterior start from the competence of its agents (`judging.competence_bias`)."""
-    scale, held_Q = evidence.scale, evidence.data.held_Q
-    dense = evidence.episodes.dense_steps(held_Q)
+    scale, dense = evidence.scale, evidence.dense
     if scale.label_model is None or scale.target_NA is None or gate.spec.head != "linear" or not len(dense):
         return
-    is_dense_N = np.isin(evidence.episodes.steps_of(held_Q), dense)
-    logits_RA = logits_of(gate, _float32_batches(evidence.data), held_Q)[is_dense_N]
-    bias_A = competence_bias(scale.label_model, logits_RA, scale.target_NA[dense], gate.spec.temperature)
+    bias_A = competence_bias(scale.label_model, evidence.dense_logits(gate), scale.target_NA[dense], gate.spec.temperature)
     with torch.no_grad():
         gate.head_bias.add_(torch.from_numpy(bias_A))
 
 
-def _fitted(spec: GateSpec, point: OperatingPoint) -> GateSpec:
-    return dataclasses.replace(spec, mass=1.0 - point.mass_left, fitted_left=point.mass_left, theta=point.theta)
-
-
 def build_trained(
-    spec: GateSpec,
-    weights: dict[str, torch.Tensor],
-    evidence: FittedTargets,
-    options: TrainOptions,
-    progress: TrainProgress,
-    *,
-    fingerprint: str,
-    parent: str | None,
-    trained_on: dict[str, Any],
-    code_revision: str,
-) -> TrainedGate:
+    start: InitialGate, training_set: TrainingSet, progress: TrainProgress, weights: dict[str, Tensor], code_revision: str
+) -> tuple[Gate, Checkpoint]:
     """Return the gate with the given weights, fitted and measured, and its record. Raises DmoaError where it gives no numbers."""
-    gate = Gate(spec, profile_AD=weights.get("profile_AD"))
-    gate.load_state_dict(weights)  # float64 weights become float32 here
-    if not np.isfinite(logits_of(gate, _float32_batches(evidence.data), evidence.data.held_Q)).all():
-        raise DmoaError(f"train: the gate's logits of held-back queries are not finite; lower lr, which is {options.lr:g}")
+    job, evidence = training_set.job, training_set.evidence
+    gate = Gate.of(job.spec, weights)
+    if not np.isfinite(logits_of(gate, evidence.batches, evidence.data.held_Q)).all():
+        raise DmoaError(f"train: the gate's logits of held-back queries are not finite; lower lr, which is {job.options.lr:g}")
     _credit_competence(gate, evidence)
-    fitted, point = fit_spec(gate, evidence, options)
-    final = Gate(fitted, profile_AD=weights.get("profile_AD"), label_model=evidence.scale.label_model)
-    final.load_state_dict(gate.state_dict())
-    metrics = measure_gate(final, _float32_batches(evidence.data), evidence.episodes, evidence.data)
+    fitted, point = fit_spec(gate, evidence, job.options)
+    final = Gate.of(fitted, gate.state_dict(), label_model=evidence.scale.label_model)
+    metrics = measure_gate(final, evidence.batches, evidence.episodes, evidence.data)
     metrics |= {"eta": evidence.scale.eta, "epochs": float(len(progress.epochs)), "best_epoch": float(progress.best_epoch)}
     metrics |= {"updates": float(progress.num_updates), "bad_steps": float(progress.bad_steps)}
     metrics |= {} if progress.best_loss is None else {"held_loss": progress.best_loss}
     metrics |= point
     record = describe_gate(
         final,
-        fingerprint=fingerprint,
-        trained_on=trained_on,
-        parent=parent,
-        anchor_set=_anchor_set(evidence.scale, spec, options),
+        fingerprint=start.fingerprint,
+        trained_on=training_set.trained_on,
+        parent=start.parent,
+        anchor_set=evidence.anchor_set(fitted.agents, job.options.clusters),
         metrics=metrics,
         code_revision=code_revision,
     )
-    return TrainedGate(gate=final, record=record)
+    return final, record
 
 
-def _metrics_of(point: OperatingPoint) -> dict[str, float]:
+def _at_point(spec: GateSpec, point: OperatingPoint, shares: dict[str, float]) -> tuple[GateSpec, dict[str, float]]:
+    """Return a spec with the numbers of an operating point, and the point's metrics."""
+    spec = dataclasses.replace(spec, mass=1.0 - point.mass_left, fitted_left=point.mass_left, theta=point.theta)
     found = {"alpha": point.alpha, "agents": point.agents, "regret": point.regret}
-    return found if point.theta_alpha is None else found | {"theta_alpha": point.theta_alpha}
+    found |= {} if point.theta_alpha is None else {"theta_alpha": point.theta_alpha}
+    return spec, found | shares
 
 
-def _anchor_set(scale: Scale, spec: GateSpec, options: TrainOptions) -> AnchorSet | None:
-    if scale.anchors is None:
-        return None
-    constant = tuple(spec.agents[agent] for agent, _ in scale.constant) if scale.is_discounted else ()
-    return AnchorSet(means=scale.anchors, rows=scale.anchor_rows, clusters=options.clusters, constant=constant)
-
-
-def _float32_batches(data: TrainingData) -> Batches:
-    return Batches(data, torch.float32, torch.device("cpu"))
-
-
-class TrainReport(BaseModel):
+class TrainReport(FileRecord):
     """`train.json`: what a training was, and its results."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     schema_version: int = 1
     command: str
@@ -509,9 +494,9 @@ class TrainReport(BaseModel):
     """Of the checkpoint's weights, on the held-back queries."""
     ranking: Ranking = "unknown"
     """Whether the interval of `pairwise` among the metrics lies above 0.5."""
-    trust: list[str] = []
+    trust: list[str] = Field(default_factory=list)
     """With score posterior, a line for every context of the label model: what it goes by there, and why."""
-    silent: list[str] = []
+    silent: list[str] = Field(default_factory=list)
     """A line for every agent that the rollouts hold no reply of: what that means."""
     load: dict[str, float]
     """By agent, on which share of the held-back steps it is the most probable one."""
@@ -569,9 +554,13 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
         curves = Curves(options, config.name, training_set.job.identity, context.finish_timeout_s)
         try:
             with curves.follow(store, lambda epoch: context.watch(epoch, options.epochs)):
-                if before is None or before.ended is None:
-                    _train(training_set.job, store, workers)
-            return _finish(options, config, start, training_set, store, curves, context, (workers, note))
+                if (before is None or before.ended is None) and workers:
+                    from dmoa.training.ray_train import train_on_ray
+
+                    train_on_ray(training_set.job, store, workers)
+                elif before is None or before.ended is None:
+                    train_gate(training_set.job, SingleWorker(torch.device("cuda" if options.gpu else "cpu")), store)
+            return _finish(config, start, training_set, store, curves, context, (workers, note))
         finally:
             curves.close()
 
@@ -608,17 +597,7 @@ def _choose(options: TrainOptions) -> tuple[int, str]:
     return options.workers, "in process, without Ray" if options.workers == 0 else "as asked for"
 
 
-def _train(job: TrainJob, store: StateStore, workers: int) -> None:
-    if workers == 0:
-        train_gate(job, SingleWorker(torch.device("cuda" if job.options.gpu else "cpu")), store)
-        return
-    from dmoa.training.ray_train import train_on_ray
-
-    train_on_ray(job, store, workers)
-
-
 def _finish(
-    options: TrainOptions,
     config: Config,
     start: InitialGate,
     training_set: TrainingSet,
@@ -631,18 +610,8 @@ def _finish(
     state = store.read()
     assert state is not None
     assert state.progress.ended is not None
-    trained = build_trained(
-        training_set.job.spec,
-        state.part("best"),
-        training_set.evidence,
-        options,
-        state.progress,
-        fingerprint=start.fingerprint,
-        parent=start.parent,
-        trained_on=training_set.trained_on,
-        code_revision=context.code_revision,
-    )
-    batches = Batches(training_set.evidence.data, torch.float32, torch.device("cpu"))
+    options, evidence = training_set.job.options, training_set.evidence
+    gate, record = build_trained(start, training_set, state.progress, state.part("best"), context.code_revision)
     report = TrainReport(
         command=context.command,
         code_revision=context.code_revision,
@@ -653,17 +622,17 @@ def _finish(
         workers_note=workers[1],
         trained_on=training_set.trained_on,
         parent=start.parent,
-        version=trained.record.version,
+        version=record.version,
         ended=state.progress.ended,
         epochs=list(state.progress.epochs),
-        metrics=trained.record.metrics,
-        ranking=ranking_of(trained.record.metrics),
+        metrics=record.metrics,
+        ranking=ranking_of(record.metrics),
         trust=tell_trusted(training_set),
         silent=tell_silent(training_set),
-        load=load_shares(trained.gate, batches, training_set.evidence.data.held_Q),
+        load=load_shares(gate, evidence.batches, evidence.data.held_Q),
     )
     out = options.out.absolute()
-    folder = checkpoint.save(out / "checkpoint", trained.gate, trained.record)
+    folder = checkpoint.save(out / "checkpoint", gate, record)
     write_whole(out / "train.json", (report.model_dump_json(indent=2) + "\n").encode())
-    curves.end(trained, report.load, folder, start.parent)
-    return TrainResult(checkpoint=folder, record=trained.record, report=report)
+    curves.end(record, report.load, folder, start.parent)
+    return TrainResult(checkpoint=folder, record=record, report=report)

@@ -162,7 +162,6 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
     from dmoa.training.dataset import read_episodes, read_manifests
     from dmoa.training.intake import IntakeRules
     from dmoa.training.online import OnlineJob
-    from dmoa.training.options import AdaptSettings
 
     router = config.router
     replay: Episodes | None = None
@@ -186,14 +185,10 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
             exclude=tenants_of(router.feedback_exclude),
             held_back=router.guards.held_back,
         ),
-        settings=AdaptSettings.parse(options.model_dump(include=set(AdaptSettings.model_fields))),
+        settings=options,
         open_exchange=partial(SwarmExchange, options.app),
         log=OnlineLog(out=options.out.absolute(), mode=options.track, app=options.app, command=command),
         say=say,
-        every=options.every,
-        offer_every=options.offer_every,
-        cpu_share=options.cpu_share,
-        poll_s=options.poll_s,
         explore_after_shift=router.explore_after_shift,
         replay=replay,
         pool_version=pool_version(config),

@@ -194,7 +194,7 @@ def _unlabelled_sample(folder: Path, config: Config, outcomes: Path | None = Non
     if outcomes is not None:
         given = read_outcomes(outcomes)
         found = credit_replies(given, table, seed=manifest.seed, round_=manifest.round)
-        if not found.used:
+        if not found.places:
             raise no_outcome_fits(len(given))
         credit = found.credit
     prices = {agent.name: Price(**price.model_dump()) for agent in config.agents if (price := config.llms[agent.llm].price)}

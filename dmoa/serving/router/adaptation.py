@@ -26,7 +26,8 @@ from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core import guards
 from dmoa.core.gate import Gate
-from dmoa.core.guards import ArmComparison, BoolArray, ByContext, Comparison, RateComparison, RateTest, SequentialTest, Verdict
+from dmoa.core.guards import ArmComparison, ByContext, Comparison, RateComparison, RateTest, SequentialTest, Verdict
+from dmoa.core.scores import BoolArray
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.feedback import MAX_CONTEXTS, Contexts, Feedback, query_part
 from dmoa.serving.router.probes import read_probes

@@ -18,9 +18,8 @@ import numpy.typing as npt
 from dmoa.config import Config
 from dmoa.core.aggregate import is_cut
 from dmoa.core.gate import Gate
-from dmoa.core.guards import Array, IntArray
 from dmoa.core.in_step import context_part, read_classes
-from dmoa.core.scores import score
+from dmoa.core.scores import Array, IntArray, score
 from dmoa.core.witnesses import NOT_ASKED, Witnesses
 from dmoa.feedback import Contexts, Feedback, is_held_back, query_part, tenant_of
 from dmoa.types import AgentReply, FloatArray, RouteDecision, StepRecord

@@ -137,8 +137,8 @@ def test_a_round_in_a_local_copy_keeps_its_state_at_the_uri(material: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--workers", "many"), "workers is 'many'; expected auto or a whole number from 0"),
-        (("--workers", "-1"), "workers is '-1'; expected auto or a whole number from 0"),
+        (("--workers", "many"), "workers is 'many'; expected a valid integer or 'auto'"),
+        (("--workers", "-1"), "workers is '-1'; expected a number greater than or equal to 0 or 'auto'"),
         (("--holdout", "1.5"), "holdout is 1.5"),
         (("--loss", "squared"), "loss is 'squared'"),
         (("--preset", "huge"), "preset is 'huge'"),

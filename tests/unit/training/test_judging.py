@@ -113,10 +113,9 @@ def test_answers_are_classed_by_step_and_what_was_cut_or_lost_has_none() -> None
     lines[1]["finish_reason"] = "length"
     lines[4]["status"] = "failed"
     lines[6]["text"] = " "
-    said_ = episodes_of(lines).said
-    assert said_ is not None
-    assert said_.answer_NA.tolist() == [[0, -1, 1], [0, -2, 1], [-1, 0, 1]]
-    assert said_.length_NA[0].tolist() == [9.0, 19.0, 12.0]
+    found = episodes_of(lines)
+    assert found.answer_NA.tolist() == [[0, -1, 1], [0, -2, 1], [-1, 0, 1]]
+    assert found.length_NA[0].tolist() == [9.0, 19.0, 12.0]
 
 
 def test_scores_weights_and_noise_of_the_targets() -> None:
@@ -376,9 +375,7 @@ def test_what_was_asked_tells_the_form_of_answers() -> None:
 
 
 def answers_to(asked: str, lines: list[dict[str, Any]]) -> list[list[int]]:
-    said_ = episodes_of(lines, {("q000", -1): asked}).said
-    assert said_ is not None
-    found: list[list[int]] = said_.answer_NA.tolist()
+    found: list[list[int]] = episodes_of(lines, {("q000", -1): asked}).answer_NA.tolist()
     return found
 
 
@@ -432,7 +429,6 @@ def test_an_outcome_is_of_the_newest_folder_that_has_its_query(tmp_path: Path) -
     manifests = read_manifests(folders, spec, fingerprint(pool()))
     episodes = read_episodes(folders, spec, fingerprint(pool()), on_ray=False)
     told, count = with_outcomes(episodes, given, folders, manifests)
-    assert told.outcome_NA is not None
     judged_ = {
         (key.folder, key.query_id) for key, row in zip(told.key_Q, told.start_Q, strict=False) if told.outcome_NA[row, 0] == 1
     }
@@ -449,9 +445,8 @@ def test_two_folders_may_ask_different_things_by_one_name(tmp_path: Path) -> Non
         query = RolloutQuery(query_id="q000", source="s", split="train", text=asked)
         folder.queries.write_text(query.model_dump_json() + "\n", encoding="utf-8")
         folders.append(folder.root)
-    said_ = read_episodes(folders, Gate(replace_spec()).spec, fingerprint(pool()), on_ray=False).said
-    assert said_ is not None
-    assert said_.answer_NA.tolist() == [[0, 1, 0], [0, 0, 0]]
+    read = read_episodes(folders, Gate(replace_spec()).spec, fingerprint(pool()), on_ray=False)
+    assert read.answer_NA.tolist() == [[0, 1, 0], [0, 0, 0]]
 
 
 def test_lengths_are_not_known_in_traffic() -> None:
@@ -475,9 +470,8 @@ def test_replies_without_answers_are_refused_before_anything_is_trained(tmp_path
 def test_held_back_replies_without_answers_leave_tau_and_theta() -> None:
     episodes, spec = episodes_of(rows(24)), Gate(replace_spec()).spec
     held_Q = np.arange(20, 24)
-    assert episodes.said is not None
-    answer_NA = np.where(np.isin(np.arange(24), held_Q)[:, None], NO_ANSWER, episodes.said.answer_NA)
-    episodes = replace(episodes, said=episodes.said._replace(answer_NA=answer_NA))
+    answer_NA = np.where(np.isin(np.arange(24), held_Q)[:, None], NO_ANSWER, episodes.answer_NA)
+    episodes = replace(episodes, answer_NA=answer_NA)
     model = fit_judge(episodes, np.arange(20), spec, seed=0)
     scale = judged(Scale(score="posterior", eta=1.0, anchors=None), model, episodes, spec)
     data = build_data(episodes, Split(train_Q=np.arange(20), held_Q=held_Q), scale)

@@ -22,9 +22,9 @@ from dmoa.testing import AGENTS, write_rollouts
 from dmoa.testing import CONTEXT_DIM as DIM
 from dmoa.testing import rollout_row as row
 from dmoa.testing import scripted_pool as pool
-from dmoa.training.dataset import COLUMNS, EpisodeBuilder, Episodes, held_back
+from dmoa.training.dataset import COLUMNS, EpisodeBuilder, Episodes
 from dmoa.training.gate_metrics import held_metrics, logits_of, measure_gate, ranking_of
-from dmoa.training.objective import Batches, Split, anchor_sample, batch_loss, build_data, fit_scale, unroll
+from dmoa.training.objective import Batches, Split, anchor_sample, batch_loss, build_data, fit_scale, split_episodes, unroll
 from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import LATER_COLUMNS
 from dmoa.training.trainer import FittedTargets, fit_spec
@@ -302,16 +302,18 @@ def test_the_queries_with_the_lowest_hashes_are_held_back_whatever_else_there_is
     rows = [row(query, 0, agent, 0.5, np.zeros(2 * DIM)) for query in queries for agent in AGENTS]
     again = [value | {"gate_version": "later"} for value in rows]
     once, twice = episodes_of(rows), episodes_of(rows + again)
-    held = {key.query_id for key, is_held in zip(once.key_Q, held_back(once, 0.25), strict=True) if is_held}
-    assert len(held) == 10
-    assert held == {key.query_id for key, is_held in zip(twice.key_Q, held_back(twice, 0.25), strict=True) if is_held}
-    assert held_back(twice, 0.25).sum() == 20
+    held_Q, again_Q = split_episodes(once, 0.25).held_Q, split_episodes(twice, 0.25).held_Q
+    held = {once.key_Q[q].query_id for q in held_Q}
+    assert len(held) == len(held_Q) == 10
+    assert held == {twice.key_Q[q].query_id for q in again_Q}
+    assert len(again_Q) == 20
+    assert sorted([*again_Q, *split_episodes(twice, 0.25).train_Q]) == list(range(80))
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.001, 1), (0.999, 3)])
 def test_both_sides_have_a_query(share: float, count: int) -> None:
     rows = [row(f"q{n}", 0, agent, 0.5, np.zeros(2 * DIM)) for n in range(4) for agent in AGENTS]
-    assert held_back(episodes_of(rows), share).sum() == count
+    assert len(split_episodes(episodes_of(rows), share).held_Q) == count
 
 
 DENSE = [0, 1, 2, 3, 4, 6, 8]

@@ -15,7 +15,7 @@ from dmoa.feedback import Feedback
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.intake import IntakeRules
 from dmoa.training.online import Driver, OnlineJob, Pulled, Work, run_online
-from dmoa.training.options import AdaptSettings
+from dmoa.training.options import OnlineOptions
 from tests.attacks import Deployed, accuracy, deployed
 from tests.streams import FINGERPRINT, KEYS
 
@@ -84,11 +84,10 @@ def _start() -> Deployed:
 def job_of(swarm: FakeSwarm, **changes: Any) -> OnlineJob:
     values: dict[str, Any] = {
         "rules": IntakeRules(agents=swarm.start.pool.agents, preset="paper", fingerprint=FINGERPRINT, mixes_keys=True),
-        "settings": AdaptSettings(),
+        "settings": OnlineOptions(offer_every=2),
         "open_exchange": lambda: swarm,
         "log": lambda numbers, step: None,
         "replay": swarm.start.replay,
-        "offer_every": 2,
     }
     return OnlineJob(**values | changes)
 
@@ -216,7 +215,7 @@ def test_a_feedback_that_came_back_teaches_nothing_again(start: Deployed) -> Non
     records = [replace(start.pool.record(start.pool.ask(0)), created_unix_s=at) for at in (5.0, 5000.0, 5001.0, 5002.0)]
     records[3] = replace(records[3], answer=replace(records[3].answer, trace_id="unlike"))
     swarm, works = FakeSwarm(start, [[], records[1:3], [records[0], *records[1:]], []]), list[Work]()
-    driver = Driver(replace(job_of(swarm), every=1), _no)
+    driver = Driver(job_of(swarm, settings=OnlineOptions(offer_every=2, every=1)), _no)
     while (work := driver.next()).kind != "end":
         works.append(work)
     assert driver._intake is not None
@@ -227,7 +226,7 @@ def test_a_clock_that_is_ahead_shuts_nobody_else_out(start: Deployed) -> None:
     now = time.time()
     ahead, *others = [replace(start.pool.record(start.pool.ask(0)), created_unix_s=at) for at in (now + 1e5, now, now + 1.0)]
     swarm = FakeSwarm(start, [[], [ahead], others, []])
-    driver = Driver(replace(job_of(swarm), every=1), _no)
+    driver = Driver(job_of(swarm, settings=OnlineOptions(offer_every=2, every=1)), _no)
     while driver.next().kind != "end":
         pass
     assert driver._intake is not None

@@ -50,7 +50,7 @@ def credits(*outcomes: Outcome, rows: pa.Table = ROWS) -> Credited:
 def test_an_agents_outcome_is_that_of_its_own_reply() -> None:
     found = credits(outcome(query_id="q1", agent="three", reward=0.25), outcome(query_id="q2", agent="One"))
     assert found.credit == {("q1", "three"): 0.25, ("q2", "one"): 1.0}
-    assert (found.used, found.unknown) == (2, 0)
+    assert found.places == {0, 1}
     expected_RA = [[np.nan, np.nan, 0.25], [1.0, np.nan, np.nan], [np.nan] * 3]
     np.testing.assert_array_equal(found.array(["q1", "q2", "q3"], AGENTS), expected_RA)
     assert found.array([], AGENTS).shape == (0, 3)
@@ -81,7 +81,7 @@ def test_the_final_answer_is_the_one_that_was_given_where_it_was_kept() -> None:
 
     assert credits(outcome(query_id="q"), rows=asked(final_text="So it is 4.")).credit == {("q", "one"): 1.0}
     found = credits(outcome(query_id="q"), outcome(query_id="q", agent="two"), rows=asked())
-    assert (found.credit, found.used, found.unknown) == ({("q", "two"): 1.0}, 1, 1)  # of a trained gate nobody can say
+    assert (found.credit, found.places) == ({("q", "two"): 1.0}, {1})  # of a trained gate nobody can say
 
 
 def test_traces_are_found_and_repeated_outcomes_are_averaged() -> None:
@@ -103,7 +103,7 @@ def test_outcomes_of_what_is_not_there_are_counted() -> None:
         outcome(query_id="q2", agent="three"),
         outcome(query_id="q1", agent="two"),
     )
-    assert (found.used, found.unknown) == (1, 4)
+    assert found.places == {4}
 
 
 def write(path: Path, *lines: str) -> Path:

@@ -9,10 +9,10 @@ import pytest
 
 from dmoa.cli.train import print_probe
 from dmoa.config import loads
-from dmoa.core.scores import SCORE_OFFSET_NATS
+from dmoa.core.scores import SCORE_OFFSET_NATS, Array
 from dmoa.errors import ConfigError
 from dmoa.testing import scripted_pool_yaml as pool_yaml
-from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
+from dmoa.training.cluster_router import ProbeSample, fit_clusters
 from dmoa.training.probe import ProbeReport, auroc, gains_nothing, probe_pool, variance_shares
 
 RNG = np.random.default_rng(5)
@@ -22,7 +22,7 @@ DOMAIN_R = np.arange(ROWS) % 2
 """0: sums, 1: words."""
 
 
-def sample(log_RA: Floats, **changes: Any) -> ProbeSample:
+def sample(log_RA: Array, **changes: Any) -> ProbeSample:
     """A sample whose log(PE + offset) is `log_RA`, with two clouds of embeddings."""
     values: dict[str, Any] = {
         "agents": AGENTS,
@@ -34,7 +34,7 @@ def sample(log_RA: Floats, **changes: Any) -> ProbeSample:
     return ProbeSample(**values | changes)
 
 
-def specialists() -> Floats:
+def specialists() -> Array:
     """Each specialist is sure at home and unsure abroad; the base is unsure everywhere."""
     log_RA = np.zeros((ROWS, 3))
     log_RA[:, 1] = np.where(DOMAIN_R == 0, -3.0, 1.0)

@@ -83,7 +83,7 @@ def test_the_alphas_are_the_given_ones_or_chosen_by_the_price_of_an_agent(rollou
         train(tmp_path / "none", rollouts, config, agent_price=100.0)
 
 
-@pytest.mark.parametrize(("alpha", "seen"), [("often", "'often'"), ("1.5", "1.5"), (0, "0")])
+@pytest.mark.parametrize(("alpha", "seen"), [("often", "'often'"), ("1.5", "'1.5'"), (0, "0")])
 def test_an_alpha_that_is_none_is_refused(alpha: Any, seen: str) -> None:
     with pytest.raises(ConfigError, match=rf"train: alpha.* is {seen}"):
         TrainOptions.parse({**BASE, "rollouts": "r", "out": "o", "alpha": alpha})

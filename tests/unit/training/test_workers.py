@@ -19,7 +19,7 @@ def test_one_worker_divides_by_the_weight() -> None:
     assert loss == (13.0, 4.0)
     assert parameter.grad is not None
     assert parameter.grad.tolist() == [0.75, 1.25]
-    assert world.agree(7.0) == 7.0
+    assert world.share(7.0) == 7.0
 
 
 def test_a_batch_without_pairs_leaves_no_gradient() -> None:
@@ -46,6 +46,6 @@ def test_a_group_of_one_agrees_with_working_alone(tmp_path: Path) -> None:
         assert TorchGroup(torch.device("cpu")).backward(None, spare).weight == 0
         assert spare[0].grad is not None
         assert spare[0].grad.tolist() == [0.0, 0.0]
-        assert TorchGroup(torch.device("cpu")).agree(0.1) == 0.1
+        assert TorchGroup(torch.device("cpu")).share(0.1) == 0.1
     finally:
         distributed.destroy_process_group()
