@@ -53,9 +53,7 @@ def install(
     address: AddressOption = None,
     app_name: AppOption = "dmoa",
 ) -> None:
-    """Make a checkpoint the gate that new queries begin with.
-
-    Running ones finish with theirs.
+    """Make a checkpoint the gate that new queries begin with. Running ones finish with theirs.
 
     \b
     dmoa router install out/train/checkpoint
@@ -81,10 +79,7 @@ def rollback(
     address: AddressOption = None,
     app_name: AppOption = "dmoa",
 ) -> None:
-    """Make an earlier gate current again, and end a trial.
-
-    Rolling back twice goes back twice.
-    """
+    """Make an earlier gate current again, and end a trial. Rolling back twice goes back twice."""
     changed = _connect(common, app_name, address).rollback(version, note)
     _tell(common, changed)
 
@@ -92,9 +87,7 @@ def rollback(
 @app.command("history")
 @_with_common
 def history(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Show which gates were current and what became of offered ones.
-
-    The oldest comes first.
+    """Show which gates were current and what became of offered ones. The oldest comes first.
 
     configured, install, adapted and rollback change the current gate; the other lines are of learning while serving.
     """
@@ -108,10 +101,7 @@ def history(common: Common, address: AddressOption = None, app_name: AppOption =
 @app.command("freeze")
 @_with_common
 def freeze(common: Common, note: NoteOption = "", address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Take no offered gate until `dmoa router thaw`.
-
-    Also after a restart; a trial ends with the gate before it.
-    """
+    """Take no offered gate until `dmoa router thaw`. Also after a restart; a trial ends with the gate before it."""
     told = _connect(common, app_name, address).freeze(note)
     typer.echo(f"frozen: {printable(told['frozen'])}")
     common.write_json(told)
@@ -120,10 +110,7 @@ def freeze(common: Common, note: NoteOption = "", address: AddressOption = None,
 @app.command("thaw")
 @_with_common
 def thaw(common: Common, note: NoteOption = "", address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Take offered gates again.
-
-    Also where a rollback is still cooling down.
-    """
+    """Take offered gates again. Also where a rollback is still cooling down."""
     told = _connect(common, app_name, address).thaw(note)
     typer.echo(f"offers are taken (adaptation {told['mode']})")
     common.write_json(told)
@@ -132,10 +119,7 @@ def thaw(common: Common, note: NoteOption = "", address: AddressOption = None, a
 @app.command("status")
 @_with_common
 def status(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Show the current gate, its decisions, and what learning does.
-
-    Which agents are masked, and how often each was activated.
-    """
+    """Show the current gate, its decisions, and what learning does. Which agents are masked, and how often each was activated."""
     found = _connect(common, app_name, address).status()
     typer.echo(f"pool          {found.pool} ({found.pool_fingerprint[:12]}), app {found.app}")
     typer.echo(f"gate          {found.gate_version}, current since {_when(found.installed_unix_s)}")

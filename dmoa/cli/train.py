@@ -35,9 +35,7 @@ _BY_PRESET = {name: f"{value:g}; preset full: {PRESETS['full'][name]:g}" for nam
 @with_common
 @takes_options(RolloutOptions)
 def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOption = None) -> None:
-    """Collect rollouts for training the gate, without labels.
-
-    Who was how sure, step by step.
+    """Collect rollouts for training the gate, without labels. Who was how sure, step by step.
 
     \b
     dmoa rollouts --config specialists --benchmarks arith:2,words --limit 60 --out out/rollouts
@@ -62,9 +60,7 @@ def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOpti
 @with_common
 @takes_options(TrainOptions, leave_out=JOB_ONLY, unset=_BY_PRESET)
 def train(common: Common, options: TrainOptions) -> None:
-    """Train the gate on rollouts, label-free, on Ray Train.
-
-    The checkpoint lies in --out/checkpoint.
+    """Train the gate on rollouts, label-free, on Ray Train. The checkpoint lies in --out/checkpoint.
 
     \b
     dmoa train --rollouts out/rollouts --out out/gate
@@ -78,9 +74,7 @@ def train(common: Common, options: TrainOptions) -> None:
 @with_common
 @takes_options(AdaptOptions, leave_out=ADAPT_JOB_ONLY)
 def adapt(common: Common, options: AdaptOptions, checkpoint: CheckpointOption = None) -> None:
-    """Adapt a gate to a benchmark by its own first test queries.
-
-    No labels are used; the table shows what it was worth.
+    """Adapt a gate to a benchmark by its own first test queries. No labels are used; the table shows what it was worth.
 
     Every query is answered and counted first, then the gate learns who was how sure of it (prequential); after --queries the gate
     is frozen. The table has untrained weights (zero-shot), the checkpoint (few-shot), and both adapted (-ttt).
@@ -119,9 +113,7 @@ def adapt_online(common: Common, options: OnlineOptions) -> None:
 @partial(with_common, has_pool=False)
 @takes_options(ExportOptions)
 def export(common: Common, options: ExportOptions) -> None:
-    """Write what a swarm said as data to train a single model with.
-
-    JSON Lines of answers (sft), or of better and worse replies (dpo).
+    """Write what a swarm said as data to train a single model with. JSON Lines of answers (sft), or of pairs of replies (dpo).
 
     \b
     dmoa export --format sft --traces traces.jsonl --out sft.jsonl
@@ -139,9 +131,7 @@ def export(common: Common, options: ExportOptions) -> None:
 @partial(with_common, has_pool=False)
 @takes_options(ImportOptions)
 def import_logs(common: Common, options: ImportOptions) -> None:
-    """Turn logs of model calls into a pool of recorded replies.
-
-    It is probed, trained, evaluated and served without calls.
+    """Turn logs of model calls into a pool of recorded replies. It is probed, trained, evaluated and served without calls.
 
     OpenAI-style {request, response} lines, batch files, W&B tables and LiteLLM spend logs are known by their shape. Keys, headers
     and users are not copied.
