@@ -188,16 +188,9 @@ def _check_form(generation: Generation, label: str) -> None:
     """Raise PluginError for what an engine of somebody else's got wrong: records and messages would fail far from it."""
     if not isinstance(generation, Generation):
         raise PluginError(f"engine {label}: generate gave {short(generation)}; expected a Generation")
-    kinds = {
-        "text": str,
-        "reasoning": str,
-        "raw": str,
-        "usage": TokenUsage,
-        "entropy": EntropySum,
-        "reasoning_entropy": EntropySum,
-    }
-    found = [(name, getattr(generation, name), f"a {kind.__name__}") for name, kind in kinds.items()]
-    found = [one for one, kind in zip(found, kinds.values(), strict=True) if not isinstance(one[1], kind)]
+    kinds = dict.fromkeys(("text", "reasoning", "raw"), str) | dict.fromkeys(("entropy", "reasoning_entropy"), EntropySum)
+    asked = [(name, getattr(generation, name), kind) for name, kind in (kinds | {"usage": TokenUsage}).items()]
+    found = [(name, value, f"a value of type {kind.__name__}") for name, value, kind in asked if not isinstance(value, kind)]
     if generation.finish_reason not in get_args(FinishReason):
         found.append(("finish_reason", generation.finish_reason, ", ".join(get_args(FinishReason))))
     counts = {name: getattr(generation.usage, name, 0) for name in TokenUsage.__slots__}

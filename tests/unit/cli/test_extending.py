@@ -202,7 +202,7 @@ class Mine(Gsm8kRow):
         (
             'return {"capital": self.capital}',
             "return self.capital",
-            r"capitals/test.jsonl, line 1: reading the row raised TypeError\(.gold\(\) gave '\w+'; expected a mapping.\); mend it",
+            r"capitals/test.jsonl, line 1: reading the row raised TypeError\(.gold\(\) gave '\w+'; expected a mapping",
         ),
         (
             'return f"Name the capital',

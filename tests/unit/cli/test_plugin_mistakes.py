@@ -219,11 +219,11 @@ def test_an_engine_that_raises_is_to_be_mended_and_waiting_does_not_help(dmoa: I
     ("changes", "said"),
     [
         ("finish_reason='done'", "finish_reason of its Generation is 'done'; expected stop, length, cancelled, error; mend"),
-        ("text=None", "text of its Generation is None; expected a text; mend"),
+        ("text=None", "text of its Generation is None; expected a value of type str; mend"),
         ("usage=TokenUsage(completion_tokens=None)", "usage.completion_tokens of its Generation is None; expected a count; mend"),
         ("usage=TokenUsage(prompt_tokens=-1)", "usage.prompt_tokens of its Generation is -1; expected a count; mend"),
-        ("usage=3", "usage of its Generation is 3; expected a TokenUsage; mend"),
-        ("entropy=0.5", "entropy of its Generation is 0.5; expected an EntropySum; mend"),
+        ("usage=3", "usage of its Generation is 3; expected a value of type TokenUsage; mend"),
+        ("entropy=0.5", "entropy of its Generation is 0.5; expected a value of type EntropySum; mend"),
     ],
 )
 def test_an_engine_that_gives_what_is_no_reply(changes: str, said: str, dmoa: Invoke, tmp_path: Path) -> None:
