@@ -15,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from dmoa.errors import DmoaError
+from dmoa.agents.pool import packaged_pools
+from dmoa.errors import ConfigError, DmoaError
 from dmoa.loopback import is_loopback
 from dmoa.serving.deploy import serve_config
 from dmoa.yaml_tree import parse_yaml, set_value
@@ -45,8 +46,12 @@ _Plain.add_representer(str, _Plain.text)
 
 
 def render_serve(pool: Path, overrides: list[str]) -> str:
-    """Return the text of the Serve config of a pool file. Raises ConfigError."""
-    tree = parse_yaml(pool.read_text(encoding="utf-8"), str(pool))
+    """Return the text of the Serve config of a pool file, or of a packaged pool by its name. Raises ConfigError."""
+    try:
+        text = (pool if pool.exists() else packaged_pools().get(str(pool), pool)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--pool: cannot read {str(pool)!r}: {error}; give the path of a pool YAML file") from error
+    tree = parse_yaml(text, str(pool))
     for override in overrides:
         set_value(tree, override)
     body = yaml.dump(serve_config(tree, source=str(pool)), Dumper=_Plain, sort_keys=False, width=120, allow_unicode=True)
@@ -94,11 +99,11 @@ def _serve_ports(tree: object) -> Iterator[int]:
 def main() -> None:
     """Build and write; exits 2 for a bad pool or manifest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pool", type=Path, default=POOL, help="pool file")
+    parser.add_argument("--pool", type=Path, default=POOL, help="pool file, or the name of a packaged pool")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change a value of the pool"
     )
-    parser.add_argument("--out", type=Path, default=SERVE, help="Serve config to write")
+    parser.add_argument("--out", type=Path, default=SERVE, help="Serve config to write [cluster/serve.yaml]")
     parser.add_argument(
         "--manifest", type=Path, help="RayService manifest to write it into [the shipped one for the shipped pool]"
     )
@@ -110,12 +115,14 @@ def main() -> None:
         embedded = embed(manifest.read_text(encoding="utf-8"), serve) if manifest else None
         if embedded is not None:
             check_reach(embedded, serve)
+        options.out.write_text(serve, encoding="utf-8")
+        if manifest and embedded is not None:
+            manifest.write_text(embedded, encoding="utf-8")
     except (DmoaError, OSError, ValueError) as error:
         print(f"build: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    options.out.write_text(serve, encoding="utf-8")
-    if manifest and embedded is not None:
-        manifest.write_text(embedded, encoding="utf-8")
+    more = f", and into {manifest}: `kubectl apply -k {manifest.parent}` is next" if manifest else ""
+    print(f"build: wrote {options.out} (on a Ray of your own: `serve deploy {options.out}`){more}", file=sys.stderr)
 
 
 if __name__ == "__main__":

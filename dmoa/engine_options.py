@@ -398,6 +398,11 @@ class EngineEntry:
     deployment: str | None = None
     """`module:function` that makes its Serve deployment; None: replicas build the engine as any other process does."""
 
+    def __post_init__(self) -> None:
+        """Raise TypeError for options that are no record of theirs: the decorator takes whatever it is given."""
+        if not (isinstance(self.options, type) and issubclass(self.options, EngineOptions)):
+            raise TypeError(f"@engine({self.name!r}): options is {short(self.options)}; expected a subclass of EngineOptions")
+
     @property
     def loads_weights(self) -> bool:
         """Whether dmoa finds, fetches and checks the weights of its models."""

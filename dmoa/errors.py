@@ -13,6 +13,9 @@ import errno
 class DmoaError(Exception):
     """Root of every error that dmoa raises on purpose."""
 
+    replies: tuple[object, ...] = ()
+    """Of a query that ends with it: the calls so far (`types.AgentReply`, `SummarizerRecord`), so that their cost counts."""
+
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Numbers of an OSError for a disk that takes nothing more: a command ends with one sentence."""
@@ -83,7 +86,7 @@ class EmptyAnswerError(DmoaError, RuntimeError):
     """Every contribution to a query was empty (HTTP 503, code `empty_answer`)."""
 
     def __init__(self, message: str, replies: tuple[object, ...] = ()) -> None:
-        """Keep the replies (`types.AgentReply`), so that what they cost can be counted; none where a server says it."""
+        """Keep the replies; none where a server says it."""
         super().__init__(message)
         self.replies = replies
 

@@ -23,6 +23,7 @@ from dmoa.errors import (
     AgentUnavailableError,
     BrokenStreamError,
     DeadlineError,
+    DmoaError,
     EmptyAnswerError,
     NoAgentError,
     RequestError,
@@ -418,16 +419,18 @@ def _no_answer(state: QueryState, policy: str, reason: StopReason) -> Exception:
 
 def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...], explored: tuple[AgentReply, ...] = ()) -> Exception:
     """Return why the replies of a step, after those of `state`, are no answer; what all of them cost goes with it."""
+    calls = (*(call for step in state.steps for call in step.calls), *replies, *explored)
     if any(reply.status == "ok" for reply in replies):
         is_thought = any(reply.reasoning and reply.finish_reason == "length" for reply in replies)
         why = f"{THOUGHT_ONLY}, and nothing else was said; raise max_tokens" if is_thought else EMPTY
-        return EmptyAnswerError(why, (*(reply for step in state.steps for reply in step.replies), *replies, *explored))
+        return EmptyAnswerError(why, calls)
     if replies and all(reply.status == "failed" and reply.finish_reason == "length" for reply in replies):
         return RequestError(f"messages: {replies[0].error}", param="messages", code="context_length_exceeded")
     reasons = "; ".join(f"{reply.agent}: {reply.status}, {reply.error}" for reply in replies)
     # What an engine itself says has failed does not pass by waiting.
     has_failed = bool(replies) and all(reply.status == "failed" and reply.engine for reply in replies)
     error = _no_contribution(state, reasons, "mend what failed, or ask again" if has_failed else "try again later")
+    error.replies = calls
     if isinstance(error, NoAgentError):
         error.has_bug = any(reply.is_bug for reply in replies)
     return error
@@ -441,7 +444,7 @@ def _broken_off(state: QueryState, replies: tuple[AgentReply, ...]) -> Exception
     return BrokenStreamError(f"agent {last.agent!r} was lost in mid-stream ({last.status}, {last.error}); ask again")
 
 
-def _no_contribution(state: QueryState, why: str, advice: str = "try again later") -> Exception:
+def _no_contribution(state: QueryState, why: str, advice: str = "try again later") -> DmoaError:
     # The event loop's timers may fire a clock tick before the wall clock gets there.
     if state.deadline_unix_s is not None and time.time() >= state.deadline_unix_s - _CLOCK_SLACK_S:
         seen = f"the deadline of {state.query.limits.deadline_s} s passed before any agent contributed ({why})"

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
-from dmoa.errors import NoAgentError
+from dmoa.errors import DmoaError, NoAgentError
 from dmoa.types import (
     AgentCall,
     AgentReply,
@@ -24,7 +24,9 @@ from dmoa.types import (
     RouteDecision,
     RouteRequest,
     StepPlan,
+    StepRecord,
     Stop,
+    SummarizerRecord,
     TextDelta,
 )
 
@@ -123,12 +125,18 @@ OpenSwarm = Callable[[], SwarmClient]
 
 
 async def final_answer(swarm: SwarmClient, query: Query, policy: str, agent: str | None = None) -> Answer:
-    """Ask a swarm and return the Answer alone. Raises as `SwarmClient.ask` does."""
-    answer = None
-    async with aclosing(swarm.ask(query, policy, agent)) as events:
-        async for event in events:
-            if isinstance(event, Answer):
-                answer = event
+    """Ask a swarm and return the Answer alone. Raises as `SwarmClient.ask` does, with the calls of all steps before."""
+    answer, calls = None, list[AgentReply | SummarizerRecord]()
+    try:
+        async with aclosing(swarm.ask(query, policy, agent)) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    answer = event
+                elif isinstance(event, StepRecord):
+                    calls += event.calls
+    except DmoaError as error:
+        error.replies = error.replies or tuple(calls)
+        raise
     if answer is None:
         raise NoAgentError("the query ended without an answer; ask again")
     return answer

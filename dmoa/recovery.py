@@ -213,14 +213,14 @@ class AgentCaller:
                     return replace(reply, latency_ms=reply.latency_ms + waited_ms, error=error)
             status, error = "cold", "it has no replica yet; one is being started"
         except AgentUnavailableError as lost:
-            status, error = "failed", str(lost)
+            status, error = "failed", redact_text(str(lost))
             places.dead.add(card.place)
             if isinstance(lost, CallNotTakenError):
                 places.waited_out.add(card.place)
             if self._router is not None:
                 self._router.report_unavailable(call.agent, error)
         except AgentOverloadedError as busy:
-            status, error = "overloaded", str(busy)
+            status, error = "overloaded", redact_text(str(busy))
         except TimeoutError:
             status, error = "late", "the deadline passed before the reply"
             masked_s = self.late_replies.late(call.agent, begun_s, asyncio.get_running_loop().time())
@@ -279,7 +279,7 @@ class AgentCaller:
             status: AgentStatus = "late" if call.deadline_unix_s else "failed"
             return replace(lost, status=status, attempts=attempts)
         except AgentOverloadedError as busy:
-            return replace(lost, status="overloaded", error=str(busy), attempts=attempts)
+            return replace(lost, status="overloaded", error=redact_text(str(busy)), attempts=attempts)
         return replace(reply, attempts=attempts, error=reply.error or f"an earlier attempt was lost: {lost.error}")
 
     async def _send(self, call: AgentCall, text: StreamedText | None) -> AgentReply:

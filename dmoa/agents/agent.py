@@ -11,24 +11,27 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from numbers import Integral
+from typing import get_args
 
 from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig, EntropyScope
 from dmoa.core.reasoning import ReasoningSplitter, split_reasoning
-from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PromptTooLongError, is_bug
+from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PluginError, PromptTooLongError, is_bug
 from dmoa.protocols import Engine
 from dmoa.types import (
     AgentCall,
     AgentReply,
     AgentStatus,
     EntropySum,
+    FinishReason,
     Generation,
     GenerationRequest,
     Message,
     TextDelta,
     TokenUsage,
 )
-from dmoa.validation import redact_text
+from dmoa.validation import redact_text, short
 
 _LOG = logging.getLogger("dmoa.agent")
 
@@ -94,6 +97,7 @@ class Agent:
                         yield delta
                 if generation is None:
                     raise EngineError(f"engine {self._engine.label}: its stream ended without a generation")
+                _check_form(generation, self._engine.label)
                 _check_length(generation, call)
                 rounds.append(generation)
                 text += generation.raw or generation.text
@@ -173,8 +177,24 @@ class Agent:
             engine_ms=sum(item.engine_ms for item in rounds),
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine=self._engine.label,
-            is_bug=is_bug(error),
+            is_bug=is_bug(error) or isinstance(error, PluginError),
         )
+
+
+def _check_form(generation: Generation, label: str) -> None:
+    """Raise PluginError for what an engine of somebody else's got wrong: records and messages would fail far from it."""
+    if not isinstance(generation, Generation):
+        raise PluginError(f"engine {label}: generate gave {short(generation)}; expected a Generation")
+    kinds = dict.fromkeys(("text", "reasoning", "raw"), str) | dict.fromkeys(("entropy", "reasoning_entropy"), EntropySum)
+    asked = [(name, getattr(generation, name), kind) for name, kind in (kinds | {"usage": TokenUsage}).items()]
+    found = [(name, value, f"a value of type {kind.__name__}") for name, value, kind in asked if not isinstance(value, kind)]
+    if generation.finish_reason not in get_args(FinishReason):
+        found.append(("finish_reason", generation.finish_reason, ", ".join(get_args(FinishReason))))
+    counts = {name: getattr(generation.usage, name, 0) for name in TokenUsage.__slots__}
+    found += [(f"usage.{n}", x, "a count") for n, x in counts.items() if not isinstance(x, Integral) or x < 0]
+    if found:
+        name, value, allowed = found[0]
+        raise PluginError(f"engine {label}: {name} of its Generation is {short(value)}; expected {allowed}; mend the engine")
 
 
 def _check_length(generation: Generation, call: AgentCall) -> None:

@@ -62,7 +62,7 @@ def demo(
     held_out: Annotated[int, typer.Option("--held-out", min=1, max=1000, metavar="N", help="To compare on, of each suite.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of questions, queries and rows [0].")] = SEED,
 ) -> None:
-    """Serve a swarm, let its gate learn without labels, install what it learned while serving, and compare.
+    """Serve a swarm, train its gate without labels, and compare. What it learned is installed while it serves.
 
     \b
     dmoa demo

@@ -49,7 +49,7 @@ def evaluate(
     explain: ExplainOption = None,
     reply: ReplyOption = None,
 ) -> None:
-    """Measure policies on benchmarks: accuracy with intervals, tokens, steps, paired comparisons.
+    """Measure policies on benchmarks: accuracy, tokens, steps. Accuracy with intervals, and paired comparisons.
 
     \b
     dmoa evaluate --config specialists --benchmarks arith,words --policies dmoa,single:arith --limit 50
@@ -161,7 +161,7 @@ def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None
 @with_common
 @takes_options(CompareOptions, unset={"out": "out/compare-TIME"})
 def compare(common: Common, options: CompareOptions, checkpoint: CheckpointOption = None) -> None:
-    """Compare policies on the same rows, each with the budget that the first one takes: tokens, calls, time or price.
+    """Compare policies on the same rows, at equal budgets. Each has the tokens, calls, time or price that the first takes.
 
     \b
     dmoa compare --config specialists --benchmarks arith,words --policies dmoa,dense --limit 50
@@ -190,7 +190,7 @@ def report(
         Path | None, typer.Option("--html", metavar="FILE", help="Where the report is written [DIR/report.html].", dir_okay=False)
     ] = None,
 ) -> None:
-    """Show the result of an evaluation and write it as one HTML file; a run that is not finished is shown as far as it is.
+    """Show the result of an evaluation; write it as an HTML file. A run that is not finished is shown as far as it is.
 
     \b
     dmoa report out/run1

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="The gate of a running swarm: install, roll back, history, freeze, thaw, status.",
+    help="The gate of a running swarm: install, roll back, freeze.",
 )
 
 _MAX_SHOWN = 5
@@ -53,7 +53,7 @@ def install(
     address: AddressOption = None,
     app_name: AppOption = "dmoa",
 ) -> None:
-    """Make a checkpoint the gate that new queries begin with; running ones finish with theirs.
+    """Make a checkpoint the gate that new queries begin with. Running ones finish with theirs.
 
     \b
     dmoa router install out/train/checkpoint
@@ -79,7 +79,7 @@ def rollback(
     address: AddressOption = None,
     app_name: AppOption = "dmoa",
 ) -> None:
-    """Make an earlier gate current again, and end a trial; rolling back twice goes back twice."""
+    """Make an earlier gate current again, and end a trial. Rolling back twice goes back twice."""
     changed = _connect(common, app_name, address).rollback(version, note)
     _tell(common, changed)
 
@@ -87,7 +87,7 @@ def rollback(
 @app.command("history")
 @_with_common
 def history(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Show which gates were current and what became of offered ones, oldest first.
+    """Show which gates were current and what became of offered ones. The oldest comes first.
 
     configured, install, adapted and rollback change the current gate; the other lines are of learning while serving.
     """
@@ -101,7 +101,7 @@ def history(common: Common, address: AddressOption = None, app_name: AppOption =
 @app.command("freeze")
 @_with_common
 def freeze(common: Common, note: NoteOption = "", address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Take no offered gate until `dmoa router thaw`, also after a restart; a trial ends with the gate before it."""
+    """Take no offered gate until `dmoa router thaw`. Also after a restart; a trial ends with the gate before it."""
     told = _connect(common, app_name, address).freeze(note)
     typer.echo(f"frozen: {printable(told['frozen'])}")
     common.write_json(told)
@@ -110,7 +110,7 @@ def freeze(common: Common, note: NoteOption = "", address: AddressOption = None,
 @app.command("thaw")
 @_with_common
 def thaw(common: Common, note: NoteOption = "", address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Take offered gates again, also where a rollback is still cooling down."""
+    """Take offered gates again. Also where a rollback is still cooling down."""
     told = _connect(common, app_name, address).thaw(note)
     typer.echo(f"offers are taken (adaptation {told['mode']})")
     common.write_json(told)
@@ -119,7 +119,7 @@ def thaw(common: Common, note: NoteOption = "", address: AddressOption = None, a
 @app.command("status")
 @_with_common
 def status(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Show the current gate, which agents are masked, how often each was activated, and what learning comes to."""
+    """Show the current gate, its decisions, and what learning does. Which agents are masked, and how often each was activated."""
     found = _connect(common, app_name, address).status()
     typer.echo(f"pool          {found.pool} ({found.pool_fingerprint[:12]}), app {found.app}")
     typer.echo(f"gate          {found.gate_version}, current since {_when(found.installed_unix_s)}")
@@ -136,7 +136,7 @@ def status(common: Common, address: AddressOption = None, app_name: AppOption = 
     typer.echo(f"cold          {', '.join(found.cold) or 'none'}")
     if found.state_lost is not None:
         typer.echo(f"state         {printable(found.state_lost)}; the cluster remembers it")
-    for name, words in _adaptation(found.adaptation):
+    for name, words in adaptation_lines(found.adaptation):
         typer.echo(f"{name:<12}  {words}")
     common.write_json(asdict(found))
 
@@ -144,7 +144,7 @@ def status(common: Common, address: AddressOption = None, app_name: AppOption = 
 outcomes = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="What clients said of the answers of a swarm: list, export for `dmoa train`.",
+    help="What clients said of the answers of a swarm: list, export.",
 )
 StateOption = Annotated[
     str | None,
@@ -193,14 +193,17 @@ def export_outcomes(
     common.write_json({"app": app_name, "out": str(out), "outcomes": len(traffic.outcomes)})
 
 
-def _adaptation(told: dict[str, Any]) -> list[tuple[str, str]]:
+def adaptation_lines(told: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the lines of `status` about learning while serving."""
-    if not told or told["mode"] == "off":
+    if not told:
         return [("adaptation", "off")]
     counts = ", ".join(f"{end.replace('_', ' ')} {times}" for end, times in told["counts"].items()) or "no offer yet"
-    lines = [("adaptation", f"{told['mode']}, last update {told['ledger']}: {counts}")]
+    is_off = told["mode"] == "off"
+    lines = [("adaptation", "off" if is_off else f"{told['mode']}, last update {told['ledger']}: {counts}")]
     if told["frozen"] is not None:
         lines.append(("", f"frozen: {printable(told['frozen'])}; `dmoa router thaw` ends that"))
+    if is_off:
+        return lines
     if told["cooldown_s"]:
         lines.append(("", f"no offer is taken for {told['cooldown_s']:.0f} s, after a rollback"))
     if told["failures"]:

@@ -243,7 +243,7 @@ def fetch(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Embedded models to get; none: all.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash the cached files too; fetch a damaged model again.")] = False,
 ) -> None:
-    """Get embedded models into the cache, downloaded and converted once, and print their folders.
+    """Get embedded models into the cache and print their folders. They are downloaded and converted once.
 
     \b
     dmoa models fetch                          all of them
@@ -333,7 +333,7 @@ def schema(
     table: Annotated[bool, typer.Option("--table", help="A table of its fields, of `api` its routes, instead.")] = False,
     example: Annotated[bool, typer.Option("--example", help="An annotated pool with every field instead; for `pool`.")] = False,
 ) -> None:
-    """Print what a file or a reply may hold: as JSON Schema, a table, or an example.
+    """Print what a file or a reply may hold. As JSON Schema, a table, or an example.
 
     \b
     dmoa schema pool                             the pool file
@@ -380,7 +380,7 @@ def view(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with traces, trainings or evaluations, at any depth.")],
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on this machine; 0: a free one.")] = 8001,
 ) -> None:
-    """Show traces, trainings and evaluations on disk as a page, on this machine alone, until Ctrl-C.
+    """Show traces, trainings and evaluations on disk as a page. On this machine alone, until Ctrl-C.
 
     \b
     dmoa view out

@@ -35,7 +35,7 @@ _BY_PRESET = {name: f"{value:g}; preset full: {PRESETS['full'][name]:g}" for nam
 @with_common
 @takes_options(RolloutOptions)
 def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOption = None) -> None:
-    """Collect rollouts for training the gate: who was how sure, step by step, over queries without labels.
+    """Collect rollouts for training the gate, without labels. Who was how sure, step by step.
 
     \b
     dmoa rollouts --config specialists --benchmarks arith:2,words --limit 60 --out out/rollouts
@@ -60,7 +60,7 @@ def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOpti
 @with_common
 @takes_options(TrainOptions, leave_out=JOB_ONLY, unset=_BY_PRESET)
 def train(common: Common, options: TrainOptions) -> None:
-    """Train the gate on rollouts, label-free, on Ray Train; the checkpoint lies in --out/checkpoint.
+    """Train the gate on rollouts, label-free, on Ray Train. The checkpoint lies in --out/checkpoint.
 
     \b
     dmoa train --rollouts out/rollouts --out out/gate
@@ -74,7 +74,7 @@ def train(common: Common, options: TrainOptions) -> None:
 @with_common
 @takes_options(AdaptOptions, leave_out=ADAPT_JOB_ONLY)
 def adapt(common: Common, options: AdaptOptions, checkpoint: CheckpointOption = None) -> None:
-    """Adapt a gate to a benchmark by its own first test queries, without labels, and show what that was worth.
+    """Adapt a gate to a benchmark by its own first test queries. No labels are used; the table shows what it was worth.
 
     Every query is answered and counted first, then the gate learns who was how sure of it (prequential); after --queries the gate
     is frozen. The table has untrained weights (zero-shot), the checkpoint (few-shot), and both adapted (-ttt).
@@ -113,7 +113,7 @@ def adapt_online(common: Common, options: OnlineOptions) -> None:
 @partial(with_common, has_pool=False)
 @takes_options(ExportOptions)
 def export(common: Common, options: ExportOptions) -> None:
-    """Write what a swarm said as JSON Lines to train a single model with: answers (sft), or better and worse replies (dpo).
+    """Write what a swarm said as data to train a single model with. JSON Lines of answers (sft), or of pairs of replies (dpo).
 
     \b
     dmoa export --format sft --traces traces.jsonl --out sft.jsonl
@@ -131,7 +131,7 @@ def export(common: Common, options: ExportOptions) -> None:
 @partial(with_common, has_pool=False)
 @takes_options(ImportOptions)
 def import_logs(common: Common, options: ImportOptions) -> None:
-    """Turn logs of model calls into a pool of recorded replies, which is probed, trained, evaluated and served without calls.
+    """Turn logs of model calls into a pool of recorded replies. It is probed, trained, evaluated and served without calls.
 
     OpenAI-style {request, response} lines, batch files, W&B tables and LiteLLM spend logs are known by their shape. Keys, headers
     and users are not copied.
@@ -155,7 +155,7 @@ def import_logs(common: Common, options: ImportOptions) -> None:
 @with_common
 @takes_options(ProbeOptions, unset={"out": "out/probe-TIME"})
 def probe(common: Common, options: ProbeOptions) -> None:
-    """Find out, before anything is trained, whether predictive entropy can route a pool.
+    """Find out before training whether entropy can route a pool.
 
     Entropy routes where agents differ in which queries they are sure of. The verdict is in words: it can, it cannot, or
     audit some rows first, because an agent ignores its input or is sure and wrong.

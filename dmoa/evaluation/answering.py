@@ -15,7 +15,7 @@ from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
 from dmoa.flat import flat
 from dmoa.policies.registry import LONGEST_SCHEDULE, has_schedule
 from dmoa.trace import replies_in_order
-from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, TokenUsage, total_price
+from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage, total_price
 from dmoa.validation import redact_text, storable
 
 
@@ -73,6 +73,18 @@ def answered(task: Task, policy: str, answer: Answer) -> Answered:
     )
 
 
+def _cost(error: Exception) -> dict[str, Any]:
+    """Return what the calls of a query without an answer cost."""
+    calls = [call for call in getattr(error, "replies", ()) if isinstance(call, AgentReply | SummarizerRecord)]
+    return {
+        **flat(sum((call.usage for call in calls), TokenUsage())),
+        "summarizer_tokens": sum(call.usage.total for call in calls if isinstance(call, SummarizerRecord)),
+        "memoised_tokens": sum(call.usage.total for call in calls if call.is_memoised),
+        "calls": len(calls),
+        "price": total_price(calls),
+    }
+
+
 def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float) -> Answered:
     """Return the record of a query whose every contribution was empty: it was asked, so it is judged and counts what it cost."""
     replies = [reply for reply in error.replies if isinstance(reply, AgentReply)]
@@ -84,21 +96,18 @@ def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float)
         finish_reason="length" if any(reply.finish_reason == "length" for reply in replies) else "stop",
         degraded=len(said) < len(replies),
         active=(said,) if said else (),
-        **flat(sum((reply.usage for reply in replies), TokenUsage())),
-        memoised_tokens=sum(reply.usage.total for reply in replies if reply.is_memoised),
+        **_cost(error),
         wall_ms=wall_ms,
-        calls=len(replies),
-        price=total_price(replies),
     )
 
 
 def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answered:
-    """Return the record of a query that has no answer."""
+    """Return the record of a query that has no answer; what its calls took counts."""
     return Answered(
         **_names(task, policy),
         status="failed",
         error=storable(redact_text(f"{type(error).__name__}: {error}")),
-        **flat(TokenUsage()),
+        **_cost(error),
         wall_ms=wall_ms,
         bugs=int(isinstance(error, PluginError) or is_bug(error) or (isinstance(error, NoAgentError) and error.has_bug)),
     )

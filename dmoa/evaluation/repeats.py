@@ -73,7 +73,7 @@ def _aligned(lines: Sequence[Iterator[Lines]]) -> Iterator[list[Lines]]:
 def mean_answer(lines: Sequence[Answered]) -> Answered:
     """Return the first answer with the mean tokens, calls, time and price of all repeats, and all their bugs.
 
-    It is late where any was. A repeat that failed counts nothing, as everywhere.
+    It is late where any was. A repeat that failed counts what its calls took.
     """
     first = next((line for line in lines if line.status == "ok"), lines[0])
     usage = sum((line.usage for line in lines), TokenUsage())
@@ -81,7 +81,7 @@ def mean_answer(lines: Sequence[Answered]) -> Answered:
     for name in ("summarizer_tokens", "memoised_tokens"):
         counts[name] = round(_mean([getattr(line, name) for line in lines]))
     for name in ("price", "calls"):
-        known = [0.0 if line.status == "failed" else getattr(line, name) for line in lines]
+        known = [getattr(line, name) or (0.0 if line.status == "failed" else getattr(line, name)) for line in lines]
         counts[name] = None if None in known else _mean(known)
     counts |= {"stop_reason": "deadline"} if any(line.is_late for line in lines) else {}
     return first.model_copy(

@@ -43,7 +43,9 @@ class AnswerTally:
     bugs: int = 0
     late: int = 0
     price: array[float] = field(default_factory=lambda: array("d"))
-    """Per answered row whose price is known."""
+    """Per row whose price is known."""
+    unpriced: int = 0
+    """Rows whose calls took what has no price."""
     steps: int = 0
     active: int = 0
     """Agents, summed over steps."""
@@ -70,6 +72,10 @@ class AnswerTally:
         self.bugs += line.bugs
         self.late += line.is_late
         self.wall_ms.append(line.wall_ms)
+        if line.price is not None:
+            self.price.append(line.price)
+        elif line.status == "ok" or line.usage.total:
+            self.unpriced += 1
         if line.gate_version is not None:
             self.gate_versions.add(line.gate_version)
         if line.status == "failed":
@@ -79,8 +85,6 @@ class AnswerTally:
 
     def _add_steps(self, line: Answered) -> None:
         self.ok += 1
-        if line.price is not None:
-            self.price.append(line.price)
         self.degraded += line.degraded
         self.steps += len(line.active)
         self.steps_histogram[len(line.active)] += 1
@@ -489,7 +493,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
     found = interval(values if did_run else [])
     points = found.value * n
     judged = n / len(answers.seen) if answers.seen else 0.0  # of what all rows took
-    price = mean(answers.price, 1) if answers.ok and len(answers.price) == answers.ok else None
+    price = mean(answers.price, 1) if answers.ok and not answers.unpriced else None
     return EvaluationRow(
         benchmark=info.name,
         policy=policy,

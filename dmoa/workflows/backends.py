@@ -262,6 +262,7 @@ def _options(limits: Limits, policy: str) -> dict[str, Any]:
     """Return the request's `dmoa` object."""
     names = ("max_steps", "max_agents", "budget_tokens", "budget_price", "deadline_s")
     asked = {"policy": policy or None, **{name: getattr(limits, name) for name in names}, "trace": True}
+    asked["max_steps"] = min(limits.max_steps, MOST_STEPS)
     return {name: value for name, value in asked.items() if value is not None}
 
 

@@ -656,17 +656,20 @@ def fail(error: DmoaError) -> NoReturn:
 
 @contextmanager
 def suggesting() -> Iterator[None]:
-    """Let an unknown option of a command be answered as every other unknown name is: with the nearest one."""
+    """Let what is wrong on the command line be said as every other mistake is: in one message, with the nearest right option."""
     try:
         yield
     except TyperException as error:
-        found: Any = error
-        option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-        if isinstance(option, str) and context is not None and hasattr(error, "possibilities"):
-            known = [name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
-            found.possibilities = None
-            found.message += did_you_mean(option, known)
-        raise
+        if not hasattr(error, "ctx") or (error.ctx is not None and error.message == error.ctx.get_help()):
+            raise  # the help, where a group was named without a command
+        seen, more, option = error.format_message().rstrip("."), "", getattr(error, "option_name", None)
+        if error.ctx is not None:
+            more = f" (see `{error.ctx.command_path} --help`)"
+        if isinstance(option, str) and hasattr(error, "possibilities"):
+            known = [name for parameter in error.ctx.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+            seen, more = error.message, more + did_you_mean(option, known)
+        tell(f"dmoa: {redact_text(seen + more)}")
+        raise typer.Exit(EXIT_BAD_INPUT) from error
 
 
 def refuse_together(given: Mapping[str, object], because: str) -> None:

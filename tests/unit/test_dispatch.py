@@ -297,6 +297,13 @@ async def test_a_dead_place_is_reported_and_nothing_else_is() -> None:
     assert router.masked == {"a"}
 
 
+async def test_why_an_agent_was_lost_is_told_without_what_looks_like_a_key() -> None:
+    """What Ray or an engine of somebody else's says of a loss goes into traces, which others read."""
+    agents = FakeAgents({"a": Lose(error="no https://me:pw@host/v1"), "b": Say(text="1")})
+    lost, _ = await replies_of(dispatcher_of(agents), state_of(query()), asks("a", "b"))
+    assert (lost.status, lost.error) == ("failed", "no https://[redacted]@host/v1")
+
+
 def test_a_dead_place_with_nobody_else_is_waited_for() -> None:
     async def work() -> tuple[tuple[AgentReply, ...], list[str]]:
         agents = FakeAgents({"a": (Lose(error="node lost"), Lose(), Lose(), Say(text="1"))})

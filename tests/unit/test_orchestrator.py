@@ -161,6 +161,15 @@ async def test_failures_everywhere_are_named() -> None:
         await events_of(orchestrator_of(agents, "ab"), query(), Schedule(asks("a", "b")))
 
 
+async def test_an_error_that_ends_a_query_says_what_its_calls_took() -> None:
+    """The first step only prepares (`keep`): 10 and 4 tokens for nothing, as all of the second step fail."""
+    agents = FakeAgents({"a": (Say(text="plan"), Fail()), "b": Fail()})
+    policy = Schedule(asks("a", fold="keep"), asks("a", "b"))
+    with pytest.raises(NoAgentError) as found:
+        await events_of(orchestrator_of(agents, "ab"), query(), policy)
+    assert [(call.agent, call.usage.total) for call in found.value.replies] == [("a", 14), ("a", 0), ("b", 0)]  # type: ignore[attr-defined]
+
+
 async def test_a_broken_gate_stops_the_query() -> None:
     with pytest.raises(RoutingError, match="no such gate"):
         await events_of(orchestrator_of(FakeAgents({}), ()), query(), Schedule(RoutingError("no such gate")))

@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import HubModel
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, EngineError
 
 _LOG = logging.getLogger("dmoa.engine")
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
@@ -58,18 +60,45 @@ class LoadedModel:
 def load_model(
     source: Path | HubModel, options: TransformersOptions, *, has_adapters: bool, gpu: int | None = None
 ) -> LoadedModel:
-    """Load a folder or a hub's repository, on GPU number `gpu` if any. Blocks; raises ConfigError for what cannot run so."""
+    """Load a folder or a hub's repository, on GPU number `gpu` if any. Blocks.
+
+    Raises ConfigError for what cannot run so, EngineError for what is too large.
+    """
     device = device_of(options, gpu)
     _check(options, device, has_adapters)
+    with in_memory(str(source), device):
+        return _load(source, options, device)
+
+
+@contextmanager
+def in_memory(name: str, device: torch.device) -> Iterator[None]:
+    """Raise EngineError in place of what torch says where memory does not suffice for a model."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        raise EngineError(
+            f"model: {name!r} does not fit into the memory of {device}: {' '.join(str(error).split())[:300] or 'out of memory'}; "
+            "free memory, start fewer engines, or use a smaller model or dtype (`dmoa serve --dry-run` estimates what is needed)"
+        ) from error
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory did not suffice; of processors' memory torch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def _load(source: Path | HubModel, options: TransformersOptions, device: torch.device) -> LoadedModel:
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     disable_progress_bar()
     name, revision = (source.repo, source.revision) if isinstance(source, HubModel) else (str(source), "main")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, attn_implementation="sdpa")
-    except torch.OutOfMemoryError:
-        raise
     except _UNLOADABLE as error:
+        if _is_memory(error):
+            raise
         raise ConfigError(
             f"model: {name!r} is not a folder with a transformers language model and its tokenizer; "
             f"check the path: {' '.join(str(error).split())[:400]}"

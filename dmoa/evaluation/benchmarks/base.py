@@ -26,7 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import SPLITS, Label, Score, Scorer, Split
 from dmoa.plugins import Registry
-from dmoa.validation import findings
+from dmoa.validation import findings, short
 
 
 class RowError(ValueError):
@@ -157,7 +157,11 @@ def model_parser(model: type[UpstreamRow]) -> Callable[[Mapping[str, Any], Any],
     def parse(fields: Mapping[str, Any], _definitions: Any) -> ParsedRow:
         row = validate(model, fields)
         content = row.model_dump(exclude=row.identifiers)
-        return ParsedRow(text=row.text(), gold=row.gold(), content=content, group=row.group(), family=row.family())
+        text, gold = row.text(), row.gold()
+        if not isinstance(text, str) or not isinstance(gold, Mapping):
+            name, seen, allowed = ("gold", gold, "a mapping") if isinstance(text, str) else ("text", text, "a text")
+            raise TypeError(f"{name}() gave {short(seen)}; expected {allowed}")
+        return ParsedRow(text=text, gold=gold, content=content, group=row.group(), family=row.family())
 
     return parse
 

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.transformers.decode import SPLIT_TOKENS
 from dmoa.engines.transformers.engine import TransformersEngine
+from dmoa.engines.transformers.load import in_memory
 from dmoa.errors import ConfigError, EngineError, PromptTooLongError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
 from tests.unit.agents.conftest import ADAPTERS, plain_model, save_tiny_model, teacher_forced_entropies, tiny_tokenizer
@@ -340,3 +341,14 @@ async def test_generations_are_records_of_this_engine(tiny_engine: TransformersE
     result = await tiny_engine.generate(request("fox", max_tokens=3))
     assert isinstance(result, Generation)
     assert result.entropy.kind == "exact"
+
+
+def test_a_model_that_memory_does_not_suffice_for_is_told_in_one_message() -> None:
+    cpu = torch.device("cpu")
+    too_large = r"model: 'm' does not fit into the memory of cpu: .*allocate memory.*; free memory"
+    with pytest.raises(EngineError, match=too_large), in_memory("m", cpu):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(EngineError, match="does not fit into the memory of cpu: out of memory; "), in_memory("m", cpu):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match=r"^another$"), in_memory("m", cpu):
+        raise RuntimeError("another")

@@ -97,6 +97,33 @@ def test_bad_pool_exits_2_and_writes_nothing(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("pool", "out", "message"),
+    [
+        ("nope.yaml", "serve.yaml", "build: --pool: cannot read 'nope.yaml': "),
+        ("binary.yaml", "serve.yaml", "build: --pool: cannot read 'binary.yaml': "),
+        ("specialists", "missing/serve.yaml", "missing/serve.yaml"),
+    ],
+)
+def test_a_file_that_cannot_be_read_or_written_exits_2(
+    pool: str, out: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("binary.yaml").write_bytes(b"\xff\xfe")
+    assert run_build(monkeypatch, "--pool", pool, "--out", out) == 2
+    told = capsys.readouterr().err
+    assert (told.count("\n"), told.startswith("build: "), message in told) == (1, True, True)
+
+
+def test_a_packaged_pool_is_built_by_its_name_and_the_next_step_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "serve.yaml"
+    assert run_build(monkeypatch, "--pool", "specialists", "--out", str(out)) == 0
+    assert one(out)["applications"][0]["args"]["name"] == "specialists"
+    assert f"build: wrote {out} (on a Ray of your own: `serve deploy {out}`)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("head", ["metadata: {{ .Values.name }}: {", "ports: [{name: serve, containerPort: '${PORT}'}]"])
 def test_manifest_that_is_a_template_is_filled_in_as_text(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, out = tmp_path / "rayservice.yaml", tmp_path / "serve.yaml"

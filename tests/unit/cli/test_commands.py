@@ -362,3 +362,29 @@ def test_an_option_like_no_other_gets_no_suggestion(dmoa: Any) -> None:
     assert result.exit_code == 2
     assert "No such option: --qqqq" in result.stderr
     assert "did you mean" not in result.stderr.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "--polices", "dmoa"), "No such option: --polices (see `dmoa evaluate --help`); did you mean '--policies'?"),
+        (("run", "x", "--max-steps", "two"), "Invalid value for '--max-steps': "),
+        (("run", "x", "y"), "Got unexpected extra argument(s) (y) (see `dmoa run --help`)"),
+        (("train", "--seed"), "Option '--seed' requires an argument"),
+        (("rooter",), "No such command 'rooter'. Did you mean 'router'? (see `dmoa --help`)"),
+        (("report",), "Missing argument 'DIR' (see `dmoa report --help`)"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_message_of_ours(dmoa: Any, arguments: tuple[str, ...], message: str) -> None:
+    result = dmoa(*arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"dmoa: {message}")
+
+
+@pytest.mark.parametrize("group", [(), ("router",), ("outcomes",), ("models",)])
+def test_summaries_of_commands_are_whole(dmoa: Any, group: tuple[str, ...]) -> None:
+    """Click cuts a first sentence that does not fit in 80 columns."""
+    shown = dmoa(*group, "--help")
+    assert shown.exit_code == 0
+    assert "..." not in shown.stdout.partition("Commands:")[2]

@@ -199,6 +199,16 @@ class Mine(Gsm8kRow):
             r"its scoring is <function score.*a ScorerEntry",
         ),
         ("self.country", "self.land", r"capitals/test.jsonl, line 1: reading the row raised AttributeError"),
+        (
+            'return {"capital": self.capital}',
+            "return self.capital",
+            r"capitals/test.jsonl, line 1: reading the row raised TypeError\(.gold\(\) gave '\w+'; expected a mapping",
+        ),
+        (
+            'return f"Name the capital',
+            'f"Name the capital',
+            r"line 1: reading the row raised TypeError\(.text\(\) gave None; expected a text.\); mend it",
+        ),
     ],
 )
 def test_a_mistake_of_a_benchmark_is_one_message(old: str, new: str, said: str, tmp_path: Path, shown: Path) -> None:

@@ -215,6 +215,41 @@ def test_an_engine_that_raises_is_to_be_mended_and_waiting_does_not_help(dmoa: I
     assert f'File "{tmp_path / "shout.py"}"' in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ("finish_reason='done'", "finish_reason of its Generation is 'done'; expected stop, length, cancelled, error; mend"),
+        ("text=None", "text of its Generation is None; expected a value of type str; mend"),
+        ("usage=TokenUsage(completion_tokens=None)", "usage.completion_tokens of its Generation is None; expected a count; mend"),
+        ("usage=TokenUsage(prompt_tokens=-1)", "usage.prompt_tokens of its Generation is -1; expected a count; mend"),
+        ("usage=3", "usage of its Generation is 3; expected a value of type TokenUsage; mend"),
+        ("entropy=0.5", "entropy of its Generation is 0.5; expected a value of type EntropySum; mend"),
+    ],
+)
+def test_an_engine_that_gives_what_is_no_reply(changes: str, said: str, dmoa: Invoke, tmp_path: Path) -> None:
+    path = engine_pool(tmp_path)
+    text = (tmp_path / "shout.py").read_text(encoding="utf-8")
+    given = "dict(text='x', finish_reason='stop', entropy=EntropySum(), usage=TokenUsage())"
+    body = f"yield Generation(**{given} | dict({changes}))\n\n    async def close"
+    text = text.replace('raise RuntimeError("out of voice")\n        yield\n\n    async def close', body)
+    (tmp_path / "shout.py").write_text(text.replace("Generation\n", "EntropySum, Generation, TokenUsage\n", 1), encoding="utf-8")
+    found = dmoa("run", "Hi", "--config", path, "--policy", "single")
+    assert found.exit_code == 1, found.output
+    (line,) = found.stderr.splitlines()
+    assert f"first: failed, engine shout: {said} the engine" in line
+
+
+def test_options_that_are_no_record_of_an_engines(dmoa: Invoke, tmp_path: Path) -> None:
+    path = engine_pool(tmp_path)
+    text = (tmp_path / "shout.py").read_text(encoding="utf-8")
+    (tmp_path / "shout.py").write_text(text.replace("ShoutOptions(EngineOptions)", "ShoutOptions"), encoding="utf-8")
+    found = dmoa("run", "Hi", "--config", path, "--policy", "single")
+    assert found.exit_code == 2, found.output
+    (line,) = found.stderr.splitlines()
+    assert "@engine('shout'): options is <class '" in line
+    assert "expected a subclass of EngineOptions; mend the file" in line
+
+
 def test_an_engine_that_cannot_be_built(dmoa: Invoke, tmp_path: Path) -> None:
     path = engine_pool(tmp_path, init="1 / 0")
     found = dmoa("run", "Hi", "--config", path, "--policy", "single")

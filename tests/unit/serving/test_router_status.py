@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+from dmoa.cli.router import adaptation_lines
 from dmoa.serving.metrics import exposition
 from dmoa.types import RouterStatus
 
@@ -88,3 +89,10 @@ def test_the_exposition_tells_what_became_of_offers_where_there_are_any() -> Non
     ):
         assert line in lines
     assert "adaptation" not in exposition(replace(STATUS, adaptation=told | {"mode": "off"}))
+
+
+def test_a_freeze_is_told_also_where_adaptation_is_off() -> None:
+    """It lasts: a deploy with adaptation on finds it again."""
+    told = {"mode": "off", "ledger": 3, "counts": {}, "frozen": "release day", "cooldown_s": 9.0, "trial": None}
+    assert adaptation_lines(told) == [("adaptation", "off"), ("", "frozen: release day; `dmoa router thaw` ends that")]
+    assert adaptation_lines(told | {"frozen": None}) == [("adaptation", "off")]
