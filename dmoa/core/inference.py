@@ -34,6 +34,9 @@ def one_thread() -> Iterator[None]:
     """Let torch use one thread in this block. The setting is the calling thread's own: others keep theirs."""
     # On several threads every operation of short work waits for the last thread to be scheduled.
     num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield
