@@ -49,7 +49,8 @@ audit: setup
 	$(VENV)-audit/bin/pip-audit --requirement $(VENV)-audit/freeze.txt --no-deps --disable-pip
 
 # What a change needs at every save: no Ray, no process, no model. Plug-ins that its tests do not need are not loaded. Three
-# processes are for two cores: now and then a test waits.
+# processes, of one thread each, are for two cores: now and then a test waits.
+fast: export OMP_NUM_THREADS ?= 1
 fast: setup
 	$(PYTEST) --tx=3*popen --dist=each -p no:schemathesis -p no:anyio -m "not contract and not real_model and not accept" --junitxml=out/tests/fast.xml tests/unit $(PYTEST_ARGS)
 

@@ -75,8 +75,11 @@ def run(
     if trace is not None and not trace.is_fifo():  # whose reader would take this for its end
         append_line(trace)  # a file that cannot be written is told of before anything is asked
     backend = open_backend(common, url, checkpoint, wish, question)
-    asked = asyncio.run(ask_once(backend, question, wish, common, trace))
-    common.write_json(asked.to_json())
+
+    async def ask() -> None:  # returns nothing: what a main task returns is formatted when `run` ends, for 25 ms
+        common.write_json((await ask_once(backend, question, wish, common, trace)).to_json())
+
+    asyncio.run(ask())
 
 
 def _policy(asked: str | None, url: str | None) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ def one_thread() -> Iterator[None]:
     """Let torch use one thread in this block. The setting is the calling thread's own: others keep theirs."""
     # On several threads every operation of short work waits for the last thread to be scheduled.
     num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield
@@ -51,12 +55,14 @@ def product_apart(x_BK: Tensor, weight_KN: Tensor, bias_N: Tensor, out_BN: Tenso
         torch.addmm(bias_N, x_BK[row : row + 1], weight_KN, out=out_BN[row : row + 1])
 
 
-def rows_agree(product: Product, num_rows: int, weight_KN: Tensor, bias_N: Tensor) -> bool:
-    """Return whether a product gives equal rows equal bits, wherever they stand in the batch."""
+@cache
+def rows_agree(product: Product, num_rows: int, num_inputs: int, num_outputs: int) -> bool:
+    """Return whether a product of this shape gives equal rows equal bits, wherever they stand in the batch."""
     generator = torch.Generator().manual_seed(0)
-    out_BN = torch.empty(num_rows, len(bias_N))
+    weight_KN = torch.randn(num_inputs, num_outputs, generator=generator)
+    bias_N, out_BN = torch.randn(num_outputs, generator=generator), torch.empty(num_rows, num_outputs)
     for _ in range(_NUM_PROBES):
-        x_BK = torch.randn(len(weight_KN), generator=generator).repeat(num_rows, 1)
+        x_BK = torch.randn(num_inputs, generator=generator).repeat(num_rows, 1)
         product(x_BK, weight_KN, bias_N, out_BN)
         if not bool((out_BN == out_BN[0]).all()):
             return False
@@ -71,8 +77,7 @@ class _Linear:
         self._bias_N = bias_N
         self._out_BN = torch.zeros(num_rows, len(bias_N))
         self.out_BN: FloatArray = self._out_BN.numpy()
-        finite_KN, finite_N = torch.nan_to_num(self._weight_KN), torch.nan_to_num(bias_N)
-        is_safe = rows_agree(product_together, num_rows, finite_KN, finite_N)
+        is_safe = rows_agree(product_together, num_rows, *weight_KN.shape)
         self._product: Product = product_together if is_safe else product_apart
 
     def run(self, x_BK: Tensor) -> None:

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -106,6 +106,14 @@ class Trust:
     """One sentence in words."""
     rows: int
     """Queries of the context that it was fitted on."""
+
+
+class Features(NamedTuple):
+    """What replies say by themselves, before competences are known."""
+
+    context_R: IntArray
+    doubt_RA: Array
+    factor_R: Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,12 +218,16 @@ class LabelModel:
         nearest_R: IntArray = np.argmin(squared_distances(np.asarray(embedding_RD, dtype=np.float64), self.centre_CD), axis=1)
         return nearest_R
 
-    def logits(self, witnesses: Witnesses, *, with_difficulty: bool = True) -> Array:
-        """Return the log odds of each agent being right before answers are compared [R, A, K]."""
+    def features(self, witnesses: Witnesses) -> Features:
+        """Return what does not change while competences and slopes are fitted."""
         context_R = self.context(witnesses.embedding_RD, len(witnesses.answer_RA))
-        doubt_RA = self.doubts(witnesses, context_R)
+        return Features(context_R, self.doubts(witnesses, context_R), self.length_factor(witnesses, context_R))
+
+    def logits(self, witnesses: Witnesses, known: Features | None = None, *, with_difficulty: bool = True) -> Array:
+        """Return the log odds of each agent being right before answers are compared [R, A, K]; `known`: its features."""
+        context_R, doubt_RA, factor_R = known or self.features(witnesses)
         logit_RA = self.ability_CA[context_R] - self.doubt_slope_CA[context_R] * doubt_RA
-        logit_RA = logit_RA - self.length_slope * self.length_factor(witnesses, context_R)[:, None]
+        logit_RA = logit_RA - self.length_slope * factor_R[:, None]
         for a, b in np.argwhere(np.triu(self.copy_AA, 1) >= ONE_WITNESS):
             same_R = (witnesses.answer_RA[:, a] == witnesses.answer_RA[:, b]) & (witnesses.answer_RA[:, a] >= 0)
             logit_RA[np.ix_(same_R, [a, b])] = logit_RA[np.ix_(same_R, [a, b])].mean(axis=1, keepdims=True)
@@ -272,17 +284,17 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     start = _without_copies(start, witnesses, context_R)
     start, side_RZ = _disputed(start, witnesses)
     if judged_R.sum() < _MIN_JUDGED:
-        model = _fitted(start, witnesses, context_R, np.ones(num_rows), side_RZ, _ROUNDS)
+        model = _fitted(start, witnesses, np.ones(num_rows), side_RZ, _ROUNDS)
     else:
         reliance_C = _reliance(start, witnesses, context_R, side_RZ, seed)
-        model = _told(start, witnesses, context_R, reliance_C[context_R], side_RZ, _ROUNDS)
+        model = _told(start, witnesses, reliance_C[context_R], side_RZ, _ROUNDS)
         model = replace(model, reliance_C=reliance_C)
     model = replace(model, trust=trusted(model, witnesses))
     alone_C = np.array([trust.signal == "entropy" for trust in model.trust])
     if not alone_C.any():
         return model
     weight_R = np.where(judged_R, 1.0, model.reliance_C[context_R])
-    led = _led_by_doubt(start, model, witnesses, context_R, weight_R, side_RZ)
+    led = _led_by_doubt(start, model, witnesses, weight_R, side_RZ)
     ability_CA = np.where(alone_C[:, None], led.ability_CA, model.ability_CA)
     return replace(
         model, ability_CA=ability_CA, doubt_slope_CA=np.where(alone_C[:, None], led.doubt_slope_CA, model.doubt_slope_CA)
@@ -359,7 +371,7 @@ def _reliance(start: LabelModel, witnesses: Witnesses, context_R: IntArray, side
         outcome_RA[hidden] = np.nan
         seen = replace(witnesses, outcome_RA=outcome_RA)
         for place, reliance in enumerate(_RELIANCES):
-            fitted = _told(start, seen, context_R, np.full(len(outcome_RA), reliance), side_RZ, _ROUNDS // 2)
+            fitted = _told(start, seen, np.full(len(outcome_RA), reliance), side_RZ, _ROUNDS // 2)
             right_RA = np.clip(fitted.right_probability(seen.rows(hidden)), _NOISE, 1 - _NOISE)
             right_RA = fitted.noise + (1 - 2 * fitted.noise) * right_RA
             told_RA = witnesses.outcome_RA[hidden]
@@ -404,19 +416,16 @@ def trusted(model: LabelModel, witnesses: Witnesses) -> tuple[Trust, ...]:
     return tuple(found)
 
 
-def _fitted(
-    model: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, side_RZ: Array, rounds: int
-) -> LabelModel:
+def _fitted(model: LabelModel, witnesses: Witnesses, weight_R: Array, side_RZ: Array, rounds: int) -> LabelModel:
     """Return the model after so many rounds of expectation and maximisation from where it is."""
+    features = model.features(witnesses)
     for _ in range(rounds):
-        p_RAK = 1 / (1 + np.exp(-model.logits(witnesses)))
-        model = _maximised(model, witnesses, context_R, weight_R, held_open(model.truth(witnesses, p_RAK), side_RZ), p_RAK)
+        p_RAK = 1 / (1 + np.exp(-model.logits(witnesses, features)))
+        model = _maximised(model, witnesses, features, weight_R, held_open(model.truth(witnesses, p_RAK), side_RZ), p_RAK)
     return model
 
 
-def _told(
-    start: LabelModel, witnesses: Witnesses, context_R: IntArray, reliance_R: Array, side_RZ: Array, rounds: int
-) -> LabelModel:
+def _told(start: LabelModel, witnesses: Witnesses, reliance_R: Array, side_RZ: Array, rounds: int) -> LabelModel:
     """Return the model fitted with outcomes from its start on, other queries counting as `reliance_R` says.
 
     Queries with outcomes speak first: a model that a crowd has misled would take them for wrong ones.
@@ -424,13 +433,11 @@ def _told(
     judged_R = np.isfinite(witnesses.outcome_RA).any(axis=1)
     first_R: Array = np.where(judged_R, 1.0, 0.0)
     then_R: Array = np.where(judged_R, 1.0, reliance_R)
-    first = _fitted(start, witnesses, context_R, first_R, side_RZ, _ROUNDS // 4)
-    return _fitted(first, witnesses, context_R, then_R, side_RZ, rounds)
+    first = _fitted(start, witnesses, first_R, side_RZ, _ROUNDS // 4)
+    return _fitted(first, witnesses, then_R, side_RZ, rounds)
 
 
-def _led_by_doubt(
-    start: LabelModel, agreed: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, side_RZ: Array
-) -> LabelModel:
+def _led_by_doubt(start: LabelModel, agreed: LabelModel, witnesses: Witnesses, weight_R: Array, side_RZ: Array) -> LabelModel:
     """Return the model for contexts where agreement tells nothing: doubts themselves tell right replies from wrong ones.
 
     What doubts are worth cannot be learnt from agreement there, and what is learnt of it elsewhere misleads: an agent that
@@ -445,12 +452,12 @@ def _led_by_doubt(
     def told() -> LabelModel:
         return replace(prior, ability_CA=prior.ability_CA + slope_A * middle_A, doubt_slope_CA=flat_CA + slope_A)
 
-    alike = replace(witnesses, doubt_RA=usual_doubts(witnesses))
+    alike, features = replace(witnesses, doubt_RA=usual_doubts(witnesses)), start.features(witnesses)
     for _ in range(_ROUNDS):
         truth = held_open(told().truth(alike), side_RZ)
         right_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
         slope_A, middle_A = _two_kinds(witnesses.doubt_RA - start.doubt_mean_A, right_RA, weight_R[:, None] * witnesses.asked)
-        found = _maximised(prior, witnesses, context_R, weight_R, truth, 1 / (1 + np.exp(-prior.logits(witnesses))))
+        found = _maximised(prior, witnesses, features, weight_R, truth, 1 / (1 + np.exp(-prior.logits(witnesses, features))))
         sd = min(found.context_sd, _DOUBT_CONTEXT_SD)
         prior = replace(prior, ability_CA=found.ability_CA, copy_AA=found.copy_AA, context_sd=sd)
     return told()
@@ -520,14 +527,15 @@ def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) ->
 
 
 def _maximised(
-    model: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, truth: Truth, p_RAK: Array
+    model: LabelModel, witnesses: Witnesses, features: Features, weight_R: Array, truth: Truth, p_RAK: Array
 ) -> LabelModel:
     """Return the model after one step of maximisation: a Newton step of competences and slopes, then the shared errors.
 
     `p_RAK`: the probability of each agent being right before answers are compared.
     """
-    asked_RA = witnesses.asked
-    right_RAK = right_of(truth.weight_RZK, witnesses.answer_RA) * weight_R[:, None, None]
+    asked_RA, (context_R, doubt_RA, factor_R) = witnesses.asked, features
+    found_RAK = right_of(truth.weight_RZK, witnesses.answer_RA)
+    right_RAK, right_RA = found_RAK * weight_R[:, None, None], found_RAK.sum(axis=2)
     all_RAK = truth.weight_RZK.sum(axis=1)[:, None, :] * (asked_RA * weight_R[:, None])[:, :, None]
     slope_RA = (right_RAK - all_RAK * p_RAK).sum(axis=2)
     curve_RA = (all_RAK * p_RAK * (1 - p_RAK)).sum(axis=2)
@@ -535,12 +543,10 @@ def _maximised(
     mean_A, variance = _mean_ability(model)
     step_CA = (member_CR @ slope_RA - (model.ability_CA - mean_A) / variance) / (member_CR @ curve_RA + 1 / variance)
     ability_CA = np.clip(model.ability_CA + np.clip(step_CA, -1, 1), -_CLIP, _CLIP)
-    doubt_RA = model.doubts(witnesses, context_R)
     doubt_slope_A = model.doubt_slope_CA[0]  # one for all contexts, while it is learnt from agreement
     shared = doubt_slope_A.mean()
     grad_A = -(slope_RA * doubt_RA).sum(axis=0) - (doubt_slope_A - (4 * shared + _DOUBT[0]) / 5) / _DOUBT[1] ** 2
     step_A = grad_A / ((curve_RA * doubt_RA**2).sum(axis=0) + 1 / _DOUBT[1] ** 2)
-    factor_R = model.length_factor(witnesses, context_R)
     grad = -(slope_RA * factor_R[:, None]).sum() - (model.length_slope - _LENGTH[0]) / _LENGTH[1] ** 2
     step = grad / ((curve_RA * factor_R[:, None] ** 2).sum() + 1 / _LENGTH[1] ** 2)
     return replace(
@@ -548,8 +554,8 @@ def _maximised(
         ability_CA=ability_CA,
         doubt_slope_CA=np.tile(np.clip(doubt_slope_A + np.clip(step_A, -0.3, 0.3), 0, 4), (len(ability_CA), 1)),
         length_slope=float(np.clip(model.length_slope + np.clip(step, -0.3, 0.3), 0, 4)) if model.length_share > 0 else 0.0,
-        copy_AA=np.where(model.copy_AA >= ONE_WITNESS, ONE_WITNESS, copies(witnesses.answer_RA, truth, weight_R)),
-        noise=wrong_outcomes(witnesses, truth, expected=_NOISE),
+        copy_AA=np.where(model.copy_AA >= ONE_WITNESS, ONE_WITNESS, copies(witnesses.answer_RA, right_RA, weight_R)),
+        noise=wrong_outcomes(witnesses, right_RA, expected=_NOISE),
         context_sd=_context_sd(ability_CA, member_CR @ curve_RA, model.context_sd),
     )
 

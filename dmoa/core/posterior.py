@@ -4,8 +4,8 @@ A query has a hidden truth z (one of the answers given, or none of them) and a h
 probability that depends on d; wrong answers are its own unless it errs alike with an agent before it. Source: ours; without
 difficulty and shared errors it is the one-coin model of Dawid and Skene (1979) over free-form answers.
 
-Shape letters: R queries, A agents, Z = A + 1 candidates for the truth (a class of answers each; the last: none of them),
-K nodes of difficulty.
+Shape letters: R queries, J judged ones, A agents, Z = A + 1 candidates for the truth (a class of answers each; the last: none
+of them), K nodes of difficulty.
 """
 
 from __future__ import annotations
@@ -79,10 +79,12 @@ def truth_posterior(
         chance_RZ = np.where(said_share_R[:, None] > 0, said_share_R[:, None] * scale_RZ, 1 - total_RZ * scale_RZ)
         term_RZK = log_wrong_RAK[:, agent, None, :] + np.log(np.maximum(chance_RZ, MIN_CHANCE))[:, :, None]
         term_RZK[rows, said_R] = log_right_RAK[:, agent]
-        term_RZK = np.where((answer_R == -1)[:, None, None], log_wrong_RAK[:, agent, None, :], term_RZK)
+        is_silent_R = answer_R == -1
+        term_RZK[is_silent_R] = log_wrong_RAK[is_silent_R, agent, None, :]
         one = order[:place][copy_AA[agent, order[:place]] >= ONE_WITNESS]
         is_heard_R = is_given_R & ~(answer_RA[:, one] == answer_R[:, None]).any(axis=1)
-        log_RZK += np.where((is_heard_R | (answer_R == -1))[:, None, None], term_RZK, 0.0)
+        term_RZK[~(is_heard_R | is_silent_R)] = 0.0
+        log_RZK += term_RZK
     top_R = log_RZK.max(axis=(1, 2), keepdims=True)
     weight_RZK = np.exp(log_RZK - top_R)
     total_R = weight_RZK.sum(axis=(1, 2), keepdims=True)
@@ -108,8 +110,9 @@ def shared_errors(said_ARZ: npt.NDArray[np.bool_], copy_A: Array, before: IntArr
 
 def right_of(weight_RZK: Array, answer_RA: IntArray) -> npt.NDArray[np.float64]:
     """Return the joint posterior of each agent being right and of the difficulty [R, A, K]; 0 without an answer."""
-    found_RAK = np.take_along_axis(weight_RZK, np.maximum(answer_RA, 0)[:, :, None], axis=1)
-    return np.where((answer_RA >= 0)[:, :, None], found_RAK, 0.0)
+    found_RAK: npt.NDArray[np.float64] = weight_RZK[np.arange(len(answer_RA))[:, None], np.maximum(answer_RA, 0)]
+    found_RAK[answer_RA < 0] = 0.0
+    return found_RAK
 
 
 @cache
@@ -125,30 +128,25 @@ def outcome_evidence(witnesses: Witnesses, noise: float) -> Array:
     """Return the log probability of the known outcomes, had each candidate been the truth [R, Z]."""
     num_rows, num_agents = witnesses.answer_RA.shape
     log_RZ = np.zeros((num_rows, num_agents + 1))
-    for agent in np.flatnonzero(np.isfinite(witnesses.outcome_RA).any(axis=0)):
-        outcome_R, answer_R = witnesses.outcome_RA[:, agent], witnesses.answer_RA[:, agent]
-        known_R = np.isfinite(outcome_R) & (answer_R != NOT_ASKED)
-        if not known_R.any():
-            continue
-        good_R = np.where(known_R, outcome_R, 0.5)
-        if_right = np.log(good_R * (1 - noise) + (1 - good_R) * noise)
-        if_wrong = np.log(good_R * noise + (1 - good_R) * (1 - noise))
-        is_right_RZ = np.arange(num_agents + 1) == answer_R[:, None]
-        log_RZ += np.where(known_R[:, None], np.where(is_right_RZ, if_right[:, None], if_wrong[:, None]), 0.0)
+    known_RA = np.isfinite(witnesses.outcome_RA) & witnesses.asked
+    for agent in np.flatnonzero(known_RA.any(axis=0)):
+        rows = np.flatnonzero(known_RA[:, agent])
+        good_J = witnesses.outcome_RA[rows, agent, None]
+        if_right_J = np.log(good_J * (1 - noise) + (1 - good_J) * noise)
+        if_wrong_J = np.log(good_J * noise + (1 - good_J) * (1 - noise))
+        log_RZ[rows] += np.where(np.arange(num_agents + 1) == witnesses.answer_RA[rows, agent, None], if_right_J, if_wrong_J)
     return log_RZ
 
 
-def wrong_outcomes(witnesses: Witnesses, truth: Truth, *, expected: float) -> float:
+def wrong_outcomes(witnesses: Witnesses, right_RA: Array, *, expected: float) -> float:
     """Return the share of outcomes that are wrong: what the posterior contradicts, drawn to what is expected beforehand."""
-    right_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
     outcome_RA = np.where(witnesses.asked, witnesses.outcome_RA, np.nan)
     wrong_RA = outcome_RA * (1 - right_RA) + (1 - outcome_RA) * right_RA
     return float((np.nansum(wrong_RA) + expected * _NOISE_OUTCOMES) / (np.isfinite(outcome_RA).sum() + _NOISE_OUTCOMES))
 
 
-def copies(answer_RA: IntArray, truth: Truth, weight_R: Array) -> Array:
+def copies(answer_RA: IntArray, right_RA: Array, weight_R: Array) -> Array:
     """Return how probable it is that two agents, both wrong, say the same [A, A]; drawn to the mean of all pairs."""
-    right_RA = right_of(truth.weight_RZK, answer_RA).sum(axis=2)
     given_RA = answer_RA >= 0
     both_RAA = given_RA[:, :, None] & given_RA[:, None, :]
     is_same_RAA = answer_RA[:, :, None] == answer_RA[:, None, :]

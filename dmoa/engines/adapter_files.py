@@ -57,7 +57,7 @@ _FORMS = {
 """Fields of regular expressions, and what PEFT looks for in the name of a layer."""
 _TRIAL = """
 import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
 resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
 patterns, names = json.load(sys.stdin)
 for field, value, pattern in patterns:

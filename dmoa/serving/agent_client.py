@@ -210,7 +210,7 @@ class WatchedCall:
             if _now() >= ping_s:
                 if await self._hangs():
                     break
-                ping_s = _now() + self.check_s
+                ping_s = _now() + max(self.check_s, self._watchdog.check_interval_s)
             if not self._is_answered and await self._watchdog.is_gone(self._agent):
                 break
             since_s = max(since_s, self._waits_since_s())

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from dmoa.core.entropy import token_entropy
 from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import resolve_model
 from dmoa.engines.transformers.load import load_model
@@ -75,6 +76,16 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         "position_ids": (mask_NT.cumsum(dim=1) - 1).clamp(min=0),
         "labels": torch.tensor([[IGNORED] * (places - len(row["target"])) + row["target"] for row in rows]),
     }
+
+
+def judge_rows(logits_NKV: Tensor, labels_NK: Tensor) -> Tensor:
+    """Return [N, 2]: whether greedy decoding gives the target, and the mean entropy of its tokens in nats."""
+    logits_NKV, target_NK = logits_NKV[:, :-1], labels_NK[:, 1:]
+    is_asked_NK = target_NK != IGNORED
+    is_right_N = ((logits_NKV.argmax(dim=-1) == target_NK) | ~is_asked_NK).all(dim=1)
+    entropy_NK = token_entropy(logits_NKV.flatten(0, 1)).view(target_NK.shape)
+    entropy_N = torch.where(is_asked_NK, entropy_NK, 0.0).sum(dim=1) / is_asked_NK.sum(dim=1)
+    return torch.stack([is_right_N.float(), entropy_N], dim=1)
 
 
 class LoraSettings(Node):

@@ -24,16 +24,14 @@ import numpy as np
 import torch
 import transformers
 from pydantic import Field
-from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dmoa.core.entropy import token_entropy
 from dmoa.engine_options import Node
 from dmoa.engines.models import model_id
 from dmoa.errors import CheckpointError, ConfigError, DmoaError
 from dmoa.tracking import Mode, Tracker, keep_run_id, open_tracker
-from dmoa.training.lora import IGNORED, LoraSettings, TrainingRow, collate, encode, export_adapter, load_lora
+from dmoa.training.lora import LoraSettings, TrainingRow, collate, encode, export_adapter, judge_rows, load_lora
 
 STATE = "trainer_state.json"
 """The file of a state that is written last: a folder without it was not finished."""
@@ -159,16 +157,6 @@ def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
 def _is_enough(job: LoraJob, curve: Sequence[dict[str, float]]) -> bool:
     stop = job.schedule.stop_accuracy
     return bool(curve) and stop is not None and curve[-1]["accuracy"] >= stop
-
-
-def judge_rows(logits_NKV: Tensor, labels_NK: Tensor) -> Tensor:
-    """Return [N, 2]: whether greedy decoding gives the target, and the mean entropy of its tokens in nats."""
-    logits_NKV, target_NK = logits_NKV[:, :-1], labels_NK[:, 1:]
-    is_asked_NK = target_NK != IGNORED
-    is_right_N = ((logits_NKV.argmax(dim=-1) == target_NK) | ~is_asked_NK).all(dim=1)
-    entropy_NK = token_entropy(logits_NKV.flatten(0, 1)).view(target_NK.shape)
-    entropy_N = torch.where(is_asked_NK, entropy_NK, 0.0).sum(dim=1) / is_asked_NK.sum(dim=1)
-    return torch.stack([is_right_N.float(), entropy_N], dim=1)
 
 
 def _figures(sources: Sequence[str], judged_N2: np.ndarray[Any, Any]) -> dict[str, float]:

@@ -188,10 +188,10 @@ def normalise(value: Any) -> Any:
     """The value with every text in NFC, surrounding white space removed and inner white space collapsed to one blank."""
     if isinstance(value, str):
         return " ".join(unicodedata.normalize("NFC", value).split())
+    if isinstance(value, (list, tuple)):
+        return [normalise(inner) for inner in value]
     if isinstance(value, Mapping):
         return {str(key): normalise(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [normalise(inner) for inner in value]
     return value
 
 

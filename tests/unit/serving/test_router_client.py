@@ -108,7 +108,7 @@ class FakeActor:
         self._local.add_decided(decided)
         self.inputs.extend(decided.inputs)
         while self._local.view == seen and not self.is_away:  # noqa: ASYNC110 -- as the actor's own
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         self._check()
         return pack_record(self._local.view)
 

@@ -208,10 +208,11 @@ class Pings(Handle):
 
     def __init__(self, futures: list[concurrent.futures.Future[Any]]) -> None:
         super().__init__(futures[0])
-        self._futures = futures
+        self._futures, self.asked = futures, 0
 
     def remote(self, *_: Any) -> Any:
         """Return a response."""
+        self.asked += 1
         self._future = self._futures.pop(0) if len(self._futures) > 1 else self._futures[0]
         return super().remote()
 
@@ -221,11 +222,11 @@ class Pinged(Handle):
 
     def __init__(self, call: concurrent.futures.Future[Any], pings: list[concurrent.futures.Future[Any]], **more: Any) -> None:
         super().__init__(call, **more)
-        self._pings = Pings(pings)
+        self.pings = Pings(pings)
 
     def options(self, method_name: str = "", **_: Any) -> Handle:
         """Return the handle of a method."""
-        return self._pings if method_name == "ping" else self
+        return self.pings if method_name == "ping" else self
 
 
 def client_of(handle: Handle, **options: Any) -> Any:
@@ -233,10 +234,13 @@ def client_of(handle: Handle, **options: Any) -> Any:
 
 
 async def test_a_call_with_a_deadline_has_until_then_to_be_taken() -> None:
-    agents = client_of(Pinged(future_of(), [future_of(Answer("up"))]), watchdog=quick(), patience_s=3600)
+    """A second more, in which its replica is pinged once an interval."""
+    handle = Pinged(future_of(), [future_of(Answer("up"))])
+    agents = client_of(handle, watchdog=quick(), patience_s=3600)
     with pytest.raises(CallNotTakenError):
         async with asyncio.timeout(5):
             await agents.call(replace(CALL, deadline_unix_s=time.time()))
+    assert 1 <= handle.pings.asked <= 110
 
 
 @pytest.mark.parametrize("is_taken", [False, True])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dmoa.training.lora import LoraSettings, TrainingRow
-from dmoa.training.specialists import LoraJob, Schedule
 from dmoa.types import Message
+
+if TYPE_CHECKING:
+    from dmoa.training.specialists import LoraJob
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
@@ -62,6 +65,8 @@ def make_rows(count: int) -> list[TrainingRow]:
 
 def make_job(model: str, run_dir: Path, **schedule: object) -> LoraJob:
     """Return a job of a few quick steps."""
+    from dmoa.training.specialists import LoraJob, Schedule  # seconds, with transformers' Trainer
+
     settings = {"steps": 12, "batch_rows": 6, "learning_rate": 0.02, "check_every": 4} | schedule
     return LoraJob(
         name="tiny",

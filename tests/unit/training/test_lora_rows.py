@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dmoa.training.lora import IGNORED, TrainingRow, collate, encode, write_training_rows
-from dmoa.training.specialists import judge_rows
+from dmoa.training.lora import IGNORED, TrainingRow, collate, encode, judge_rows, write_training_rows
 from tests.unit.training.lora_fixtures import make_rows, save_tiny_model
 
 
