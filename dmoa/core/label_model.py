@@ -281,7 +281,7 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     start = _start(witnesses, num_contexts, _SPREAD, seed)
     context_R = start.context(witnesses.embedding_RD, num_rows)
     judged_R = np.isfinite(witnesses.outcome_RA).any(axis=1)
-    start = _without_copies(start, witnesses, context_R)
+    start = _without_copies(start, witnesses)
     start, side_RZ = _disputed(start, witnesses)
     if judged_R.sum() < _MIN_JUDGED:
         model = _fitted(start, witnesses, np.ones(num_rows), side_RZ, _ROUNDS)
@@ -301,12 +301,13 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     )
 
 
-def _without_copies(start: LabelModel, witnesses: Witnesses, context_R: IntArray) -> LabelModel:
+def _without_copies(start: LabelModel, witnesses: Witnesses) -> LabelModel:
     """Return the model in which agents of one voice are one witness, believed last, where replies are far more probable so."""
 
     def evidence(model: LabelModel) -> float:
-        every_R, no_RZ = np.ones(len(context_R)), np.zeros((len(context_R), model.num_agents + 1))
-        fitted = _fitted(model, witnesses, context_R, every_R, no_RZ, _ROUNDS)
+        num_rows = len(witnesses.answer_RA)
+        no_RZ = np.zeros((num_rows, model.num_agents + 1))
+        fitted = _fitted(model, witnesses, np.ones(num_rows), no_RZ, _ROUNDS)
         return float(fitted.truth(witnesses).log_likelihood_R.sum()) + repeated(witnesses.answer_RA, model.copy_AA)
 
     groups = [one.members for one in voices(witnesses.answer_RA) if one.across < one.among >= _COMPETENT]
