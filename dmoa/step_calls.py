@@ -5,7 +5,6 @@ No clock and no I/O: whether time is left, and whether text was handed on, come 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -124,7 +123,6 @@ class StepCalls:
         self._reserves = list(plan.reserves)
         self._chains: list[list[tuple[Activation, AgentReply]]] = []
         self._flying: list[NextCall] = []
-        self._beside: Counter[int] = Counter()  # chain -> its calls under way
         self._has_text = False
         self._has_insisted = False
 
@@ -153,7 +151,6 @@ class StepCalls:
         agent's words must not follow.
         """
         chain = self._chains[call.chain]
-        self._beside[call.chain] -= 1
         if call.lost is None:
             chain.append((call.activation, reply))
         else:
@@ -172,8 +169,7 @@ class StepCalls:
     def overtaken(self, call: NextCall, reply: AgentReply) -> None:
         """Note how a call was ended because the other one of its chain brought a contribution first."""
         self._chains[call.chain].append((call.activation, reply))
-        self._beside[call.chain] -= 1
-        self._flying.remove(call)
+        self.withdrawn(call)
 
     def is_vain(self, call: NextCall, contributed: NextCall) -> bool:
         """Tell whether a call waits for a place that is not back, though another's call has contributed by now."""
@@ -182,7 +178,6 @@ class StepCalls:
 
     def withdrawn(self, call: NextCall) -> None:
         """Note that a call that was waiting is not: another place was back first. What it was lost by stays."""
-        self._beside[call.chain] -= 1
         self._flying.remove(call)
 
     def missed(self) -> tuple[str, ...]:
@@ -200,7 +195,6 @@ class StepCalls:
 
     def _begun(self, calls: list[NextCall]) -> list[NextCall]:
         self._flying += calls
-        self._beside.update(call.chain for call in calls)
         return calls
 
     def _release(self) -> list[NextCall]:
@@ -240,7 +234,7 @@ class StepCalls:
         """Return the next call of the same chain."""
         if reply.status == "ok" or call.lost is not None:
             return []
-        if self._beside[call.chain] or any(other.status == "ok" for _, other in self._chains[call.chain]):
+        if any(x.chain == call.chain for x in self._flying) or any(other.status == "ok" for _, other in self._chains[call.chain]):
             return []  # the other call of the chain stands in
         if call.insists:
             return self._wait_for_place(call.chain)
