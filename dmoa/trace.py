@@ -528,10 +528,8 @@ class TraceCall(BaseModel):
     """The whole prompt: role and content of each message."""
 
 
-class Trace(BaseModel):
+class Trace(ReplyModel):
     """One query, from question to answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     schema_version: int = SCHEMA_VERSION
     trace_id: str
@@ -583,51 +581,27 @@ class AnsweredQuery:
         return replace(self.answer, steps=self.answer.steps[self.branched_at :]) if self.branched_at else self.answer
 
     def trace(self) -> Trace:
-        """Return its trace."""
-        return trace_of(
-            self.query,
-            self.answer,
-            pool=self.pool,
-            fingerprint=self.fingerprint,
-            user=self.user,
-            metadata=self.metadata,
+        """Return its trace; `user` and `metadata`, the client's own words, without secrets."""
+        answer = self.answer
+        decisions = [step.decision for step in answer.steps if step.decision]
+        made = [{"text": one.text, "tool_calls": [asdict(call) for call in one.tool_calls]} for one in answer.choices]
+        return Trace(
+            trace_id=answer.trace_id,
             created_unix_s=self.created_unix_s,
+            dmoa_version=__version__,
+            pool_fingerprint=self.fingerprint,
+            query=asdict(self.query),
+            user=None if self.user is None else redact_text(self.user),
+            metadata=redact(self.metadata),
+            answer=answer.text,
+            choices=made if len(made) > 1 or any(one["tool_calls"] for one in made) else [],
+            finish_reason=answer.finish_reason,
+            wall_ms=answer.wall_ms,
+            agents=list(decisions[0].agents) if decisions else [],
+            routes=[_route(step, step.route, step.decision) for step in answer.steps if step.route and step.decision],
+            dmoa=reply_dmoa(answer, pool=self.pool, with_texts=True),
+            calls=list(_calls(answer)),
         )
-
-
-def trace_of(
-    query: Query,
-    answer: Answer,
-    *,
-    pool: str,
-    fingerprint: str,
-    user: str | None = None,
-    metadata: dict[str, str] | None = None,
-    created_unix_s: float | None = None,
-) -> Trace:
-    """Return the trace of an answered query; `user` and `metadata` are the client's own words, without secrets.
-
-    `created_unix_s` is when the query was answered, None for now.
-    """
-    decisions = [step.decision for step in answer.steps if step.decision]
-    made = [{"text": one.text, "tool_calls": [asdict(call) for call in one.tool_calls]} for one in answer.choices]
-    return Trace(
-        trace_id=answer.trace_id,
-        created_unix_s=time.time() if created_unix_s is None else created_unix_s,
-        dmoa_version=__version__,
-        pool_fingerprint=fingerprint,
-        query=asdict(query),
-        user=None if user is None else redact_text(user),
-        metadata=redact(metadata or {}),
-        answer=answer.text,
-        choices=made if len(made) > 1 or any(one["tool_calls"] for one in made) else [],
-        finish_reason=answer.finish_reason,
-        wall_ms=answer.wall_ms,
-        agents=list(decisions[0].agents) if decisions else [],
-        routes=[_route(step, step.route, step.decision) for step in answer.steps if step.route and step.decision],
-        dmoa=reply_dmoa(answer, pool=pool, with_texts=True),
-        calls=list(_calls(answer)),
-    )
 
 
 def _calls(answer: Answer) -> Iterator[TraceCall]:

@@ -15,7 +15,7 @@ from dmoa.dispatch import Dispatcher
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.orchestrator import Orchestrator
 from dmoa.testing import Fail, FakeAgents, Say, Schedule, answer_of, asks, card, jumping, query
-from dmoa.trace import reply_dmoa, trace_of
+from dmoa.trace import AnsweredQuery, reply_dmoa
 from dmoa.types import (
     AgentCall,
     AgentReply,
@@ -433,7 +433,7 @@ async def test_a_trace_holds_what_the_final_call_was_asked(llm: bool) -> None:
     agents = Writers('{"n": 19}', work="FINAL\n19")
     final = FinalCall(schema=FORM, schema_name="f")
     answer = await written(agents, final, llm=llm, one=GUIDED)
-    calls = trace_of(query(), answer, pool="p", fingerprint="f").calls
+    calls = AnsweredQuery(query=query(), answer=answer).trace().calls
     assert [call.agent for call in calls if call.step == 1] == [SUMMARIZER if llm else "one"]
     assert calls[-1].messages[-1]["content"] == agents.finals[0].messages[-1].content
     assert calls[-1].started_ms >= 0
