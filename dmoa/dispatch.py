@@ -132,16 +132,14 @@ class Dispatcher:
 
         A call of a step is made in its `turn`, and what it waits for that is no part of its latency.
         """
-        self._cards, self._turn = cards, turn
+        self.cards = cards
+        """The agents by name, in the pool's order."""
+        self.is_select = is_select
+        """Whether the summarizer only selects: then rules decide when to stop."""
+        self._turn = turn
         self._has_recorded = any(card.is_recorded for card in cards.values())
-        self._is_select = is_select
         self._patience_s = patience_s
         self._caller = AgentCaller(agents, router, patience_s=patience_s, cold_patience_s=cold_patience_s)
-
-    @property
-    def cards(self) -> Mapping[str, AgentCard]:
-        """The agents by name, in the pool's order."""
-        return self._cards
 
     async def ask_once(self, call: AgentCall, card: AgentCard, emit: Callable[[TextDelta], None] | None) -> AgentReply:
         """Make a call that belongs to no step; with `emit` its text is handed on as it comes.
@@ -158,7 +156,7 @@ class Dispatcher:
 
     def calls_left(self, state: QueryState, plan: StepPlan) -> int | None:
         """Return how many agents' calls the query's budget allows a step, the summarizer's kept back; None: any number."""
-        budget, own = state.query.limits.budget_calls, 0 if self._is_select or plan.fold != "summarizer" else 1
+        budget, own = state.query.limits.budget_calls, 0 if self.is_select or plan.fold != "summarizer" else 1
         return None if budget is None else budget - state.calls_used - own
 
     def patience(self, state: QueryState) -> float:
@@ -171,7 +169,7 @@ class Dispatcher:
 
         The query's own limit on the length of a reply holds for all of them.
         """
-        if query.sampling and (is_final or self._is_select):
+        if query.sampling and (is_final or self.is_select):
             sampling = replace(sampling, **query.sampling, given=tuple(query.sampling))
         most = query.limits.max_tokens
         return sampling if most is None else replace(sampling, max_tokens=min(sampling.max_tokens, most))
@@ -238,7 +236,7 @@ class Dispatcher:
         limits = state.query.limits
         return StepCalls(
             plan,
-            self._cards,
+            self.cards,
             places,
             tokens_left=None if limits.budget_tokens is None else limits.budget_tokens - state.tokens_used,
             price_left=None if limits.budget_price is None else limits.budget_price - state.price_used,
@@ -251,7 +249,7 @@ class Dispatcher:
     async def _priced_call(
         self, call: AgentCall, wanted: NextCall, places: Places, text: StreamedText | None, *, has_other: bool
     ) -> AgentReply:
-        card = self._cards[call.agent]
+        card = self.cards[call.agent]
         async with self._turn():
             sent_unix_s = time.time()
             reply = await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=has_other)
@@ -262,7 +260,7 @@ class Dispatcher:
         if not self._has_recorded:
             return None
         for activation in (*plan.activations, *plan.reserves, *plan.explored):
-            extra = _extra(*_seen(state, activation), activation) if self._cards[activation.agent].is_recorded else ""
+            extra = _extra(*_seen(state, activation), activation) if self.cards[activation.agent].is_recorded else ""
             if extra:
                 return (
                     f"step {len(state.steps) + 1} asks {activation.agent} with {extra} in the prompt; its replies are recorded, "
@@ -278,13 +276,13 @@ class Dispatcher:
             return set()
         ranked = {decision.agents[index] for index in decision.ranking[: decision.max_agents]}
         for name in decision.cold:
-            if name in ranked and self._cards[name].cold == "warm_on_rank":
-                self._caller.cold_starter.start(self._cards[name])
-        return {self._cards[name].place for name in decision.cold}
+            if name in ranked and self.cards[name].cold == "warm_on_rank":
+                self._caller.cold_starter.start(self.cards[name])
+        return {self.cards[name].place for name in decision.cold}
 
     def _agent_call(self, state: QueryState, wanted: NextCall, *, is_final: bool) -> AgentCall:
         activation = wanted.activation
-        card = self._cards[activation.agent]
+        card = self.cards[activation.agent]
         query, history = _seen(state, activation)
         sampling = _sampling_of(activation, self.sampling_for(query, card.sampling, is_final=is_final))
         return AgentCall(

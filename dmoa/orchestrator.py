@@ -39,7 +39,6 @@ from dmoa.types import (
     Defence,
     Event,
     FinalCall,
-    Price,
     Query,
     QueryState,
     Sampling,
@@ -68,15 +67,10 @@ class Orchestrator:
     dispatcher: Dispatcher
     """Reaches the agents, with the one retry loop."""
     summarizer: Summarizer
-    summarizer_sampling: Sampling
-    is_select: bool
-    """Whether the summarizer only selects: then rules decide when to stop."""
-    summarizer_price: Price | None = None
-    """What an `llm` summarizer's tokens cost."""
     defence: Defence = "none"
     """Which contributions count, for the pool's summarizer, votes, stopping rules and later steps."""
     writer: AgentCard | None = None
-    """The `llm` summarizer as one that writes answers in the form that a client wants; None: agents do."""
+    """The `llm` summarizer, which also writes answers in the form that a client wants; None: agents do."""
 
     def check(self, query: Query, agent: str | None = None) -> None:
         """Check that somebody can write the answer that a query wants; `agent`: who alone is asked. Raises RequestError."""
@@ -271,7 +265,8 @@ class Orchestrator:
                 mode="select", verdict="rule", reasoning=source.reasoning if is_final else "", finish_reason=ending
             )
             return Fold(summary=text, record=record, selection=None)
-        sampling = self.dispatcher.sampling_for(state.query, self.summarizer_sampling, is_final=True)
+        sampling, price = (self.writer.sampling, self.writer.price) if self.writer else (Sampling(), None)
+        sampling = self.dispatcher.sampling_for(state.query, sampling, is_final=True)
         leading, anchors = judgement.selection if judgement else None, anchors_of(plan.decision)
         if plan.fold == "surest":
             return await SelectSummarizer().fold(
@@ -281,7 +276,7 @@ class Orchestrator:
         fold = await folder.fold(
             state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors, asked=state.asked)
         )
-        return replace(fold, record=priced(fold.record, self.summarizer_price))
+        return replace(fold, record=priced(fold.record, price))
 
     def _within_calls(self, state: QueryState, plan: StepPlan) -> StepPlan:
         """Return the plan with as many agents as the calls left allow, the summarizer's kept back; the others may stand in."""
@@ -316,7 +311,7 @@ class Orchestrator:
             return "stages"
         if usable and plan.fold == "summarizer" and not state.query.stages:
             rule = rule_stop(
-                mode="select" if self.is_select else "llm",
+                mode="select" if self.dispatcher.is_select else "llm",
                 verdict=step.summarizer.verdict,
                 active_replies=usable,
                 selection=fold.selection,

@@ -54,9 +54,6 @@ class Swarm:
         self._orchestrator = Orchestrator(
             dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=is_select, turn=turn),
             summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer, turn),
-            summarizer_sampling=config.summarizer.sampling.to_sampling(),
-            is_select=is_select,
-            summarizer_price=_price(config, config.summarizer.llm),
             defence=config.summarizer.defence,
             writer=None if writer is None else _card(config, writer),
         )

@@ -32,7 +32,7 @@ import torch
 
 from dmoa.agents.pool import fingerprint
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
-from dmoa.config import Config, SummarizerConfig, loads
+from dmoa.config import SUMMARIZER, Config, SummarizerConfig, loads
 from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.dispatch import Dispatcher
@@ -336,10 +336,8 @@ def orchestrator_of(
     return Orchestrator(
         dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=not llm),
         summarizer=LlmSummarizer(agents, config) if llm else SelectSummarizer(),
-        summarizer_sampling=Sampling(max_tokens=70),
-        is_select=not llm,
-        summarizer_price=price,
         defence=defence,
+        writer=card(SUMMARIZER, sampling=Sampling(max_tokens=70), price=price) if llm else None,
     )
 
 
