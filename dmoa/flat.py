@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +15,7 @@ _PREFIXES: dict[type, str] = {TokenUsage: "", EntropySum: "entropy_"}
 _REASONING = "reasoning_entropy_"
 _NOT_KEPT = ("prompt", "sent_unix_s", "is_barred", "is_bug", "tool_calls", "logprobs")
 """What is a reply's only where it was given."""
+_KEPT = tuple(part.name for part in fields(AgentReply) if part.name not in _NOT_KEPT)
 
 
 class TokenFields(BaseModel):
@@ -41,15 +42,18 @@ class TokenFields(BaseModel):
 def flat(value: TokenUsage | EntropySum, prefix: str | None = None) -> dict[str, Any]:
     """Return the fields of a value object by their flat names; `prefix`: ahead of each, None: that of its kind."""
     before = _PREFIXES[type(value)] if prefix is None else prefix
-    return {before + name: part for name, part in asdict(value).items()}
+    return {before + name: getattr(value, name) for name in value.__slots__}
 
 
 def flat_reply(reply: AgentReply) -> dict[str, Any]:
     """Return the fields of a reply, with those of its value objects in their places."""
     found: dict[str, Any] = {}
-    for name, value in ((part.name, getattr(reply, part.name)) for part in fields(reply) if part.name not in _NOT_KEPT):
-        prefix = _REASONING if name == "reasoning_entropy" else None
-        found |= flat(value, prefix) if type(value) in _PREFIXES else {name: value}
+    for name in _KEPT:
+        value = getattr(reply, name)
+        if type(value) in _PREFIXES:
+            found |= flat(value, _REASONING if name == "reasoning_entropy" else None)
+        else:
+            found[name] = value
     return found
 
 

@@ -172,7 +172,5 @@ def limits_for(config: Config, asked: Limits | None = None) -> Limits:
     )
 
 
-def _lower(a: N | None, b: N | None) -> N | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return min(a, b)
+def _lower(*limits: N | None) -> N | None:
+    return min((limit for limit in limits if limit is not None), default=None)
