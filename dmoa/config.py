@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 from dmoa.engine_options import ENGINES, AutoscalingConfig, EngineEntry, EngineName, EngineOptions, Node, fault_of_url, owner_of
 from dmoa.errors import ConfigError
 from dmoa.plugins import absolute_reference, is_reference, missing_file
+from dmoa.plugins import is_name as is_name
 from dmoa.reading import home_path
 from dmoa.types import Defence, Sampling
 from dmoa.validation import describe, did_you_mean, short
@@ -59,14 +60,6 @@ class Options(Node):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"{cls.where}: {describe(error, cls)}") from error
-
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-def is_name(value: str) -> bool:
-    """Tell whether a text can be the name of a pool, an LLM or an agent."""
-    return _NAME.fullmatch(value) is not None
 
 
 def _check_name(value: str) -> str:
@@ -151,15 +144,6 @@ class LlmConfig(Node):
             return {"placement": "ingress", **values}
         return values
 
-    @model_validator(mode="after")
-    def _is_light_in_the_ingress(self) -> Self:
-        if self.placement == "ingress" and not self.engine_entry.is_light:
-            raise ValueError(
-                f"placement is 'ingress'; engine {self.engine!r} runs a model, which would hold up every query there; expected "
-                "'shared' or 'dedicated'; or use an engine that calls an endpoint"
-            )
-        return self
-
     @field_validator("model")
     @classmethod
     def _known_source(cls, value: str) -> str:
@@ -168,33 +152,28 @@ class LlmConfig(Node):
         return value
 
     @model_validator(mode="after")
-    def _typed_options(self) -> Self:
+    def _suits_its_engine(self) -> Self:
+        entry = self.engine_entry
+        if self.placement == "ingress" and not entry.is_light:
+            raise ValueError(
+                f"placement is 'ingress'; engine {self.engine!r} runs a model, which would hold up every query there; expected "
+                "'shared' or 'dedicated'; or use an engine that calls an endpoint"
+            )
         try:
-            _ = self.options
+            options = self.options
         except ValidationError as error:
-            why = describe(error, self.engine_entry.options)
+            why = describe(error, entry.options)
             raise ValueError(f"engine_kwargs: {why}{owner_of(self.engine_kwargs, self.engine)}") from None
-        return self
-
-    @model_validator(mode="after")
-    def _runs_the_model(self) -> Self:
-        prefix, own = self.model.partition(":")[0], self.engine_entry.model_prefix
-        if prefix == own:
-            return self
-        if own is not None or prefix in ("openai", "recorded"):
-            owner, prefix = (self.engine_entry.name, own) if own else (prefix, prefix)
+        prefix, own = self.model.partition(":")[0], entry.model_prefix
+        if prefix != own and (own is not None or prefix in ("openai", "recorded")):
+            owner, prefix = (entry.name, own) if own else (prefix, prefix)
             raise ValueError(
                 f"model {short(self.model)} on engine {self.engine!r}; engine {owner!r} runs models {prefix}:NAME, and no "
                 "other engine does; change one of the two"
             )
-        if prefix not in _SOURCES:
+        if prefix not in (own, *_SOURCES):
             raise ValueError(f"model is {short(self.model)}; {_ALLOWED_MODELS}")
-        return self
-
-    @model_validator(mode="after")
-    def _has_its_gpus(self) -> Self:
-        fault = self.options.fault_of_gpus(self.gpus)
-        if fault:
+        if fault := options.fault_of_gpus(self.gpus):
             raise ValueError(fault)
         return self
 

@@ -45,6 +45,11 @@ T = TypeVar("T", bound=Entry)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def is_name(text: str) -> bool:
+    """Tell whether a text can be the name of a pool, an LLM, an agent, or an entry."""
+    return _NAME.fullmatch(text) is not None
+
+
 def is_reference(text: str) -> bool:
     """Tell whether a text names a thing in a file, as `FILE.py:NAME` does, or is meant to."""
     return _REFERENCE.fullmatch(text) is not None
@@ -138,7 +143,7 @@ class Registry(MutableMapping[str, T]):
 
     def add(self, entry: T, owner: F) -> F:
         """Enter what a decorator stands on, and return it. Raises ConfigError for a bad name and for one that is taken."""
-        if not _NAME.fullmatch(entry.name):
+        if not is_name(entry.name):
             raise ConfigError(
                 f"@{self._what}({entry.name!r}): a name has 1-64 lower case letters, digits, '-', '_' and '.', and begins with a "
                 "letter or digit; choose such a name"
