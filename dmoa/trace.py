@@ -198,18 +198,26 @@ class ReplyDmoa(ReplyModel):
     """The finished steps, in order."""
 
 
+_OF_ANSWER = ("trace_id", "policy", "stop_reason", "degraded", "gate_version", "routed_by")
+"""What an answer and its reply tell by the same names."""
+_OF_SUMMARIZER = {name: name for name in ("mode", "verdict", "price", "error")} | {"is_memoised": "memoised"}
+"""What a summarizer's record and the reply tell alike, by the names there and here; `_OF_AGENT` the same of an agent's reply."""
+_OF_AGENT = {name: name for name in ("status", "engine", "replica", "attempts", "price", "error")} | {
+    "is_barred": "barred",
+    "are_tokens_estimated": "estimated",
+    "is_memoised": "memoised",
+}
+_OF_DECISION = ("gate_version", "masked", "ranking", "k", "mass", "theta", "limit", "cold")
+"""What a decision and its record in a trace tell by the same names."""
+
+
 def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False, trace_url: str | None = None) -> ReplyDmoa:
     """Return the reply's `dmoa` object; `with_texts` adds every agent's text and every step's summary."""
     return ReplyDmoa(
-        trace_id=answer.trace_id,
+        **{name: getattr(answer, name) for name in _OF_ANSWER},
         trace_url=trace_url,
         pool=pool,
-        policy=answer.policy,
-        gate_version=answer.gate_version,
         untrained=answer.gate_trained is False,
-        routed_by=answer.routed_by,
-        degraded=answer.degraded,
-        stop_reason=answer.stop_reason,
         price=answer.price,
         steps=[reply_step(step, with_texts=with_texts) for step in answer.steps],
     )
@@ -223,17 +231,12 @@ def answer_of_reply(
     Numbers are rounded as there; states of the gate, propensities and agents left idle beyond those listed are not known.
     """
     return Answer(
-        trace_id=reply.trace_id,
+        **{name: getattr(reply, name) for name in _OF_ANSWER},
         text=text,
         reasoning=reasoning,
-        policy=reply.policy,
-        stop_reason=reply.stop_reason,
         steps=tuple(_step_of(step, reply) for step in reply.steps),
-        degraded=reply.degraded,
         finish_reason=finish_reason,
-        gate_version=reply.gate_version,
         gate_trained=None if reply.gate_version is None else not reply.untrained,
-        routed_by=reply.routed_by,
         wall_ms=wall_ms,
     )
 
@@ -247,15 +250,11 @@ def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
         active=tuple(agent.name for agent in asked[: step.k]),
         summary=step.summary or "",
         summarizer=SummarizerRecord(
-            mode=summarizer.mode,
-            verdict=summarizer.verdict,
+            **{name: getattr(summarizer, here) for name, here in _OF_SUMMARIZER.items()},
             reasoning=summarizer.reasoning or "",
             usage=summarizer.usage,
             latency_ms=summarizer.latency_ms,
             engine_ms=summarizer.engine_ms,
-            is_memoised=summarizer.memoised,
-            error=summarizer.error,
-            price=summarizer.price,
         ),
         mass=step.mass,
         right_probability=step.right_probability,
@@ -286,8 +285,8 @@ def reply_of_agent(agent: ReplyAgent) -> AgentReply:
     tokens, thought_tokens = agent.entropy_tokens, agent.reasoning_entropy_tokens
     mean_nats = math.nan if agent.entropy_nats is None else agent.entropy_nats
     return AgentReply(
+        **{name: getattr(agent, here) for name, here in _OF_AGENT.items()},
         agent=agent.name,
-        status=agent.status,
         text=agent.text or "",
         reasoning=agent.reasoning or "",
         finish_reason=agent.finish_reason or "stop",
@@ -305,17 +304,9 @@ def reply_of_agent(agent: ReplyAgent) -> AgentReply:
             kind=agent.entropy_kind,
         ),
         usage=agent.usage,
-        are_tokens_estimated=agent.estimated,
         latency_ms=agent.latency_ms,
         engine_ms=agent.engine_ms,
-        error=agent.error,
-        attempts=agent.attempts,
-        engine=agent.engine,
-        is_memoised=agent.memoised,
-        replica=agent.replica,
         right_probability=agent.right_probability,
-        price=agent.price,
-        is_barred=agent.barred,
     )
 
 
@@ -441,11 +432,10 @@ def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
 def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored: bool = False) -> ReplyAgent:
     entropy = reply.entropy
     return ReplyAgent(
+        **{here: getattr(reply, name) for name, here in _OF_AGENT.items()},
         name=reply.agent,
         probability=min(max(finite(probability, 6), 0.0), 1.0),
-        status=reply.status,
         explored=explored,
-        barred=reply.is_barred,
         entropy_nats=rounded(entropy.mean_nats),
         entropy_sq_nats=_mean_square(entropy) if with_texts else None,
         entropy_tokens=entropy.tokens,
@@ -456,15 +446,8 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         reasoning_entropy_tokens=reply.reasoning_entropy.tokens,
         finish_reason=reply.finish_reason if reply.status == "ok" or reply.usage.completion_tokens else None,
         **flat(reply.usage),
-        estimated=reply.are_tokens_estimated,
         latency_ms=finite(reply.latency_ms),
         engine_ms=finite(reply.engine_ms),
-        engine=reply.engine,
-        replica=reply.replica,
-        attempts=reply.attempts,
-        memoised=reply.is_memoised,
-        price=reply.price,
-        error=reply.error,
         text=reply.text if with_texts else None,
         reasoning=(reply.reasoning or None) if with_texts else None,
     )
@@ -472,14 +455,10 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
 
 def _summarizer(record: SummarizerRecord, with_texts: bool) -> ReplySummarizer:
     return ReplySummarizer(
-        mode=record.mode,
-        verdict=record.verdict,
+        **{here: getattr(record, name) for name, here in _OF_SUMMARIZER.items()},
         **flat(record.usage),
         latency_ms=finite(record.latency_ms),
         engine_ms=finite(record.engine_ms),
-        memoised=record.is_memoised,
-        price=record.price,
-        error=record.error,
         reasoning=(record.reasoning or None) if with_texts else None,
     )
 
@@ -619,19 +598,12 @@ def _calls(answer: Answer) -> Iterator[TraceCall]:
 
 def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> TraceRoute:
     return TraceRoute(
+        **{name: getattr(decision, name) for name in _OF_DECISION},
         step=step.step,
-        gate_version=decision.gate_version,
         input_X=request.input_X.tolist(),
-        masked=list(decision.masked),
         max_agents=request.max_agents,
         probability_A=decision.probability_A.tolist(),
-        ranking=list(decision.ranking),
-        k=decision.k,
-        mass=decision.mass,
         hidden_H=decision.hidden_H.tolist(),
-        theta=decision.theta,
-        limit=decision.limit,
-        cold=list(decision.cold),
         gate_max_agents=decision.max_agents,
     )
 
