@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dmoa.agents.json_forms import (
     calls_fault,
@@ -110,19 +110,19 @@ class _HandedOnJson(_HandedOn):
         return len(piece)
 
 
+@dataclass(frozen=True, slots=True)
 class FinalCaller:
     """Asks for answers in the form that a client wants."""
 
-    def __init__(self, dispatcher: Dispatcher, writer: AgentCard | None) -> None:
-        """`writer`: the summarizer that writes answers; None: the agent whose contribution was chosen does."""
-        self._dispatcher = dispatcher
-        self._writer = writer
+    dispatcher: Dispatcher
+    writer: AgentCard | None
+    """The summarizer that writes answers; None: the agent whose contribution was chosen does."""
 
     def check(self, final: FinalCall, agent: str | None = None) -> None:
         """Check that somebody can answer so; `agent`: the one that alone is asked. Raises RequestError."""
-        known = self._dispatcher.cards
+        known = self.dispatcher.cards
         asked = [known[agent]] if agent is not None and agent in known else list(known.values())
-        cards = [self._writer] if self._writer else asked
+        cards = [self.writer] if self.writer else asked
         lacks = {card.name: _lack(card, final) for card in cards}
         if all(lacks.values()):
             param = lacks[cards[0].name]
@@ -151,7 +151,7 @@ class FinalCaller:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         choices, replies = tuple(choice for choice, _ in written), tuple(reply for _, asked in written for reply in asked)
-        first, has_agent = choices[0], self._writer is None
+        first, has_agent = choices[0], self.writer is None
         ending: FinishReason = "length" if first.finish_reason == "length" else "stop"
         record = SummarizerRecord(mode="select", verdict="rule", reasoning=first.reasoning, finish_reason=ending)
         if not has_agent:
@@ -178,9 +178,9 @@ class FinalCaller:
 
     def _card(self, state: QueryState, final: FinalCall) -> AgentCard:
         """Return who writes: the summarizer, the agent that was chosen, or else the next one whose engine can."""
-        if self._writer is not None:
-            return self._writer
-        cards, summary = self._dispatcher.cards, state.summary
+        if self.writer is not None:
+            return self.writer
+        cards, summary = self.dispatcher.cards, state.summary
         authors = [reply.agent for step in reversed(state.steps) for reply in step.replies if reply.text == summary]
         names = dict.fromkeys([*authors, *(name for step in reversed(state.steps) for name in step.active), *cards])
         return next(cards[name] for name in names if not _lack(cards[name], final))
@@ -228,7 +228,7 @@ class FinalCaller:
         is_guided = SCHEMA in card.abilities
         wanted = calls_schema(final) if is_forced else None if final.tools and _runs_model(card) else final.schema
         schema = wanted if is_guided else None
-        sampling = self._dispatcher.sampling_for(state.query, card.sampling, is_final=True)
+        sampling = self.dispatcher.sampling_for(state.query, card.sampling, is_final=True)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + number)
         is_bound = schema is not None or (bool(final.tools) and final.tool_choice != "auto")
@@ -254,7 +254,7 @@ class FinalCaller:
         return agent_messages(state.query, state.history, profile=card.profile, instruction=f"{_TASK}\n{form}")
 
     async def _ask(self, call: AgentCall, card: AgentCard, emit: Emit | None) -> AgentReply:
-        reply = await self._dispatcher.ask_once(call, card, emit)
+        reply = await self.dispatcher.ask_once(call, card, emit)
         if reply.status == "ok":
             return reply
         if reply.status == "late":

@@ -21,7 +21,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -222,20 +222,20 @@ def embedding(text: str) -> FloatArray:
 
 def gate_spec(agents: Sequence[str], **changes: Any) -> GateSpec:
     """The spec of a tiny gate."""
-    values: dict[str, Any] = {
-        "preset": "default",
-        "head": "linear",
-        "hidden": 3,
-        "temperature": 1.0,
-        "agents": tuple(agents),
-        "embedding_dim": DIM,
-        "rule": "top_mass",
-        "mass": 0.8,
-        "max_agents": 4,
-        "cascade": False,
-        "score": "raw",
-    }
-    return GateSpec(**(values | changes))
+    spec = GateSpec(
+        preset="default",
+        head="linear",
+        hidden=3,
+        temperature=1.0,
+        agents=tuple(agents),
+        embedding_dim=DIM,
+        rule="top_mass",
+        mass=0.8,
+        max_agents=4,
+        cascade=False,
+        score="raw",
+    )
+    return replace(spec, **changes)
 
 
 def fixed_gate(probabilities: Mapping[str, float], **changes: Any) -> Gate:
@@ -311,13 +311,9 @@ def state_of(asked: Query, **changes: Any) -> QueryState:
 
 def card(name: str, place: str | None = None, **changes: Any) -> AgentCard:
     """What is known of an agent; without `place` all agents live together in `llm`."""
-    values: dict[str, Any] = {
-        "profile": f"You are {name}.",
-        "tools_text": "",
-        "sampling": Sampling(max_tokens=50),
-        "place": place or "llm",
-    }
-    return AgentCard(name=name, **(values | changes))
+    profile, sampling = f"You are {name}.", Sampling(max_tokens=50)
+    known = AgentCard(name=name, profile=profile, tools_text="", sampling=sampling, place=place or "llm")
+    return replace(known, **changes)
 
 
 def orchestrator_of(
