@@ -93,12 +93,6 @@ def on_this_node(blocks: Sequence[pa.Table], read: Callable[[pa.Table], pa.Table
     )
 
 
-def drain(dataset: ray.data.Dataset) -> Iterable[None]:
-    """Run a dataset to its end and throw its blocks away, one None per block."""
-    for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield None
-
-
 OVERCOMMIT = 2
 """Agent calls let in per place of the engines' batches: the early finishers of a step leave places empty until its last
 agent ends, and calls that wait fill them."""
@@ -268,8 +262,8 @@ def run_pass(dataset: ray.data.Dataset, writer: Any, stage: str, total: int, wat
 
     def work() -> None:
         try:
-            for _ in drain(dataset):
-                pass
+            for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                pass  # the writer has everything
         except BaseException as error:
             raise stopped_by(error, f"{stage} stopped", advice) from error
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, SelectSummarizer, Summarizer
-from dmoa.core.aggregate import anchors_of, contributions, select_contribution, surest_contribution
+from dmoa.core.aggregate import Selection, anchors_of, contributions, select_contribution, surest_contribution
 from dmoa.core.answers import THOUGHT_ONLY
 from dmoa.core.defences import EXAMINE, EXAMINE_TOKENS, barred, examined_groups, is_refuted
 from dmoa.core.in_step import Judgement, judge
@@ -265,18 +265,18 @@ class Orchestrator:
                 mode="select", verdict="rule", reasoning=source.reasoning if is_final else "", finish_reason=ending
             )
             return Fold(summary=text, record=record, selection=None)
-        sampling, price = (self.writer.sampling, self.writer.price) if self.writer else (Sampling(), None)
-        sampling = self.dispatcher.sampling_for(state.query, sampling, is_final=True)
         leading, anchors = judgement.selection if judgement else None, anchors_of(plan.decision)
-        if plan.fold == "surest":
-            return await SelectSummarizer().fold(
-                state, usable, sampling, emit, lambda replies: surest_contribution(replies, anchors)
-            )
-        folder = SelectSummarizer() if plan.fold == "vote" else self.summarizer
-        fold = await folder.fold(
-            state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors, asked=state.asked)
-        )
-        return replace(fold, record=priced(fold.record, price))
+
+        def choose(replies: Sequence[AgentReply]) -> Selection | None:
+            if plan.fold == "surest":
+                return surest_contribution(replies, anchors)
+            return leading or select_contribution(replies, anchors, asked=state.asked)
+
+        writer = self.writer if plan.fold == "summarizer" else None
+        folder = self.summarizer if plan.fold == "summarizer" else SelectSummarizer()
+        sampling = self.dispatcher.sampling_for(state.query, writer.sampling if writer else Sampling(), is_final=True)
+        fold = await folder.fold(state, usable, sampling, emit, choose)
+        return fold if writer is None else replace(fold, record=priced(fold.record, writer.price))
 
     def _within_calls(self, state: QueryState, plan: StepPlan) -> StepPlan:
         """Return the plan with as many agents as the calls left allow, the summarizer's kept back; the others may stand in."""
