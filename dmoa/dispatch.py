@@ -183,7 +183,9 @@ class Dispatcher:
         is not asked twice: its reply counts, and it is no longer explored.
         """
         places, text = Places(cold=self._cold_places(plan)), StreamedText(emit) if emit else None
-        step = self._step_calls(state, plan, places, defence)
+        left = self.calls_left(state, plan)
+        left = None if left is None else left - len(plan.explored)
+        step = StepCalls(plan, self.cards, places, state, calls_left=left, defence=defence)
 
         def start(call: NextCall, text: StreamedText | None) -> asyncio.Task[AgentReply]:
             agent_call = self._agent_call(state, call, is_final=plan.ends_with is not None)
@@ -230,20 +232,6 @@ class Dispatcher:
         return StepReplies(
             replies=(*step.replies, *(AgentReply(agent=name, status="late", error=late) for name in cut)),
             explored=tuple((x, exploring[x.agent].result()) for x in plan.explored if x.agent in exploring),
-        )
-
-    def _step_calls(self, state: QueryState, plan: StepPlan, places: Places, defence: Defence) -> StepCalls:
-        limits = state.query.limits
-        return StepCalls(
-            plan,
-            self.cards,
-            places,
-            tokens_left=None if limits.budget_tokens is None else limits.budget_tokens - state.tokens_used,
-            price_left=None if limits.budget_price is None else limits.budget_price - state.price_used,
-            calls_left=None if (left := self.calls_left(state, plan)) is None else left - len(plan.explored),
-            is_paced=limits.within_steps,
-            asked=state.asked,
-            defence=defence,
         )
 
     async def _priced_call(

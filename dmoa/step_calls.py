@@ -6,12 +6,23 @@ No clock and no I/O: whether time is left, and whether text was handed on, come 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from dmoa.core.aggregate import anchors_of, is_any_sure
 from dmoa.core.defences import barred
 from dmoa.core.in_step import judge
-from dmoa.types import Activation, AgentReply, ColdPolicy, Defence, Price, RouteDecision, Sampling, StepPlan, TokenUsage
+from dmoa.types import (
+    Activation,
+    AgentReply,
+    ColdPolicy,
+    Defence,
+    Price,
+    QueryState,
+    RouteDecision,
+    Sampling,
+    StepPlan,
+    TokenUsage,
+)
 
 MAX_MISSED = 16
 """Most masked agents of which a step waits for the first to be back."""
@@ -97,20 +108,18 @@ class StepCalls:
     cards: Mapping[str, AgentCard]
     places: Places
     """The caller's, who keeps it up to date."""
-    _: KW_ONLY
-    tokens_left: int | None
-    """What is left of the query's budgets, as the next two; None: no budget."""
-    price_left: float | None = None
+    state: QueryState
     calls_left: int | None = None
-    is_paced: bool = False
-    """`Limits.within_steps`, where tokens or price are limited."""
-    asked: str = ""
-    """What the agents are asked."""
+    """What is left of the query's budget of calls; None: no budget."""
     defence: Defence = "none"
     """Replies that it leaves out do not make a step sure."""
 
     def __post_init__(self) -> None:
-        self._is_paced = self.is_paced and (self.tokens_left is not None or self.price_left is not None)
+        state, limits = self.state, self.state.query.limits
+        self._asked = state.asked
+        self._tokens_left = None if limits.budget_tokens is None else limits.budget_tokens - state.tokens_used
+        self._price_left = None if limits.budget_price is None else limits.budget_price - state.price_used
+        self._is_paced = limits.within_steps and not (self._tokens_left is None and self._price_left is None)
         self._held: list[Activation] = []
         self._reserves = list(self.plan.reserves)
         self._chains: list[list[tuple[Activation, AgentReply]]] = []
@@ -205,7 +214,7 @@ class StepCalls:
             return True
         used, price = self._used
         num_calls = len(self.replies) + len(self._flying)
-        spent = ((used, self.tokens_left), (price, self.price_left), (num_calls, self.calls_left))
+        spent = ((used, self._tokens_left), (price, self._price_left), (num_calls, self.calls_left))
         if any(left is not None and sofar >= left for sofar, left in spent):
             return False
         replies = [reply for reply in self.replies if reply.usage.total]  # what was lost says nothing of what a call takes
@@ -214,7 +223,7 @@ class StepCalls:
         usage, num = sum((reply.usage for reply in replies), TokenUsage()), len(replies)
         asked = [self.cards[agent].price for agent in (*(call.activation.agent for call in self._flying), another.agent)]
         dear = price + sum((price if rate is None else rate.of(usage)) / num for rate in asked)
-        ahead = ((used + len(asked) * used / num, self.tokens_left), (dear, self.price_left))
+        ahead = ((used + len(asked) * used / num, self._tokens_left), (dear, self._price_left))
         return not any(left is not None and cost > left * (1 + 1e-9) for cost, left in ahead)
 
     @property
@@ -254,8 +263,8 @@ class StepCalls:
         """Take the reserve that the replies so far call for: the worthiest by the label model, else the next-ranked."""
         unfit = self.places.cold | self.places.dead
         available = [x.agent for x in self._reserves if self._place(x) not in unfit]
-        replies = barred(replies, self.defence, asked=self.asked)
-        judgement = judge(self.plan.decision, replies, available, asked=self.asked)
+        replies = barred(replies, self.defence, asked=self._asked)
+        judgement = judge(self.plan.decision, replies, available, asked=self._asked)
         if judgement is None or not judgement.right:
             return self._next_reserve() if should_escalate(self.plan.decision, replies) or judgement else None
         return self._next_reserve(among=judgement.worthwhile)
