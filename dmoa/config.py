@@ -326,7 +326,7 @@ Guard = Literal["drift", "distance", "held_back", "load", "disagreement", "known
 class GuardsConfig(Node):
     """What an offered gate must pass before it decides queries, with `router.adaptation`."""
 
-    skip: tuple[Guard, ...] = ()
+    skip: Annotated[tuple[Guard, ...], BeforeValidator(names_of)] = ()
     """Guards that are left out. That weights and decisions are finite is always checked."""
     max_kl: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """drift: most nats by which routing on recent inputs may differ from the current gate's, on average; twice at a shift."""
@@ -348,11 +348,6 @@ class GuardsConfig(Node):
     """canary: queries of that share after which a gate that was not found worse has passed."""
     cooldown_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
     """Seconds after a rollback in which no offer is taken."""
-
-    @field_validator("skip", mode="before")
-    @classmethod
-    def _one_word(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
 
 class RouterConfig(Node):
@@ -566,10 +561,7 @@ class Config(Node):
 
     def agent(self, name: str) -> AgentConfig:
         """Return the agent called `name`; KeyError if there is none."""
-        for agent in self.agents:
-            if agent.name == name:
-                return agent
-        raise KeyError(name)
+        return {agent.name: agent for agent in self.agents}[name]
 
     def scaling_of(self, agent: AgentConfig) -> AutoscalingConfig:
         """Return what the replicas that an agent runs on are scaled by: its own in dedicated placement, else its LLM's.

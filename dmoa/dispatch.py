@@ -15,7 +15,7 @@ from typing import Any
 from dmoa.agents.prompts import agent_messages
 from dmoa.core.aggregate import contributions
 from dmoa.protocols import AgentClient, Router, Turn
-from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, LateReplies, StreamedText, time_left
+from dmoa.recovery import PATIENCE_S, AgentCaller, LateReplies, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
 from dmoa.types import (
     Activation,
@@ -124,22 +124,16 @@ class Dispatcher:
         cards: Mapping[str, AgentCard],
         router: Router | None,
         is_select: bool,
-        patience_s: float = PATIENCE_S,
-        cold_patience_s: float = COLD_PATIENCE_S,
         turn: Turn = nullcontext,
     ) -> None:
-        """A query without a deadline waits `patience_s` for a dead place, and a replica may take `cold_patience_s` to start.
-
-        A call of a step is made in its `turn`, and what it waits for that is no part of its latency.
-        """
+        """A call of a step is made in its `turn`, and what it waits for that is no part of its latency."""
         self.cards = cards
         """The agents by name, in the pool's order."""
         self.is_select = is_select
         """Whether the summarizer only selects: then rules decide when to stop."""
         self._turn = turn
         self._has_recorded = any(card.is_recorded for card in cards.values())
-        self._patience_s = patience_s
-        self._caller = AgentCaller(agents, router, patience_s=patience_s, cold_patience_s=cold_patience_s)
+        self._caller = AgentCaller(agents, router)
 
     async def ask_once(self, call: AgentCall, card: AgentCard, emit: Callable[[TextDelta], None] | None) -> AgentReply:
         """Make a call that belongs to no step; with `emit` its text is handed on as it comes.
@@ -162,7 +156,7 @@ class Dispatcher:
     def patience(self, state: QueryState) -> float:
         """Seconds that the query may still wait for an agent to come back."""
         left = time_left(state.deadline_unix_s)
-        return self._patience_s if left is None else left
+        return PATIENCE_S if left is None else left
 
     def sampling_for(self, query: Query, sampling: Sampling, *, is_final: bool) -> Sampling:
         """Return the sampling of a call: the client's fields apply to the final call, in `select` mode to every call.
