@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from dmoa.types import AgentReply, EntropySum, TokenUsage
 
 Value = TypeVar("Value", TokenUsage, EntropySum)
-_PREFIXES: dict[type, str] = {TokenUsage: "", EntropySum: "entropy_"}
-_REASONING = "reasoning_entropy_"
+_PREFIXES = {"usage": "", "entropy": "entropy_", "reasoning_entropy": "reasoning_entropy_"}
+"""What stands ahead of the fields of a reply's value objects."""
 _NOT_KEPT = ("prompt", "sent_unix_s", "is_barred", "is_bug", "tool_calls", "logprobs")
 """What is a reply's only where it was given."""
 _KEPT = tuple(part.name for part in fields(AgentReply) if part.name not in _NOT_KEPT)
@@ -39,10 +39,9 @@ class TokenFields(BaseModel):
         return _value_of(TokenUsage, {name: getattr(self, name) for name in TokenFields.model_fields})
 
 
-def flat(value: TokenUsage | EntropySum, prefix: str | None = None) -> dict[str, Any]:
-    """Return the fields of a value object by their flat names; `prefix`: ahead of each, None: that of its kind."""
-    before = _PREFIXES[type(value)] if prefix is None else prefix
-    return {before + name: getattr(value, name) for name in value.__slots__}
+def flat(value: TokenUsage | EntropySum, prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a value object by their flat names, with `prefix` ahead of each."""
+    return {prefix + name: getattr(value, name) for name in value.__slots__}
 
 
 def flat_reply(reply: AgentReply) -> dict[str, Any]:
@@ -50,22 +49,18 @@ def flat_reply(reply: AgentReply) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _KEPT:
         value = getattr(reply, name)
-        if type(value) in _PREFIXES:
-            found |= flat(value, _REASONING if name == "reasoning_entropy" else None)
-        else:
-            found[name] = value
+        found |= flat(value, _PREFIXES[name]) if name in _PREFIXES else {name: value}
     return found
 
 
 def reply_of(row: Mapping[str, Any]) -> AgentReply:
     """Return the reply that `flat_reply` made flat; what is not there has its default. Raises TypeError for other fields."""
     rest = dict(row)
-    usage, entropy, thought = _value_of(TokenUsage, rest), _value_of(EntropySum, rest), _value_of(EntropySum, rest, _REASONING)
-    return AgentReply(**rest, usage=usage, entropy=entropy, reasoning_entropy=thought)
+    usage, entropy = _value_of(TokenUsage, rest), _value_of(EntropySum, rest, "entropy_")
+    return AgentReply(usage=usage, entropy=entropy, reasoning_entropy=_value_of(EntropySum, rest, "reasoning_entropy_"), **rest)
 
 
-def _value_of(kind: type[Value], row: dict[str, Any], prefix: str | None = None) -> Value:
+def _value_of(kind: type[Value], row: dict[str, Any], prefix: str = "") -> Value:
     """Take the fields of a value object out of a flat record."""
-    before = _PREFIXES[kind] if prefix is None else prefix
-    names = {part.name: before + part.name for part in fields(kind)}
+    names = {part.name: prefix + part.name for part in fields(kind)}
     return kind(**{name: row.pop(key) for name, key in names.items() if key in row})

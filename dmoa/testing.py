@@ -408,7 +408,7 @@ def rollout_row(query: str, step: int, agent: str, nats: float, context: FloatAr
         "is_selected": agent == "one",
         "is_explored": agent != "one",
         "propensity": 1.0,
-        **flat(EntropySum(sum_nats=8 * nats, sq_sum=8 * nats * nats, tokens=8)),
+        **flat(EntropySum(sum_nats=8 * nats, sq_sum=8 * nats * nats, tokens=8), "entropy_"),
         "finish_reason": "stop",
         **flat(TokenUsage(prompt_tokens=10, completion_tokens=8)),
         "latency_ms": 1.0,
