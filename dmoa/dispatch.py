@@ -14,6 +14,7 @@ from typing import Any
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.core.aggregate import contributions
+from dmoa.errors import RequestError
 from dmoa.protocols import AgentClient, Router, Turn
 from dmoa.recovery import PATIENCE_S, AgentCaller, LateReplies, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
@@ -237,19 +238,16 @@ class Dispatcher:
             reply = await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=has_other)
         return replace(priced(reply, card.price), prompt=call.messages, sent_unix_s=sent_unix_s)
 
-    def fault_of(self, state: QueryState, plan: StepPlan) -> str | None:
-        """Return why a plan cannot run because agents with recorded replies alone would be asked more than the query."""
-        if not self._has_recorded:
-            return None
-        for activation in (*plan.activations, *plan.reserves, *plan.explored):
+    def check_recorded(self, state: QueryState, plan: StepPlan, whose: str) -> None:
+        """Check that agents with recorded replies alone are asked no more than the query. Raises RequestError saying `whose`."""
+        for activation in (*plan.activations, *plan.reserves, *plan.explored) if self._has_recorded else ():
             extra = _extra(*_seen(state, activation), activation) if self.cards[activation.agent].is_recorded else ""
             if extra:
-                return (
-                    f"step {len(state.steps) + 1} asks {activation.agent} with {extra} in the prompt; its replies are recorded, "
-                    "to the query alone; ask one question without earlier turns, by single, dense, random or dmoa, or use a pool "
-                    "whose engines generate"
+                raise RequestError(
+                    f"{whose}: step {len(state.steps) + 1} asks {activation.agent} with {extra} in the prompt; its replies are "
+                    "recorded, to the query alone; ask one question without earlier turns, by single, dense, random or dmoa, or "
+                    "use a pool whose engines generate"
                 )
-        return None
 
     def _cold_places(self, plan: StepPlan) -> set[str]:
         """Return the places without a replica, and start those of agents among the K most probable that want it so."""

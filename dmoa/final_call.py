@@ -68,7 +68,7 @@ class _HandedOn:
             self._emit(TextDelta(text=piece))
 
     def _begin(self, piece: str) -> str:
-        """Return how much of a piece is handed on."""
+        """Return what of a piece is handed on."""
         lead = _CALL_BEGINS.split(piece, maxsplit=1)[0]
         self._is_over = lead != piece
         return lead

@@ -111,9 +111,7 @@ class Orchestrator:
                 reason = "no_agent" if is_lost else plan.reason
                 break
             plan = self._within_calls(state, plan)
-            fault = self.dispatcher.fault_of(state, plan)
-            if fault:
-                raise RequestError(f"policy: {policy.name!r}: {fault}")
+            self.dispatcher.check_recorded(state, plan, f"policy: {policy.name!r}")
             previous = state.summary
             asked = await self._ask(state, plan, tell)
             again = {reply.agent for reply in asked.replies}
@@ -238,9 +236,7 @@ class Orchestrator:
             ),
             fold="keep",
         )
-        fault = self.dispatcher.fault_of(state, examination)
-        if fault:
-            raise RequestError(f"summarizer.defence: 'cross_examination': {fault}")
+        self.dispatcher.check_recorded(state, examination, "summarizer.defence: 'cross_examination'")
         used = replace(state, tokens_used=state.tokens_used + sum(reply.usage.total for reply in replies))
         verdicts = (await self.dispatcher.ask(used, examination, None)).replies
         # Fewer than asked where what is left of a paced budget does not pay for the last ones.
@@ -252,10 +248,10 @@ class Orchestrator:
     async def _fold(
         self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit, judgement: Judgement | None
     ) -> Fold:
-        if not state.summary and (plan.fold == "keep" or not usable):
-            return Fold(summary="", record=SummarizerRecord(mode="select", verdict="rule"), selection=None)
         if plan.fold == "keep":
             usable = ()
+        if not state.summary and not usable:
+            return Fold(summary="", record=SummarizerRecord(mode="select", verdict="rule"), selection=None)
         if not usable or plan.fold == "pass":
             # Without a contribution the last summary stands, and it ended as it did.
             source = usable[0] if usable else state.steps[-1].summarizer

@@ -104,7 +104,6 @@ class StreamedText:
         self._thought = ""
 
     def __bool__(self) -> bool:
-        """Tell whether any text was handed on."""
         return bool(self._text)
 
     def go_on(self, seen: str, agent: str, *, is_whole: bool = False) -> None:

@@ -232,7 +232,6 @@ class StepCalls:
         return sum(reply.usage.total for reply in self.replies), sum(reply.price or 0.0 for reply in self.replies)
 
     def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool) -> list[NextCall]:
-        """Return the next call of the same chain."""
         if reply.status == "ok" or call.lost is not None:
             return []
         if any(x.chain == call.chain for x in self._flying) or any(other.status == "ok" for _, other in self._chains[call.chain]):
@@ -242,7 +241,6 @@ class StepCalls:
         return self._next_in_chain(call) if has_time else []
 
     def _next_in_chain(self, call: NextCall) -> list[NextCall]:
-        """Return the call of the next-ranked agent in the same chain."""
         reserve, (used, price) = self._next_reserve(), self._used
         return [] if reserve is None else [replace(call, activation=reserve, tokens_used=used, price_used=price)]
 
