@@ -477,15 +477,10 @@ class Config(Node):
                 raise ValueError(f"agents.{i}.name: {agent.name!r} is taken by an earlier agent; names must differ")
             if agent.name in (self.name, SUMMARIZER):
                 raise ValueError(f"agents.{i}.name: {agent.name!r} is taken by the pool or its summarizer; choose another")
-            if agent.llm not in self.llms:
-                raise ValueError(f"agents.{i}.llm: {self._undefined(agent.llm)}")
-            self._check_adapter(f"agents.{i}", agent.adapter, agent.llm)
+            self._check_llm(f"agents.{i}", agent.llm, agent.adapter)
             seen.add(agent.name)
-        llm = self.summarizer.llm
-        if llm is not None and llm not in self.llms:
-            raise ValueError(f"summarizer.llm: {self._undefined(llm)}")
-        if llm is not None:
-            self._check_adapter("summarizer", self.summarizer.adapter, llm)
+        if self.summarizer.llm is not None:
+            self._check_llm("summarizer", self.summarizer.llm, self.summarizer.adapter)
         return self
 
     @model_validator(mode="after")
@@ -535,16 +530,17 @@ class Config(Node):
                 )
         return self
 
-    def _check_adapter(self, where: str, adapter: str | None, llm: str) -> None:
+    def _check_llm(self, where: str, llm: str, adapter: str | None) -> None:
+        if llm not in self.llms:
+            raise ValueError(
+                f"{where}.llm: {llm!r} is not defined; expected one of {', '.join(self.llms)}; add it under llms or fix the name"
+                f"{did_you_mean(llm, self.llms)}"
+            )
         if adapter is not None and not self.llms[llm].engine_entry.takes_adapters:
             raise ValueError(
                 f"{where}.adapter is {short(adapter)}; engine {self.llms[llm].engine!r} (llms.{llm}) takes none: an endpoint "
                 "serves an adapter under a model name of its own; set adapter to null, and add an LLM of that name"
             )
-
-    def _undefined(self, llm: str) -> str:
-        nearest = did_you_mean(llm, self.llms)
-        return f"{llm!r} is not defined; expected one of {', '.join(self.llms)}; add it under llms or fix the name{nearest}"
 
     @property
     def unpriced(self) -> tuple[str, ...]:
