@@ -24,8 +24,8 @@ from dmoa.core.in_step import context_part
 from dmoa.errors import ConfigError
 from dmoa.flat import flat_reply, reply_of
 from dmoa.records import quicken
-from dmoa.trace import AnsweredQuery
-from dmoa.types import Answer, FloatArray, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.trace import AnsweredQuery, decision_of
+from dmoa.types import Answer, FloatArray, RouteRequest, StepRecord, SummarizerRecord
 
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
 """Tokens have no digits: a number in a text would be read as its answer."""
@@ -232,8 +232,6 @@ def _record(rows: Sequence[dict[str, Any]]) -> Feedback:
 
 
 def _step(row: dict[str, Any]) -> StepRecord:
-    chance_A, masked = np.asarray(row["probability"], np.float32), tuple(row["masked"])
-    ranking = sorted((a for a, name in enumerate(row["agents"]) if name not in masked), key=lambda a: -float(chance_A[a]))
     return StepRecord(
         step=row["step"],
         replies=tuple(map(reply_of, row["replies"])),
@@ -244,15 +242,13 @@ def _step(row: dict[str, Any]) -> StepRecord:
         mass=row["mass"],
         right_probability=row["right_probability"],
         wall_ms=row["step_wall_ms"],
-        decision=RouteDecision(
-            gate_version=row["gate_version"],
-            agents=tuple(row["agents"]),
-            probability_A=chance_A,
-            ranking=tuple(ranking),
+        decision=decision_of(
+            row["agents"],
+            row["probability"],
+            masked=tuple(row["masked"]),
             k=max(1, len(row["active"])),
             mass=row["mass"],
-            masked=masked,
-            hidden_H=np.zeros(0, np.float32),
+            gate_version=row["gate_version"],
         ),
         route=RouteRequest(input_X=row["input"], max_agents=row["max_agents"]),
     )

@@ -45,6 +45,7 @@ from dmoa.protocols import Policy
 from dmoa.provenance import Machine
 from dmoa.routing import LocalRouter
 from dmoa.step_calls import AgentCard
+from dmoa.trace import decision_of
 from dmoa.training.rollouts import LATER_COLUMNS, SCHEMA, SCHEMA_VERSION, Manifest
 from dmoa.types import (
     Activation,
@@ -255,19 +256,10 @@ def router_of(gate: Gate, version: str = "v1") -> LocalRouter:
 
 def decision(probabilities: Mapping[str, float], k: int, *, masked: tuple[str, ...] = (), **changes: Any) -> RouteDecision:
     """A decision as a gate would make it."""
-    names = tuple(probabilities)
-    ranking = sorted((i for i, name in enumerate(names) if name not in masked), key=lambda i: -probabilities[names[i]])
-    values: dict[str, Any] = {
-        "gate_version": "v1",
-        "agents": names,
-        "probability_A": np.asarray(list(probabilities.values()), dtype=np.float32),
-        "ranking": tuple(ranking),
-        "k": k,
-        "mass": sum(probabilities[names[i]] for i in ranking[:k]),
-        "masked": masked,
-        "hidden_H": np.zeros(3, np.float32),
-    }
-    return RouteDecision(**(values | changes))
+    names, chances = tuple(probabilities), tuple(probabilities.values())
+    made = decision_of(names, chances, masked=masked, k=k, mass=0.0, gate_version="v1")
+    known = {"mass": sum(chances[i] for i in made.ranking[:k]), "hidden_H": np.zeros(3, np.float32)}
+    return replace(made, **(known | changes))
 
 
 def asks(*agents: str, reserves: Sequence[str] = (), **changes: Any) -> StepPlan:

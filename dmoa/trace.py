@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -243,6 +243,17 @@ def answer_of_reply(
 
 def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
     asked = [agent for agent in step.agents if agent.status not in ("masked", "idle")]
+    decision = None
+    if reply.gate_version is not None:
+        decision = decision_of(
+            [agent.name for agent in step.agents],
+            [agent.probability for agent in step.agents],
+            masked=tuple(agent.name for agent in step.agents if agent.status == "masked"),
+            k=step.k,
+            mass=step.mass,
+            gate_version=reply.gate_version,
+            routed_by=reply.routed_by,
+        )
     summarizer = step.summarizer
     return StepRecord(
         step=step.step,
@@ -260,23 +271,22 @@ def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
         right_probability=step.right_probability,
         explored=tuple((agent.name, math.nan) for agent in asked if agent.explored),
         wall_ms=step.wall_ms,
-        decision=None if reply.gate_version is None else _decision_of(step, reply.gate_version, reply.routed_by),
+        decision=decision,
     )
 
 
-def _decision_of(step: ReplyStep, gate_version: str, routed_by: RoutedBy) -> RouteDecision:
-    masked = tuple(agent.name for agent in step.agents if agent.status == "masked")
-    ranking = sorted(range(len(step.agents)), key=lambda a: -step.agents[a].probability)
+def decision_of(
+    agents: Sequence[str], probabilities: Sequence[float], *, masked: tuple[str, ...] = (), **more: Any
+) -> RouteDecision:
+    """Return a decision as records tell of it: the agents ranked by their probabilities, no state; `more`: its other fields."""
+    ranking = sorted((a for a, name in enumerate(agents) if name not in masked), key=lambda a: -probabilities[a])
     return RouteDecision(
-        gate_version=gate_version,
-        agents=tuple(agent.name for agent in step.agents),
-        probability_A=np.array([agent.probability for agent in step.agents], dtype=np.float32),
-        ranking=tuple(a for a in ranking if step.agents[a].name not in masked),
-        k=step.k,
-        mass=step.mass,
+        agents=tuple(agents),
+        probability_A=np.asarray(probabilities, dtype=np.float32),
+        ranking=tuple(ranking),
         masked=masked,
         hidden_H=np.zeros(0, dtype=np.float32),
-        routed_by=routed_by,
+        **more,
     )
 
 
