@@ -503,10 +503,8 @@ class TraceRoute(BaseModel):
     """K of the gate version; null in older traces."""
 
 
-class TraceCall(BaseModel):
+class TraceCall(ReplyModel):
     """What one agent, or the summarizer, was asked in a step, and when."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     step: int
     agent: str
