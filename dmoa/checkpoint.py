@@ -19,9 +19,10 @@ from safetensors.torch import save as serialize
 
 from dmoa.core.gate import Gate, GateSpec, weights_version
 from dmoa.core.label_model import LabelModel
+from dmoa.engine_options import Node
 from dmoa.errors import CheckpointError
 from dmoa.reading import MAX_BYTES as MAX_RECORD_BYTES
-from dmoa.reading import read_bounded, read_json
+from dmoa.reading import check_bytes, read_bounded, read_json
 from dmoa.storage import uri_of
 from dmoa.types import UNTRAINED
 from dmoa.validation import describe, short
@@ -37,10 +38,8 @@ _JUDGE = "label_model."
 """Ahead of the names of the label model's arrays."""
 
 
-class AnchorSet(BaseModel):
+class AnchorSet(Node):
     """The frozen sample of dense rows behind a gate's anchors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     means: tuple[float, ...]
     """Per agent, the mean raw score over the sample, every cluster weighing the same: what the anchored score subtracts.
@@ -185,14 +184,13 @@ def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint
     data, text = (files[name] for name in FILES)
     name = FILES[1]
     try:
-        if len(text) > MAX_RECORD_BYTES:
-            raise ValueError(f"it is larger than {MAX_RECORD_BYTES >> 20} MiB, which no file of its kind is")
+        check_bytes(text)
         tree = read_json(text)
         name = FILES[0]
         if (length := int.from_bytes(data[:8], "little")) > _MAX_HEADER_BYTES:
             raise ValueError(f"its header claims {length} bytes, and that of a gate takes {_MAX_HEADER_BYTES} at most")
         tensors = deserialize(data)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{where}: {name}: {' '.join(str(error).split())}; {_WHAT}") from error
     seen = tree.get("schema_version", SCHEMA_VERSION) if isinstance(tree, dict) else SCHEMA_VERSION
     if seen != SCHEMA_VERSION:

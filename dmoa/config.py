@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 from dmoa.engine_options import ENGINES, AutoscalingConfig, EngineEntry, EngineName, EngineOptions, Node, fault_of_url, owner_of
 from dmoa.errors import ConfigError
 from dmoa.plugins import absolute_reference, is_reference, missing_file
+from dmoa.plugins import is_name as is_name
 from dmoa.reading import home_path
 from dmoa.types import Defence, Sampling
 from dmoa.validation import describe, did_you_mean, short
@@ -59,14 +60,6 @@ class Options(Node):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"{cls.where}: {describe(error, cls)}") from error
-
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-def is_name(value: str) -> bool:
-    """Tell whether a text can be the name of a pool, an LLM or an agent."""
-    return _NAME.fullmatch(value) is not None
 
 
 def _check_name(value: str) -> str:
@@ -151,15 +144,6 @@ class LlmConfig(Node):
             return {"placement": "ingress", **values}
         return values
 
-    @model_validator(mode="after")
-    def _is_light_in_the_ingress(self) -> Self:
-        if self.placement == "ingress" and not self.engine_entry.is_light:
-            raise ValueError(
-                f"placement is 'ingress'; engine {self.engine!r} runs a model, which would hold up every query there; expected "
-                "'shared' or 'dedicated'; or use an engine that calls an endpoint"
-            )
-        return self
-
     @field_validator("model")
     @classmethod
     def _known_source(cls, value: str) -> str:
@@ -168,33 +152,28 @@ class LlmConfig(Node):
         return value
 
     @model_validator(mode="after")
-    def _typed_options(self) -> Self:
+    def _suits_its_engine(self) -> Self:
+        entry = self.engine_entry
+        if self.placement == "ingress" and not entry.is_light:
+            raise ValueError(
+                f"placement is 'ingress'; engine {self.engine!r} runs a model, which would hold up every query there; expected "
+                "'shared' or 'dedicated'; or use an engine that calls an endpoint"
+            )
         try:
-            _ = self.options
+            options = self.options
         except ValidationError as error:
-            why = describe(error, self.engine_entry.options)
+            why = describe(error, entry.options)
             raise ValueError(f"engine_kwargs: {why}{owner_of(self.engine_kwargs, self.engine)}") from None
-        return self
-
-    @model_validator(mode="after")
-    def _runs_the_model(self) -> Self:
-        prefix, own = self.model.partition(":")[0], self.engine_entry.model_prefix
-        if prefix == own:
-            return self
-        if own is not None or prefix in ("openai", "recorded"):
-            owner, prefix = (self.engine_entry.name, own) if own else (prefix, prefix)
+        prefix, own = self.model.partition(":")[0], entry.model_prefix
+        if prefix != own and (own is not None or prefix in ("openai", "recorded")):
+            owner, prefix = (entry.name, own) if own else (prefix, prefix)
             raise ValueError(
                 f"model {short(self.model)} on engine {self.engine!r}; engine {owner!r} runs models {prefix}:NAME, and no "
                 "other engine does; change one of the two"
             )
-        if prefix not in _SOURCES:
+        if prefix not in (own, *_SOURCES):
             raise ValueError(f"model is {short(self.model)}; {_ALLOWED_MODELS}")
-        return self
-
-    @model_validator(mode="after")
-    def _has_its_gpus(self) -> Self:
-        fault = self.options.fault_of_gpus(self.gpus)
-        if fault:
+        if fault := options.fault_of_gpus(self.gpus):
             raise ValueError(fault)
         return self
 
@@ -347,7 +326,7 @@ Guard = Literal["drift", "distance", "held_back", "load", "disagreement", "known
 class GuardsConfig(Node):
     """What an offered gate must pass before it decides queries, with `router.adaptation`."""
 
-    skip: tuple[Guard, ...] = ()
+    skip: Annotated[tuple[Guard, ...], BeforeValidator(names_of)] = ()
     """Guards that are left out. That weights and decisions are finite is always checked."""
     max_kl: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """drift: most nats by which routing on recent inputs may differ from the current gate's, on average; twice at a shift."""
@@ -369,11 +348,6 @@ class GuardsConfig(Node):
     """canary: queries of that share after which a gate that was not found worse has passed."""
     cooldown_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
     """Seconds after a rollback in which no offer is taken."""
-
-    @field_validator("skip", mode="before")
-    @classmethod
-    def _one_word(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
 
 class RouterConfig(Node):
@@ -503,15 +477,10 @@ class Config(Node):
                 raise ValueError(f"agents.{i}.name: {agent.name!r} is taken by an earlier agent; names must differ")
             if agent.name in (self.name, SUMMARIZER):
                 raise ValueError(f"agents.{i}.name: {agent.name!r} is taken by the pool or its summarizer; choose another")
-            if agent.llm not in self.llms:
-                raise ValueError(f"agents.{i}.llm: {self._undefined(agent.llm)}")
-            self._check_adapter(f"agents.{i}", agent.adapter, agent.llm)
+            self._check_llm(f"agents.{i}", agent.llm, agent.adapter)
             seen.add(agent.name)
-        llm = self.summarizer.llm
-        if llm is not None and llm not in self.llms:
-            raise ValueError(f"summarizer.llm: {self._undefined(llm)}")
-        if llm is not None:
-            self._check_adapter("summarizer", self.summarizer.adapter, llm)
+        if self.summarizer.llm is not None:
+            self._check_llm("summarizer", self.summarizer.llm, self.summarizer.adapter)
         return self
 
     @model_validator(mode="after")
@@ -561,16 +530,17 @@ class Config(Node):
                 )
         return self
 
-    def _check_adapter(self, where: str, adapter: str | None, llm: str) -> None:
+    def _check_llm(self, where: str, llm: str, adapter: str | None) -> None:
+        if llm not in self.llms:
+            raise ValueError(
+                f"{where}.llm: {llm!r} is not defined; expected one of {', '.join(self.llms)}; add it under llms or fix the name"
+                f"{did_you_mean(llm, self.llms)}"
+            )
         if adapter is not None and not self.llms[llm].engine_entry.takes_adapters:
             raise ValueError(
                 f"{where}.adapter is {short(adapter)}; engine {self.llms[llm].engine!r} (llms.{llm}) takes none: an endpoint "
                 "serves an adapter under a model name of its own; set adapter to null, and add an LLM of that name"
             )
-
-    def _undefined(self, llm: str) -> str:
-        nearest = did_you_mean(llm, self.llms)
-        return f"{llm!r} is not defined; expected one of {', '.join(self.llms)}; add it under llms or fix the name{nearest}"
 
     @property
     def unpriced(self) -> tuple[str, ...]:
@@ -587,10 +557,7 @@ class Config(Node):
 
     def agent(self, name: str) -> AgentConfig:
         """Return the agent called `name`; KeyError if there is none."""
-        for agent in self.agents:
-            if agent.name == name:
-                return agent
-        raise KeyError(name)
+        return {agent.name: agent for agent in self.agents}[name]
 
     def scaling_of(self, agent: AgentConfig) -> AutoscalingConfig:
         """Return what the replicas that an agent runs on are scaled by: its own in dedicated placement, else its LLM's.

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,6 @@ def on_this_node(blocks: Sequence[pa.Table], read: Callable[[pa.Table], pa.Table
         compute=TaskPoolStrategy(size=min(_READERS, len(blocks))),
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
-
-
-def drain(dataset: ray.data.Dataset) -> Iterable[None]:
-    """Run a dataset to its end and throw its blocks away, one None per block."""
-    for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield None
 
 
 OVERCOMMIT = 2
@@ -265,18 +260,15 @@ def run_pass(dataset: ray.data.Dataset, writer: Any, stage: str, total: int, wat
     """Run a pass to its end, reporting progress by the writer's counts. Raises DmoaError, with `advice`, for what stopped it."""
     quiet()
 
-    def work() -> BaseException | None:
+    def work() -> None:
         try:
-            for _ in drain(dataset):
-                pass
+            for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                pass  # the writer has everything
         except BaseException as error:
-            return error
-        return None
+            raise stopped_by(error, f"{stage} stopped", advice) from error
 
     started = time.monotonic()
-    failure = in_background(work, stage, lambda: _report(writer, stage, total, started, watch))
-    if failure is not None:
-        raise stopped_by(failure, f"{stage} stopped", advice) from failure
+    in_background(work, stage, lambda: _report(writer, stage, total, started, watch))
 
 
 def in_background(work: Callable[[], T], name: str, tick: Callable[[], None] = lambda: None) -> T:
@@ -285,23 +277,20 @@ def in_background(work: Callable[[], T], name: str, tick: Callable[[], None] = l
     A signal ends the wait at once, whatever Ray does: in the main thread Ray Data would hold Ctrl-C back, and Ray Train takes
     it over and ends the process with status 0. What the thread still calls then fails, once Ray is shut down.
     """
-    found: list[T] = []
-    failures: list[BaseException] = []
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
-            found.append(work())
+            outcome.set_result(work())
         except BaseException as error:
-            failures.append(error)
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(_POLL_S)
         tick()
-    if failures:
-        raise failures[0]
-    return found[0]
+    return outcome.result()
 
 
 def stopped_by(error: BaseException, words: str, advice: str) -> Exception:

@@ -14,8 +14,9 @@ from typing import Any
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.core.aggregate import contributions
+from dmoa.errors import RequestError
 from dmoa.protocols import AgentClient, Router, Turn
-from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, LateReplies, StreamedText, time_left
+from dmoa.recovery import PATIENCE_S, AgentCaller, LateReplies, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
 from dmoa.types import (
     Activation,
@@ -124,24 +125,16 @@ class Dispatcher:
         cards: Mapping[str, AgentCard],
         router: Router | None,
         is_select: bool,
-        patience_s: float = PATIENCE_S,
-        cold_patience_s: float = COLD_PATIENCE_S,
         turn: Turn = nullcontext,
     ) -> None:
-        """A query without a deadline waits `patience_s` for a dead place, and a replica may take `cold_patience_s` to start.
-
-        A call of a step is made in its `turn`, and what it waits for that is no part of its latency.
-        """
-        self._cards, self._turn = cards, turn
-        self._has_recorded = any(card.is_recorded for card in cards.values())
-        self._is_select = is_select
-        self._patience_s = patience_s
-        self._caller = AgentCaller(agents, router, patience_s=patience_s, cold_patience_s=cold_patience_s)
-
-    @property
-    def cards(self) -> Mapping[str, AgentCard]:
+        """A call of a step is made in its `turn`, and what it waits for that is no part of its latency."""
+        self.cards = cards
         """The agents by name, in the pool's order."""
-        return self._cards
+        self.is_select = is_select
+        """Whether the summarizer only selects: then rules decide when to stop."""
+        self._turn = turn
+        self._has_recorded = any(card.is_recorded for card in cards.values())
+        self._caller = AgentCaller(agents, router)
 
     async def ask_once(self, call: AgentCall, card: AgentCard, emit: Callable[[TextDelta], None] | None) -> AgentReply:
         """Make a call that belongs to no step; with `emit` its text is handed on as it comes.
@@ -158,20 +151,20 @@ class Dispatcher:
 
     def calls_left(self, state: QueryState, plan: StepPlan) -> int | None:
         """Return how many agents' calls the query's budget allows a step, the summarizer's kept back; None: any number."""
-        budget, own = state.query.limits.budget_calls, 0 if self._is_select or plan.fold != "summarizer" else 1
+        budget, own = state.query.limits.budget_calls, 0 if self.is_select or plan.fold != "summarizer" else 1
         return None if budget is None else budget - state.calls_used - own
 
     def patience(self, state: QueryState) -> float:
         """Seconds that the query may still wait for an agent to come back."""
         left = time_left(state.deadline_unix_s)
-        return self._patience_s if left is None else left
+        return PATIENCE_S if left is None else left
 
     def sampling_for(self, query: Query, sampling: Sampling, *, is_final: bool) -> Sampling:
         """Return the sampling of a call: the client's fields apply to the final call, in `select` mode to every call.
 
         The query's own limit on the length of a reply holds for all of them.
         """
-        if query.sampling and (is_final or self._is_select):
+        if query.sampling and (is_final or self.is_select):
             sampling = replace(sampling, **query.sampling, given=tuple(query.sampling))
         most = query.limits.max_tokens
         return sampling if most is None else replace(sampling, max_tokens=min(sampling.max_tokens, most))
@@ -185,7 +178,9 @@ class Dispatcher:
         is not asked twice: its reply counts, and it is no longer explored.
         """
         places, text = Places(cold=self._cold_places(plan)), StreamedText(emit) if emit else None
-        step = self._step_calls(state, plan, places, defence)
+        left = self.calls_left(state, plan)
+        left = None if left is None else left - len(plan.explored)
+        step = StepCalls(plan, self.cards, places, state, calls_left=left, defence=defence)
 
         def start(call: NextCall, text: StreamedText | None) -> asyncio.Task[AgentReply]:
             agent_call = self._agent_call(state, call, is_final=plan.ends_with is not None)
@@ -234,42 +229,25 @@ class Dispatcher:
             explored=tuple((x, exploring[x.agent].result()) for x in plan.explored if x.agent in exploring),
         )
 
-    def _step_calls(self, state: QueryState, plan: StepPlan, places: Places, defence: Defence) -> StepCalls:
-        limits = state.query.limits
-        return StepCalls(
-            plan,
-            self._cards,
-            places,
-            tokens_left=None if limits.budget_tokens is None else limits.budget_tokens - state.tokens_used,
-            price_left=None if limits.budget_price is None else limits.budget_price - state.price_used,
-            calls_left=None if (left := self.calls_left(state, plan)) is None else left - len(plan.explored),
-            is_paced=limits.within_steps,
-            asked=state.asked,
-            defence=defence,
-        )
-
     async def _priced_call(
         self, call: AgentCall, wanted: NextCall, places: Places, text: StreamedText | None, *, has_other: bool
     ) -> AgentReply:
-        card = self._cards[call.agent]
+        card = self.cards[call.agent]
         async with self._turn():
             sent_unix_s = time.time()
             reply = await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=has_other)
         return replace(priced(reply, card.price), prompt=call.messages, sent_unix_s=sent_unix_s)
 
-    def fault_of(self, state: QueryState, plan: StepPlan) -> str | None:
-        """Return why a plan cannot run because agents with recorded replies alone would be asked more than the query."""
-        if not self._has_recorded:
-            return None
-        for activation in (*plan.activations, *plan.reserves, *plan.explored):
-            extra = _extra(*_seen(state, activation), activation) if self._cards[activation.agent].is_recorded else ""
+    def check_recorded(self, state: QueryState, plan: StepPlan, whose: str) -> None:
+        """Check that agents with recorded replies alone are asked no more than the query. Raises RequestError saying `whose`."""
+        for activation in (*plan.activations, *plan.reserves, *plan.explored) if self._has_recorded else ():
+            extra = _extra(*_seen(state, activation), activation) if self.cards[activation.agent].is_recorded else ""
             if extra:
-                return (
-                    f"step {len(state.steps) + 1} asks {activation.agent} with {extra} in the prompt; its replies are recorded, "
-                    "to the query alone; ask one question without earlier turns, by single, dense, random or dmoa, or use a pool "
-                    "whose engines generate"
+                raise RequestError(
+                    f"{whose}: step {len(state.steps) + 1} asks {activation.agent} with {extra} in the prompt; its replies are "
+                    "recorded, to the query alone; ask one question without earlier turns, by single, dense, random or dmoa, or "
+                    "use a pool whose engines generate"
                 )
-        return None
 
     def _cold_places(self, plan: StepPlan) -> set[str]:
         """Return the places without a replica, and start those of agents among the K most probable that want it so."""
@@ -278,13 +256,13 @@ class Dispatcher:
             return set()
         ranked = {decision.agents[index] for index in decision.ranking[: decision.max_agents]}
         for name in decision.cold:
-            if name in ranked and self._cards[name].cold == "warm_on_rank":
-                self._caller.cold_starter.start(self._cards[name])
-        return {self._cards[name].place for name in decision.cold}
+            if name in ranked and self.cards[name].cold == "warm_on_rank":
+                self._caller.cold_starter.start(self.cards[name])
+        return {self.cards[name].place for name in decision.cold}
 
     def _agent_call(self, state: QueryState, wanted: NextCall, *, is_final: bool) -> AgentCall:
         activation = wanted.activation
-        card = self._cards[activation.agent]
+        card = self.cards[activation.agent]
         query, history = _seen(state, activation)
         sampling = _sampling_of(activation, self.sampling_for(query, card.sampling, is_final=is_final))
         return AgentCall(

@@ -67,15 +67,11 @@ class AutoscalingConfig(Node):
     probable ones of a decision, chosen or not; a query that chose it waits. Only with min_replicas 0."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.max_replicas < self.min_replicas:
             raise ValueError(
                 f"max_replicas is {self.max_replicas}, below min_replicas {self.min_replicas}; raise it or lower the minimum"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_cold(self) -> Self:
         if self.cold != "wait" and self.min_replicas > 0:
             raise ValueError(
                 f"cold is {self.cold!r}; with min_replicas {self.min_replicas} there is always a replica; "
@@ -148,11 +144,9 @@ class TransformersOptions(EngineOptions):
 
     @property
     def memory_use(self) -> MemoryUse:
-        """Weights as they are, on the part of a GPU that the replica has."""
         return MemoryUse(dtype=self.dtype, max_model_len=self.max_model_len)
 
     def fault_of_gpus(self, gpus: float) -> str | None:
-        """Refuse GPUs that a replica would hold and not compute on."""
         if gpus > 1:
             return f"gpus is {gpus:g}; engine 'transformers' computes on one GPU; set gpus to 1 or less, or use engine vllm"
         if gpus and (self.device == "cpu" or self.dtype == "int8"):
@@ -224,7 +218,6 @@ class VllmOptions(EngineOptions):
 
     @property
     def abilities(self) -> tuple[str, ...]:
-        """Tools, where a parser is named."""
         return ("tools",) if self.tool_parser else ()
 
     @property
@@ -234,22 +227,18 @@ class VllmOptions(EngineOptions):
 
     @property
     def gpu_split(self) -> tuple[int, int]:
-        """As vLLM is told."""
         return self.tensor_parallel_size, self.pipeline_parallel_size
 
     @property
     def gpu_kind(self) -> str | None:
-        """As vLLM is told."""
         return self.accelerator_type
 
     @property
     def max_adapter_rank(self) -> int:
-        """The room for ranks."""
         return self.max_lora_rank
 
     @property
     def memory_use(self) -> MemoryUse:
-        """A part of each GPU, with room for adapters set aside."""
         return MemoryUse(
             dtype=self.dtype,
             max_model_len=self.max_model_len,
@@ -260,7 +249,6 @@ class VllmOptions(EngineOptions):
         )
 
     def fault_of_gpus(self, gpus: float) -> str | None:
-        """Return what is wrong with so many GPUs for a replica, None if nothing."""
         if gpus and gpus != self.num_workers:
             return (
                 f"gpus is {gpus:g}; tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
@@ -295,16 +283,13 @@ class OpenaiOptions(EngineOptions):
 
     @property
     def endpoint(self) -> str:
-        """The base URL."""
         return self.base_url.rstrip("/")
 
     @property
     def key_variable(self) -> str | None:
-        """As `api_key_env` names it."""
         return self.api_key_env
 
     def fault_of_gpus(self, gpus: float) -> str | None:
-        """Refuse any: the model runs elsewhere."""
         return f"gpus is {gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0" if gpus else None
 
     @model_validator(mode="after")
@@ -334,7 +319,6 @@ class RecordedOptions(EngineOptions):
     """Size of the models' vocabulary, for replies with `top_logprobs`: what probability that is not listed may be spread over."""
 
     def fault_of_gpus(self, gpus: float) -> str | None:
-        """Refuse any: nothing is computed."""
         return f"gpus is {gpus:g}; engine 'recorded' runs no model; set gpus to 0" if gpus else None
 
 
@@ -409,12 +393,10 @@ class EngineEntry:
         return not self.is_light and self.model_prefix is None
 
 
+_BUILTIN = ["transformers", "scripted", "vllm", "openai", "recorded"]
+# By name, because engines are above the configuration.
 ENGINES: Registry[EngineEntry] = Registry(
-    EngineEntry,
-    what="engine",
-    group="dmoa.engines",
-    # By name, because engines are above the configuration.
-    builtin={name: f"dmoa.engines:build_{name}" for name in ("transformers", "scripted", "vllm", "openai", "recorded")},
+    EngineEntry, what="engine", group="dmoa.engines", builtin={name: f"dmoa.engines:build_{name}" for name in _BUILTIN}
 )
 
 
@@ -438,13 +420,6 @@ def owner_of(given: Iterable[str], engine: str) -> str:
 EngineName = Annotated[
     str,
     AfterValidator(_check_engine),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": ["transformers", "scripted", "vllm", "openai", "recorded"], "type": "string"},
-                {"type": "string"},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [{"enum": _BUILTIN, "type": "string"}, {"type": "string"}]}),
 ]
 """Name of an engine, of dmoa's own or of an installed package, or `FILE.py:NAME`."""

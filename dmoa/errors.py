@@ -8,6 +8,7 @@ to do next.
 from __future__ import annotations
 
 import errno
+from functools import partial
 
 
 class DmoaError(Exception):
@@ -48,11 +49,7 @@ class RequestError(DmoaError, ValueError):
         self.status = status
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_request_error, (str(self), self.param, self.code, self.status))
-
-
-def _rebuild_request_error(message: str, param: str | None, code: str | None, status: int) -> RequestError:
-    return RequestError(message, param=param, code=code, status=status)
+        return partial(RequestError, param=self.param, code=self.code, status=self.status), (str(self),)
 
 
 class AgentUnavailableError(DmoaError, ConnectionError):

@@ -11,7 +11,7 @@ import io
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,10 @@ from dmoa.core.features import Preset
 from dmoa.core.forms import agreement_key
 from dmoa.core.in_step import context_part
 from dmoa.errors import ConfigError
-from dmoa.flat import reply_of
+from dmoa.flat import flat_reply, reply_of
 from dmoa.records import quicken
-from dmoa.trace import AnsweredQuery
-from dmoa.types import AgentReply, Answer, FloatArray, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.trace import AnsweredQuery, decision_of
+from dmoa.types import Answer, FloatArray, RouteRequest, StepRecord, SummarizerRecord
 
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
 """Tokens have no digits: a number in a text would be read as its answer."""
@@ -143,9 +143,9 @@ _REPLY = pa.struct(
     | {name: pa.float64() for name in ("entropy_sum_nats", "entropy_sq_sum", "entropy_slack_nats", "latency_ms", "engine_ms")}
     | {"right_probability": pa.float64(), "attempts": pa.int64()}
 )
-_FIELDS = frozenset(_REPLY.names)
-_OWN = tuple(part.name for part in fields(AgentReply) if part.name in _FIELDS)
 _NAMES = pa.list_(pa.string())
+_OF_RECORD = ("tenant", "fingerprint", "created_unix_s")
+_OF_ANSWER = ("trace_id", "policy", "stop_reason", "finish_reason", "degraded", "gate_version", "wall_ms")
 SCHEMA = pa.schema(
     {name: pa.string() for name in ("trace_id", "tenant", "fingerprint", "policy", "stop_reason", "finish_reason", "answer")}
     | {"degraded": pa.bool_(), "gate_version": pa.string(), "created_unix_s": pa.float64(), "wall_ms": pa.float64()}
@@ -174,13 +174,12 @@ def _is_decided(answer: Answer) -> bool:
 
 def _rows(record: Feedback) -> Iterable[dict[str, Any]]:
     answer = record.answer
-    common = {name: getattr(record, name) for name in ("tenant", "fingerprint", "created_unix_s")} | {"answer": answer.text}
-    common |= {name: getattr(answer, name) for name in ("trace_id", "policy", "stop_reason", "finish_reason", "degraded")}
-    common |= {"gate_version": answer.gate_version, "wall_ms": answer.wall_ms}
+    common = {name: getattr(record, name) for name in _OF_RECORD} | {name: getattr(answer, name) for name in _OF_ANSWER}
     for step in answer.steps:
         assert step.decision is not None
         assert step.route is not None
         yield common | {
+            "answer": answer.text,
             "step": step.step,
             "step_wall_ms": step.wall_ms,
             "mass": step.mass,
@@ -195,16 +194,8 @@ def _rows(record: Feedback) -> Iterable[dict[str, Any]]:
             "summarizer": step.summarizer.mode,
             "verdict": step.summarizer.verdict,
             "input": step.route.input_X,
-            "replies": [_flat(reply) for reply in step.replies],
+            "replies": list(map(flat_reply, step.replies)),
         }
-
-
-def _flat(reply: AgentReply) -> dict[str, Any]:
-    """Return the fields of `_REPLY`, as `flat_reply` names them, which would take ten times as long."""
-    found = {name: getattr(reply, name) for name in _OWN}
-    for prefix, value in (("entropy_", reply.entropy), ("", reply.usage)):
-        found |= {prefix + part: getattr(value, part) for part in value.__slots__ if prefix + part in _FIELDS}
-    return found
 
 
 def write_feedback(records: Iterable[Feedback]) -> bytes:
@@ -236,22 +227,14 @@ def read_feedback(data: bytes, where: str) -> list[Feedback]:
 
 def _record(rows: Sequence[dict[str, Any]]) -> Feedback:
     first = rows[0]
-    answer = Answer(
-        steps=tuple(_step(row) for row in rows),
-        text=first["answer"],
-        **{name: first[name] for name in ("trace_id", "policy", "stop_reason", "finish_reason", "degraded")},
-        **{name: first[name] for name in ("gate_version", "wall_ms")},
-    )
-    return Feedback(answer=answer, **{name: first[name] for name in ("tenant", "fingerprint", "created_unix_s")})
+    answer = Answer(steps=tuple(map(_step, rows)), text=first["answer"], **{name: first[name] for name in _OF_ANSWER})
+    return Feedback(answer=answer, **{name: first[name] for name in _OF_RECORD})
 
 
 def _step(row: dict[str, Any]) -> StepRecord:
-    chance_A, masked = np.asarray(row["probability"], np.float32), tuple(row["masked"])
-    ranking = sorted((a for a, name in enumerate(row["agents"]) if name not in masked), key=lambda a: -float(chance_A[a]))
-    replies: list[AgentReply] = [reply_of(reply) for reply in row["replies"]]
     return StepRecord(
         step=row["step"],
-        replies=tuple(replies),
+        replies=tuple(map(reply_of, row["replies"])),
         active=tuple(row["active"]),
         explored=tuple(zip(row["explored"], row["propensity"], strict=True)),
         summary="",
@@ -259,15 +242,13 @@ def _step(row: dict[str, Any]) -> StepRecord:
         mass=row["mass"],
         right_probability=row["right_probability"],
         wall_ms=row["step_wall_ms"],
-        decision=RouteDecision(
-            gate_version=row["gate_version"],
-            agents=tuple(row["agents"]),
-            probability_A=chance_A,
-            ranking=tuple(ranking),
+        decision=decision_of(
+            row["agents"],
+            row["probability"],
+            masked=tuple(row["masked"]),
             k=max(1, len(row["active"])),
             mass=row["mass"],
-            masked=masked,
-            hidden_H=np.zeros(0, np.float32),
+            gate_version=row["gate_version"],
         ),
         route=RouteRequest(input_X=row["input"], max_agents=row["max_agents"]),
     )

@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
 
 from dmoa.agents.json_forms import (
     calls_fault,
@@ -33,6 +32,7 @@ from dmoa.types import (
     AgentReply,
     Choice,
     FinalCall,
+    FinishReason,
     Message,
     QueryState,
     StepRecord,
@@ -50,15 +50,7 @@ _CALL_BEGINS = re.compile(r"[{\[<`]")
 Emit = Callable[[TextDelta], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Written:
-    """One choice, and the replies that it took."""
-
-    choice: Choice
-    replies: tuple[AgentReply, ...]
-
-
-class _Lead:
+class _HandedOn:
     """Hands text on up to where a call of a tool in words may begin."""
 
     def __init__(self, emit: Emit) -> None:
@@ -71,12 +63,15 @@ class _Lead:
         """Take a piece of text, or of a thought, which goes on as it is."""
         if delta.is_reasoning:
             self._emit(delta)
-        elif not self._is_over:
-            piece = _CALL_BEGINS.split(delta.text, maxsplit=1)[0]
-            self._is_over = piece != delta.text
+        elif not self._is_over and (piece := self._begin(delta.text)):
             self.text += piece
-            if piece:
-                self._emit(TextDelta(text=piece))
+            self._emit(TextDelta(text=piece))
+
+    def _begin(self, piece: str) -> str:
+        """Return what of a piece is handed on."""
+        lead = _CALL_BEGINS.split(piece, maxsplit=1)[0]
+        self._is_over = lead != piece
+        return lead
 
     def joined(self, choice: Choice) -> Choice:
         """Return an answer that begins with what was handed on."""
@@ -85,28 +80,18 @@ class _Lead:
         return replace(choice, text="\n\n".join(filter(str.strip, (self.text, choice.text))))
 
 
-class _Json:
+class _HandedOnJson(_HandedOn):
     """Hands the object or list of a text on as it comes, up to what closes it; what begins otherwise waits for its end."""
 
     def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self.text = ""
-        """What was handed on."""
-        self._is_over = False
+        super().__init__(emit)
         self._depth = 0
         self._is_quoted = self._is_escaped = False
 
-    def take(self, delta: TextDelta) -> None:
-        """Take a piece of text, or of a thought, which goes on as it is."""
-        if delta.is_reasoning:
-            self._emit(delta)
-            return
-        piece = delta.text if self.text else delta.text.lstrip()
-        self._is_over = self._is_over or (not self.text and piece[:1] not in ("", "{", "["))
-        if piece and not self._is_over:
-            piece = piece[: self._end(piece)]
-            self.text += piece
-            self._emit(TextDelta(text=piece))
+    def _begin(self, piece: str) -> str:
+        piece = piece if self.text else piece.lstrip()
+        self._is_over = not self.text and piece[:1] not in ("", "{", "[")
+        return "" if self._is_over else piece[: self._end(piece)]
 
     def _end(self, piece: str) -> int:
         """Return where the value ends in a piece, its length where it does not."""
@@ -125,19 +110,19 @@ class _Json:
         return len(piece)
 
 
+@dataclass(frozen=True, slots=True)
 class FinalCaller:
     """Asks for answers in the form that a client wants."""
 
-    def __init__(self, dispatcher: Dispatcher, writer: AgentCard | None) -> None:
-        """`writer`: the summarizer that writes answers; None: the agent whose contribution was chosen does."""
-        self._dispatcher = dispatcher
-        self._writer = writer
+    dispatcher: Dispatcher
+    writer: AgentCard | None
+    """The summarizer that writes answers; None: the agent whose contribution was chosen does."""
 
     def check(self, final: FinalCall, agent: str | None = None) -> None:
         """Check that somebody can answer so; `agent`: the one that alone is asked. Raises RequestError."""
-        known = self._dispatcher.cards
+        known = self.dispatcher.cards
         asked = [known[agent]] if agent is not None and agent in known else list(known.values())
-        cards = [self._writer] if self._writer else asked
+        cards = [self.writer] if self.writer else asked
         lacks = {card.name: _lack(card, final) for card in cards}
         if all(lacks.values()):
             param = lacks[cards[0].name]
@@ -165,21 +150,22 @@ class FinalCaller:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        choices, replies = tuple(one.choice for one in written), tuple(reply for one in written for reply in one.replies)
-        first, has_agent = choices[0], self._writer is None
-        used = reduce(TokenUsage.__add__, (reply.usage for reply in replies))
-        record = SummarizerRecord(
-            mode="select" if has_agent else "llm",
-            verdict="rule" if has_agent else "final",
-            reasoning=first.reasoning,
-            usage=TokenUsage() if has_agent else used,
-            latency_ms=0.0 if has_agent else max(reply.latency_ms for reply in replies),
-            engine_ms=0.0 if has_agent else max(reply.engine_ms for reply in replies),
-            finish_reason="length" if first.finish_reason == "length" else "stop",
-            price=None if has_agent else total_price(replies),
-            prompt=() if has_agent else replies[0].prompt,
-            sent_unix_s=0.0 if has_agent else replies[0].sent_unix_s,
-        )
+        choices, replies = tuple(choice for choice, _ in written), tuple(reply for _, asked in written for reply in asked)
+        first, has_agent = choices[0], self.writer is None
+        ending: FinishReason = "length" if first.finish_reason == "length" else "stop"
+        record = SummarizerRecord(mode="select", verdict="rule", reasoning=first.reasoning, finish_reason=ending)
+        if not has_agent:
+            record = replace(
+                record,
+                mode="llm",
+                verdict="final",
+                usage=sum((reply.usage for reply in replies), TokenUsage()),
+                latency_ms=max(reply.latency_ms for reply in replies),
+                engine_ms=max(reply.engine_ms for reply in replies),
+                price=total_price(replies),
+                prompt=replies[0].prompt,
+                sent_unix_s=replies[0].sent_unix_s,
+            )
         step = StepRecord(
             step=len(state.steps),
             replies=replies if has_agent else (),
@@ -192,22 +178,25 @@ class FinalCaller:
 
     def _card(self, state: QueryState, final: FinalCall) -> AgentCard:
         """Return who writes: the summarizer, the agent that was chosen, or else the next one whose engine can."""
-        if self._writer is not None:
-            return self._writer
-        cards, summary = self._dispatcher.cards, state.summary
+        if self.writer is not None:
+            return self.writer
+        cards, summary = self.dispatcher.cards, state.summary
         authors = [reply.agent for step in reversed(state.steps) for reply in step.replies if reply.text == summary]
         names = dict.fromkeys([*authors, *(name for step in reversed(state.steps) for name in step.active), *cards])
         return next(cards[name] for name in names if not _lack(cards[name], final))
 
-    async def _choice(self, state: QueryState, card: AgentCard, final: FinalCall, number: int, emit: Emit | None) -> _Written:
+    async def _choice(
+        self, state: QueryState, card: AgentCard, final: FinalCall, number: int, emit: Emit | None
+    ) -> tuple[Choice, tuple[AgentReply, ...]]:
+        """Return one of the answers, and the replies that it took."""
         is_prompted = bool(final.tools) and TOOLS not in card.abilities
         # With tools a model that runs here is guided to calls, and to no schema.
         is_guided = SCHEMA in card.abilities and not (final.tools and _runs_model(card))
         is_sure = not is_prompted and final.tool_choice == "auto" and (final.schema is None or is_guided)
         emit = emit if final.tool_choice == "auto" and final.n == 1 and final.top_logprobs is None else None
         live = emit if is_sure and final.schema is None else None
-        lead = _Lead(emit) if emit and is_prompted and final.schema is None else None
-        form = _Json(emit) if emit and is_sure and final.schema is not None else None
+        lead = _HandedOn(emit) if emit and is_prompted and final.schema is None else None
+        form = _HandedOnJson(emit) if emit and is_sure and final.schema is not None else None
         call = self._call(state, card, final, number, is_prompted=is_prompted)
         reply = await self._ask(call, card, lead.take if lead else form.take if form else live)
         replies: tuple[AgentReply, ...] = (reply,)
@@ -232,14 +221,14 @@ class FinalCaller:
             raise RequestError(f"{message}; its text: {shown}", param=what, code="invalid_answer", status=422)
         if not choice.text.strip() and not choice.tool_calls:
             raise EmptyAnswerError("the final call wrote nothing; ask again, or raise max_tokens")
-        return _Written(choice=lead.joined(choice) if lead else choice, replies=replies)
+        return lead.joined(choice) if lead else choice, replies
 
     def _call(self, state: QueryState, card: AgentCard, final: FinalCall, number: int, *, is_prompted: bool) -> AgentCall:
         is_forced = is_prompted and final.tool_choice != "auto"
         is_guided = SCHEMA in card.abilities
         wanted = calls_schema(final) if is_forced else None if final.tools and _runs_model(card) else final.schema
         schema = wanted if is_guided else None
-        sampling = self._dispatcher.sampling_for(state.query, card.sampling, is_final=True)
+        sampling = self.dispatcher.sampling_for(state.query, card.sampling, is_final=True)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + number)
         is_bound = schema is not None or (bool(final.tools) and final.tool_choice != "auto")
@@ -265,7 +254,7 @@ class FinalCaller:
         return agent_messages(state.query, state.history, profile=card.profile, instruction=f"{_TASK}\n{form}")
 
     async def _ask(self, call: AgentCall, card: AgentCard, emit: Emit | None) -> AgentReply:
-        reply = await self._dispatcher.ask_once(call, card, emit)
+        reply = await self.dispatcher.ask_once(call, card, emit)
         if reply.status == "ok":
             return reply
         if reply.status == "late":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from dmoa.types import AgentReply, EntropySum, TokenUsage
 
 Value = TypeVar("Value", TokenUsage, EntropySum)
-_PREFIXES: dict[type, str] = {TokenUsage: "", EntropySum: "entropy_"}
-_REASONING = "reasoning_entropy_"
+_PREFIXES = {"usage": "", "entropy": "entropy_", "reasoning_entropy": "reasoning_entropy_"}
+"""What stands ahead of the fields of a reply's value objects."""
 _NOT_KEPT = ("prompt", "sent_unix_s", "is_barred", "is_bug", "tool_calls", "logprobs")
 """What is a reply's only where it was given."""
+_KEPT = tuple(part.name for part in fields(AgentReply) if part.name not in _NOT_KEPT)
 
 
 class TokenFields(BaseModel):
@@ -38,30 +39,28 @@ class TokenFields(BaseModel):
         return _value_of(TokenUsage, {name: getattr(self, name) for name in TokenFields.model_fields})
 
 
-def flat(value: TokenUsage | EntropySum, prefix: str | None = None) -> dict[str, Any]:
-    """Return the fields of a value object by their flat names; `prefix`: ahead of each, None: that of its kind."""
-    before = _PREFIXES[type(value)] if prefix is None else prefix
-    return {before + name: part for name, part in asdict(value).items()}
+def flat(value: TokenUsage | EntropySum, prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a value object by their flat names, with `prefix` ahead of each."""
+    return {prefix + name: getattr(value, name) for name in value.__slots__}
 
 
 def flat_reply(reply: AgentReply) -> dict[str, Any]:
     """Return the fields of a reply, with those of its value objects in their places."""
     found: dict[str, Any] = {}
-    for name, value in ((part.name, getattr(reply, part.name)) for part in fields(reply) if part.name not in _NOT_KEPT):
-        prefix = _REASONING if name == "reasoning_entropy" else None
-        found |= flat(value, prefix) if type(value) in _PREFIXES else {name: value}
+    for name in _KEPT:
+        value = getattr(reply, name)
+        found |= flat(value, _PREFIXES[name]) if name in _PREFIXES else {name: value}
     return found
 
 
 def reply_of(row: Mapping[str, Any]) -> AgentReply:
     """Return the reply that `flat_reply` made flat; what is not there has its default. Raises TypeError for other fields."""
     rest = dict(row)
-    usage, entropy, thought = _value_of(TokenUsage, rest), _value_of(EntropySum, rest), _value_of(EntropySum, rest, _REASONING)
-    return AgentReply(**rest, usage=usage, entropy=entropy, reasoning_entropy=thought)
+    usage, entropy = _value_of(TokenUsage, rest), _value_of(EntropySum, rest, "entropy_")
+    return AgentReply(usage=usage, entropy=entropy, reasoning_entropy=_value_of(EntropySum, rest, "reasoning_entropy_"), **rest)
 
 
-def _value_of(kind: type[Value], row: dict[str, Any], prefix: str | None = None) -> Value:
+def _value_of(kind: type[Value], row: dict[str, Any], prefix: str = "") -> Value:
     """Take the fields of a value object out of a flat record."""
-    before = _PREFIXES[kind] if prefix is None else prefix
-    names = {part.name: before + part.name for part in fields(kind)}
+    names = {part.name: prefix + part.name for part in fields(kind)}
     return kind(**{name: row.pop(key) for name, key in names.items() if key in row})

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, SelectSummarizer, Summarizer
-from dmoa.core.aggregate import anchors_of, contributions, select_contribution, surest_contribution
+from dmoa.core.aggregate import Selection, anchors_of, contributions, select_contribution, surest_contribution
 from dmoa.core.answers import THOUGHT_ONLY
 from dmoa.core.defences import EXAMINE, EXAMINE_TOKENS, barred, examined_groups, is_refuted
 from dmoa.core.in_step import Judgement, judge
@@ -40,7 +40,6 @@ from dmoa.types import (
     Defence,
     Event,
     FinalCall,
-    Price,
     Query,
     QueryState,
     Sampling,
@@ -69,15 +68,10 @@ class Orchestrator:
     dispatcher: Dispatcher
     """Reaches the agents, with the one retry loop."""
     summarizer: Summarizer
-    summarizer_sampling: Sampling
-    is_select: bool
-    """Whether the summarizer only selects: then rules decide when to stop."""
-    summarizer_price: Price | None = None
-    """What an `llm` summarizer's tokens cost."""
     defence: Defence = "none"
     """Which contributions count, for the pool's summarizer, votes, stopping rules and later steps."""
     writer: AgentCard | None = None
-    """The `llm` summarizer as one that writes answers in the form that a client wants; None: agents do."""
+    """The `llm` summarizer, which also writes answers in the form that a client wants; None: agents do."""
 
     def check(self, query: Query, agent: str | None = None) -> None:
         """Check that somebody can write the answer that a query wants; `agent`: who alone is asked. Raises RequestError."""
@@ -118,9 +112,7 @@ class Orchestrator:
                 reason = "no_agent" if is_lost else plan.reason
                 break
             plan = self._within_calls(state, plan)
-            fault = self.dispatcher.fault_of(state, plan)
-            if fault:
-                raise RequestError(f"policy: {policy.name!r}: {fault}")
+            self.dispatcher.check_recorded(state, plan, f"policy: {policy.name!r}")
             previous = state.summary
             asked = await self._ask(state, plan, tell)
             again = {reply.agent for reply in asked.replies}
@@ -245,9 +237,7 @@ class Orchestrator:
             ),
             fold="keep",
         )
-        fault = self.dispatcher.fault_of(state, examination)
-        if fault:
-            raise RequestError(f"summarizer.defence: 'cross_examination': {fault}")
+        self.dispatcher.check_recorded(state, examination, "summarizer.defence: 'cross_examination'")
         used = replace(state, tokens_used=state.tokens_used + sum(reply.usage.total for reply in replies))
         verdicts = (await self.dispatcher.ask(used, examination, None)).replies
         # Fewer than asked where what is left of a paced budget does not pay for the last ones.
@@ -259,10 +249,10 @@ class Orchestrator:
     async def _fold(
         self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit, judgement: Judgement | None
     ) -> Fold:
-        if not state.summary and (plan.fold == "keep" or not usable):
-            return Fold(summary="", record=SummarizerRecord(mode="select", verdict="rule"), selection=None)
         if plan.fold == "keep":
             usable = ()
+        if not state.summary and not usable:
+            return Fold(summary="", record=SummarizerRecord(mode="select", verdict="rule"), selection=None)
         if not usable or plan.fold == "pass":
             # Without a contribution the last summary stands, and it ended as it did.
             source = usable[0] if usable else state.steps[-1].summarizer
@@ -272,17 +262,18 @@ class Orchestrator:
                 mode="select", verdict="rule", reasoning=source.reasoning if is_final else "", finish_reason=ending
             )
             return Fold(summary=text, record=record, selection=None)
-        sampling = self.dispatcher.sampling_for(state.query, self.summarizer_sampling, is_final=True)
         leading, anchors = judgement.selection if judgement else None, anchors_of(plan.decision)
-        if plan.fold == "surest":
-            return await SelectSummarizer().fold(
-                state, usable, sampling, emit, lambda replies: surest_contribution(replies, anchors)
-            )
-        folder = SelectSummarizer() if plan.fold == "vote" else self.summarizer
-        fold = await folder.fold(
-            state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors, asked=state.asked)
-        )
-        return replace(fold, record=priced(fold.record, self.summarizer_price))
+
+        def choose(replies: Sequence[AgentReply]) -> Selection | None:
+            if plan.fold == "surest":
+                return surest_contribution(replies, anchors)
+            return leading or select_contribution(replies, anchors, asked=state.asked)
+
+        writer = self.writer if plan.fold == "summarizer" else None
+        folder = self.summarizer if plan.fold == "summarizer" else SelectSummarizer()
+        sampling = self.dispatcher.sampling_for(state.query, writer.sampling if writer else Sampling(), is_final=True)
+        fold = await folder.fold(state, usable, sampling, emit, choose)
+        return fold if writer is None else replace(fold, record=priced(fold.record, writer.price))
 
     def _within_calls(self, state: QueryState, plan: StepPlan) -> StepPlan:
         """Return the plan with as many agents as the calls left allow, the summarizer's kept back; the others may stand in."""
@@ -317,7 +308,7 @@ class Orchestrator:
             return "stages"
         if usable and plan.fold == "summarizer" and not state.query.stages:
             rule = rule_stop(
-                mode="select" if self.is_select else "llm",
+                mode="select" if self.dispatcher.is_select else "llm",
                 verdict=step.summarizer.verdict,
                 active_replies=usable,
                 selection=fold.selection,

@@ -45,6 +45,11 @@ T = TypeVar("T", bound=Entry)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def is_name(text: str) -> bool:
+    """Tell whether a text can be the name of a pool, an LLM, an agent, or an entry."""
+    return _NAME.fullmatch(text) is not None
+
+
 def is_reference(text: str) -> bool:
     """Tell whether a text names a thing in a file, as `FILE.py:NAME` does, or is meant to."""
     return _REFERENCE.fullmatch(text) is not None
@@ -73,7 +78,7 @@ def missing_file(text: str, folder: Path) -> str | None:
 
 def home_of(thing: Callable[..., Any]) -> str:
     """Return the file of a class or function, for a message."""
-    return _home(thing.__module__)
+    return str(getattr(sys.modules.get(thing.__module__), "__file__", None) or thing.__module__)
 
 
 def _parts(reference: str) -> tuple[str, str]:
@@ -138,7 +143,7 @@ class Registry(MutableMapping[str, T]):
 
     def add(self, entry: T, owner: F) -> F:
         """Enter what a decorator stands on, and return it. Raises ConfigError for a bad name and for one that is taken."""
-        if not _NAME.fullmatch(entry.name):
+        if not is_name(entry.name):
             raise ConfigError(
                 f"@{self._what}({entry.name!r}): a name has 1-64 lower case letters, digits, '-', '_' and '.', and begins with a "
                 "letter or digit; choose such a name"
@@ -146,7 +151,7 @@ class Registry(MutableMapping[str, T]):
         mine = (owner.__module__, owner.__qualname__)
         home = self._builtin[entry.name].partition(":")[0] if entry.name in self._builtin else owner.__module__
         if home != owner.__module__ or self._owners.get(entry.name, mine) != mine:
-            raise ConfigError(f"@{self._what}({entry.name!r}) in {_home(owner.__module__)}: the name is taken; choose another")
+            raise ConfigError(f"@{self._what}({entry.name!r}) in {home_of(owner)}: the name is taken; choose another")
         setattr(owner, _ENTRY, entry)
         self._found[entry.name] = entry
         self._owners[entry.name] = mine
@@ -242,10 +247,6 @@ def _run_file(path: Path) -> Any:
         spec.loader.exec_module(module)
         undo.pop_all()
     return module
-
-
-def _home(module: str) -> str:
-    return str(getattr(sys.modules.get(module), "__file__", None) or module)
 
 
 def _said(error: BaseException) -> str:

@@ -60,20 +60,16 @@ def time_left(deadline_unix_s: float | None) -> float | None:
 class ColdStarter:
     """Has replicas started by pinging agents without one."""
 
-    def __init__(self, agents: AgentClient, *, patience_s: float) -> None:
-        """A replica may take `patience_s` to start."""
+    def __init__(self, agents: AgentClient) -> None:
         self._agents = agents
-        self._patience_s = patience_s
         self._starting: dict[str, asyncio.Task[None]] = {}
 
     def start(self, card: AgentCard) -> asyncio.Task[None]:
         """Have a replica started at the agent's place; returns at once the task that ends when it answers."""
-        found = self._starting.get(card.place)
-        if found is None:
-            found = asyncio.get_running_loop().create_task(self._ping(card.name))
-            self._starting[card.place] = found
-            found.add_done_callback(lambda task: self._over(card.place, task))
-        return found
+        if card.place not in self._starting:
+            starting = self._starting[card.place] = asyncio.create_task(self._ping(card.name))
+            starting.add_done_callback(lambda task: self._over(card.place, task))
+        return self._starting[card.place]
 
     async def is_up(self, card: AgentCard, *, within_s: float | None) -> bool:
         """Wait until the agent's place answers; False if it does not in time (None: no limit), and then it goes on starting.
@@ -88,10 +84,10 @@ class ColdStarter:
 
     async def _ping(self, agent: str) -> None:
         try:
-            async with asyncio.timeout(self._patience_s):
+            async with asyncio.timeout(COLD_PATIENCE_S):
                 await self._agents.ping(agent)
         except TimeoutError:
-            raise AgentUnavailableError(f"agent {agent!r}: no replica of it started within {self._patience_s:.0f} s") from None
+            raise AgentUnavailableError(f"agent {agent!r}: no replica of it started within {COLD_PATIENCE_S:.0f} s") from None
 
     def _over(self, place: str, task: asyncio.Task[None]) -> None:
         del self._starting[place]
@@ -108,7 +104,6 @@ class StreamedText:
         self._thought = ""
 
     def __bool__(self) -> bool:
-        """Tell whether any text was handed on."""
         return bool(self._text)
 
     def go_on(self, seen: str, agent: str, *, is_whole: bool = False) -> None:
@@ -181,12 +176,10 @@ class LateReplies:
 class AgentCaller:
     """Makes calls through an agent client, and tells the router of dead places."""
 
-    def __init__(self, agents: AgentClient, router: Router | None, *, patience_s: float, cold_patience_s: float) -> None:
-        """Without a deadline a dead place is waited for `patience_s`; a replica may take `cold_patience_s` to start."""
+    def __init__(self, agents: AgentClient, router: Router | None) -> None:
         self._agents = agents
         self._router = router
-        self.cold_starter = ColdStarter(agents, patience_s=cold_patience_s)
-        self._patience_s = patience_s
+        self.cold_starter = ColdStarter(agents)
         self.late_replies = LateReplies()
 
     async def call_with_recovery(
@@ -256,7 +249,7 @@ class AgentCaller:
         The reply keeps what the lost attempt met. `dead` are the places that are known to be dead, this one while it is.
         """
         attempts, loop, left = lost.attempts, asyncio.get_running_loop(), time_left(call.deadline_unix_s)
-        give_up = loop.time() + (self._patience_s if left is None else left)
+        give_up = loop.time() + (PATIENCE_S if left is None else left)
         too_late = None if left is None else loop.time() + left
 
         async def attempt() -> AgentReply:

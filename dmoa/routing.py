@@ -44,6 +44,7 @@ class Decided:
     """What a router has counted, to be added to what another one counts."""
 
     begun: tuple[int, int] = (0, 0)
+    """Queries that began with the current version and with the one beside it, while there was one."""
     activations: Counter[str] = field(default_factory=Counter)
     num_decisions: int = 0
     num_batches: int = 0
@@ -71,11 +72,8 @@ class LocalRouter:
         """How long a decision may wait for others to share its batch."""
         self._beside: str | None = None
         self._beside_below = 0
-        self.begun = (0, 0)
-        """Queries that began with the current version and with the one beside it, while there was one."""
-        self.activations: Counter[str] = Counter()
-        self.num_decisions = 0
-        self.num_batches = 0
+        self.decided = Decided()
+        """Counts; inputs are not kept here."""
 
     @property
     def current(self) -> str:
@@ -99,18 +97,16 @@ class LocalRouter:
 
     def take_decided(self) -> Decided:
         """Return what was counted since the last call, without inputs."""
-        decided = Decided(
-            begun=self.begun, activations=self.activations, num_decisions=self.num_decisions, num_batches=self.num_batches
-        )
-        self.begun, self.activations, self.num_decisions, self.num_batches = (0, 0), Counter(), 0, 0
+        decided, self.decided = self.decided, Decided()
         return decided
 
     def add_decided(self, decided: Decided) -> None:
         """Count what another router decided."""
-        self.begun = (self.begun[0] + decided.begun[0], self.begun[1] + decided.begun[1])
-        self.activations.update(decided.activations)
-        self.num_decisions += decided.num_decisions
-        self.num_batches += decided.num_batches
+        own = self.decided
+        own.begun = (own.begun[0] + decided.begun[0], own.begun[1] + decided.begun[1])
+        own.activations.update(decided.activations)
+        own.num_decisions += decided.num_decisions
+        own.num_batches += decided.num_batches
 
     def install(self, version: str, gate: Gate) -> None:
         """Make `gate` the version that new queries begin with; running ones keep theirs."""
@@ -136,7 +132,8 @@ class LocalRouter:
         # With the version: the next trial draws other queries.
         drawn = hashlib.blake2b(f"{self._beside}/{request.trace_id}".encode(), digest_size=4).digest()
         is_beside = int.from_bytes(drawn) < self._beside_below
-        self.begun = (self.begun[0] + (not is_beside), self.begun[1] + is_beside)
+        current, beside = self.decided.begun
+        self.decided.begun = (current + (not is_beside), beside + is_beside)
         return self._beside if is_beside else self._current
 
     def use(self, version: str) -> None:
@@ -218,10 +215,10 @@ class LocalRouter:
                 raise
             _LOG.exception("gate %s failed; falling back to %s", decider.version, good)
             decisions = self._decider(good).decide(requests, self.masked)
-        self.num_batches += 1
-        self.num_decisions += len(requests)
+        self.decided.num_batches += 1
+        self.decided.num_decisions += len(requests)
         for decision in decisions:
-            self.activations.update(decision.agents[index] for index in decision.ranking[: decision.k])
+            self.decided.activations.update(decision.agents[index] for index in decision.ranking[: decision.k])
         if is_beside:
             decisions = [replace(decision, is_beside=True) for decision in decisions]
         if self._routed_by == "router" and not self.cold:  # as decisions say by themselves

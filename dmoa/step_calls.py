@@ -5,14 +5,24 @@ No clock and no I/O: whether time is left, and whether text was handed on, come 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dmoa.core.aggregate import anchors_of, is_any_sure
 from dmoa.core.defences import barred
 from dmoa.core.in_step import judge
-from dmoa.types import Activation, AgentReply, ColdPolicy, Defence, Price, RouteDecision, Sampling, StepPlan, TokenUsage
+from dmoa.types import (
+    Activation,
+    AgentReply,
+    ColdPolicy,
+    Defence,
+    Price,
+    QueryState,
+    RouteDecision,
+    Sampling,
+    StepPlan,
+    TokenUsage,
+)
 
 MAX_MISSED = 16
 """Most masked agents of which a step waits for the first to be back."""
@@ -85,6 +95,7 @@ class NextCall:
     """The reply of the same call when it was lost with its place, where it is now sent again until the place is back."""
 
 
+@dataclass(eq=False)
 class StepCalls:
     """The calls of one step: no reserve is asked twice, or in a place that is known to be dead.
 
@@ -93,38 +104,26 @@ class StepCalls:
     replies call for one agent more at a time: the next-ranked, or with a label model whoever's reply is worth most.
     """
 
-    def __init__(
-        self,
-        plan: StepPlan,
-        cards: Mapping[str, AgentCard],
-        places: Places,
-        *,
-        tokens_left: int | None,
-        price_left: float | None = None,
-        calls_left: int | None = None,
-        is_paced: bool = False,
-        asked: str = "",
-        defence: Defence = "none",
-    ) -> None:
-        """`places` is the caller's, who keeps it up to date; what is left of the query's budgets, None: no budget.
+    plan: StepPlan
+    cards: Mapping[str, AgentCard]
+    places: Places
+    """The caller's, who keeps it up to date."""
+    state: QueryState
+    calls_left: int | None = None
+    """What is left of the query's budget of calls; None: no budget."""
+    defence: Defence = "none"
+    """Replies that it leaves out do not make a step sure."""
 
-        `is_paced`: `Limits.within_steps`; `asked` is what the agents are asked; replies that the defence leaves out do not make
-        a step sure.
-        """
-        self._defence: Defence = defence
-        self._is_paced = is_paced and (tokens_left is not None or price_left is not None)
+    def __post_init__(self) -> None:
+        state, limits = self.state, self.state.query.limits
+        self._asked = state.asked
+        self._tokens_left = None if limits.budget_tokens is None else limits.budget_tokens - state.tokens_used
+        self._price_left = None if limits.budget_price is None else limits.budget_price - state.price_used
+        self._is_paced = limits.within_steps and not (self._tokens_left is None and self._price_left is None)
         self._held: list[Activation] = []
-        self._asked = asked
-        self._plan = plan
-        self._cards = cards
-        self._places = places
-        self._tokens_left = tokens_left
-        self._price_left = price_left
-        self._calls_left = calls_left
-        self._reserves = list(plan.reserves)
+        self._reserves = list(self.plan.reserves)
         self._chains: list[list[tuple[Activation, AgentReply]]] = []
         self._flying: list[NextCall] = []
-        self._beside: Counter[int] = Counter()  # chain -> its calls under way
         self._has_text = False
         self._has_insisted = False
 
@@ -136,14 +135,14 @@ class StepCalls:
     @property
     def has_agent_up(self) -> bool:
         """Whether a chosen agent, or one of the reserves that are left, is in a place that is up."""
-        unfit = self._places.cold | self._places.dead
-        return any(self._place(x) not in unfit for x in (*self._plan.activations, *self._reserves))
+        unfit = self.places.cold | self.places.dead
+        return any(self._place(x) not in unfit for x in (*self.plan.activations, *self._reserves))
 
     def begin(self) -> list[NextCall]:
         """Return the calls of the plan's agents."""
-        together = 1 if self._is_paced else len(self._plan.activations)
-        self._held = list(self._plan.activations[together:])
-        calls = [self._new_chain(activation) for activation in self._plan.activations[:together]]
+        together = 1 if self._is_paced else len(self.plan.activations)
+        self._held = list(self.plan.activations[together:])
+        calls = [self._new_chain(activation) for activation in self.plan.activations[:together]]
         return self._begun(calls)
 
     def after(self, call: NextCall, reply: AgentReply, *, has_time: bool, has_text: bool) -> list[NextCall]:
@@ -153,7 +152,6 @@ class StepCalls:
         agent's words must not follow.
         """
         chain = self._chains[call.chain]
-        self._beside[call.chain] -= 1
         if call.lost is None:
             chain.append((call.activation, reply))
         else:
@@ -172,17 +170,15 @@ class StepCalls:
     def overtaken(self, call: NextCall, reply: AgentReply) -> None:
         """Note how a call was ended because the other one of its chain brought a contribution first."""
         self._chains[call.chain].append((call.activation, reply))
-        self._beside[call.chain] -= 1
-        self._flying.remove(call)
+        self.withdrawn(call)
 
     def is_vain(self, call: NextCall, contributed: NextCall) -> bool:
         """Tell whether a call waits for a place that is not back, though another's call has contributed by now."""
         place = self._place(call.activation)
-        return call.lost is not None and place in self._places.dead and place != self._place(contributed.activation)
+        return call.lost is not None and place in self.places.dead and place != self._place(contributed.activation)
 
     def withdrawn(self, call: NextCall) -> None:
         """Note that a call that was waiting is not: another place was back first. What it was lost by stays."""
-        self._beside[call.chain] -= 1
         self._flying.remove(call)
 
     def missed(self) -> tuple[str, ...]:
@@ -190,17 +186,16 @@ class StepCalls:
 
         The step may be decided anew with one of them that is back: its plan comes from a router, and nothing was handed on.
         """
-        decision, unfit = self._plan.decision, self._places.dead | self._places.cold
-        waits = self._flying and all(x.lost is not None and self._place(x.activation) in self._places.dead for x in self._flying)
-        if not waits or decision is None or self._plan.fold != "summarizer" or self._has_text or self._calls_left is not None:
+        decision, unfit = self.plan.decision, self.places.dead | self.places.cold
+        waits = self._flying and all(x.lost is not None and self._place(x.activation) in self.places.dead for x in self._flying)
+        if not waits or decision is None or self.plan.fold != "summarizer" or self._has_text or self.calls_left is not None:
             return ()
         if any(reply.status == "ok" for reply in self.replies):
             return ()  # what was said would be thrown away
-        return tuple(name for name in decision.masked if self._cards[name].place not in unfit)[:MAX_MISSED]
+        return tuple(name for name in decision.masked if self.cards[name].place not in unfit)[:MAX_MISSED]
 
     def _begun(self, calls: list[NextCall]) -> list[NextCall]:
         self._flying += calls
-        self._beside.update(call.chain for call in calls)
         return calls
 
     def _release(self) -> list[NextCall]:
@@ -219,14 +214,14 @@ class StepCalls:
             return True
         used, price = self._used
         num_calls = len(self.replies) + len(self._flying)
-        spent = ((used, self._tokens_left), (price, self._price_left), (num_calls, self._calls_left))
+        spent = ((used, self._tokens_left), (price, self._price_left), (num_calls, self.calls_left))
         if any(left is not None and sofar >= left for sofar, left in spent):
             return False
         replies = [reply for reply in self.replies if reply.usage.total]  # what was lost says nothing of what a call takes
         if not self._is_paced or not replies:
             return True
         usage, num = sum((reply.usage for reply in replies), TokenUsage()), len(replies)
-        asked = [self._cards[agent].price for agent in (*(call.activation.agent for call in self._flying), another.agent)]
+        asked = [self.cards[agent].price for agent in (*(call.activation.agent for call in self._flying), another.agent)]
         dear = price + sum((price if rate is None else rate.of(usage)) / num for rate in asked)
         ahead = ((used + len(asked) * used / num, self._tokens_left), (dear, self._price_left))
         return not any(left is not None and cost > left * (1 + 1e-9) for cost, left in ahead)
@@ -237,17 +232,15 @@ class StepCalls:
         return sum(reply.usage.total for reply in self.replies), sum(reply.price or 0.0 for reply in self.replies)
 
     def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool) -> list[NextCall]:
-        """Return the next call of the same chain."""
         if reply.status == "ok" or call.lost is not None:
             return []
-        if self._beside[call.chain] or any(other.status == "ok" for _, other in self._chains[call.chain]):
+        if any(x.chain == call.chain for x in self._flying) or any(other.status == "ok" for _, other in self._chains[call.chain]):
             return []  # the other call of the chain stands in
         if call.insists:
             return self._wait_for_place(call.chain)
         return self._next_in_chain(call) if has_time else []
 
     def _next_in_chain(self, call: NextCall) -> list[NextCall]:
-        """Return the call of the next-ranked agent in the same chain."""
         reserve, (used, price) = self._next_reserve(), self._used
         return [] if reserve is None else [replace(call, activation=reserve, tokens_used=used, price_used=price)]
 
@@ -259,19 +252,19 @@ class StepCalls:
                 calls = [call for chain in range(len(self._chains)) for call in self._begun(self._insist(chain))]
                 if calls:
                     return calls
-        if self._plan.fold == "pass" or not has_time or not has_room(self._plan.decision, self.replies):
+        if self.plan.fold == "pass" or not has_time or not has_room(self.plan.decision, self.replies):
             return []
         another = self._one_more(self.replies)
         return [] if another is None else self._begun([self._new_chain(another)])
 
     def _one_more(self, replies: Sequence[AgentReply]) -> Activation | None:
         """Take the reserve that the replies so far call for: the worthiest by the label model, else the next-ranked."""
-        unfit = self._places.cold | self._places.dead
+        unfit = self.places.cold | self.places.dead
         available = [x.agent for x in self._reserves if self._place(x) not in unfit]
-        replies = barred(replies, self._defence, asked=self._asked)
-        judgement = judge(self._plan.decision, replies, available, asked=self._asked)
+        replies = barred(replies, self.defence, asked=self._asked)
+        judgement = judge(self.plan.decision, replies, available, asked=self._asked)
         if judgement is None or not judgement.right:
-            return self._next_reserve() if should_escalate(self._plan.decision, replies) or judgement else None
+            return self._next_reserve() if should_escalate(self.plan.decision, replies) or judgement else None
         return self._next_reserve(among=judgement.worthwhile)
 
     def _new_chain(self, activation: Activation) -> NextCall:
@@ -292,7 +285,7 @@ class StepCalls:
 
     def _wait_for_place(self, number: int) -> list[NextCall]:
         """Send the chain's newest call that was lost with its place again, unless that place was waited out already."""
-        waitable = self._places.dead - self._places.waited_out
+        waitable = self.places.dead - self.places.waited_out
         for activation, lost in reversed(self._chains[number]):
             if lost.status == "failed" and self._place(activation) in waitable:
                 return [NextCall(activation=activation, chain=number, tokens_used=0, lost=lost)]
@@ -303,14 +296,14 @@ class StepCalls:
 
         `among`: the first of these agents that is a reserve.
         """
-        alive = [x for x in self._reserves if self._place(x) not in self._places.dead]
+        alive = [x for x in self._reserves if self._place(x) not in self.places.dead]
         if among is not None:
             alive = sorted((x for x in alive if x.agent in among), key=lambda x: among.index(x.agent))
-        chosen = None if self._has_text else next((x for x in alive if (self._place(x) in self._places.cold) == is_cold), None)
+        chosen = None if self._has_text else next((x for x in alive if (self._place(x) in self.places.cold) == is_cold), None)
         if chosen is None or not self._can_pay(chosen):
             return None
         self._reserves.remove(chosen)
         return chosen
 
     def _place(self, activation: Activation) -> str:
-        return self._cards[activation.agent].place
+        return self.cards[activation.agent].place

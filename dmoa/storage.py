@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -128,7 +129,7 @@ def only_one(folder: Path, doing: str, name: str = "") -> Iterator[None]:
     except Timeout:
         raise ConfigError(f"--out: another {doing} is writing to {str(folder)!r}; wait for it, or use another folder") from None
     except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(folder)!r}: {error}; name a folder that can be written") from error
+        raise unwritable(folder, error) from error
     try:
         yield
     finally:
@@ -251,22 +252,23 @@ def localized(
             value = getattr(options, name)
             places = value if isinstance(value, tuple) else (value,)
             if any(place is not None and uri_of(place) for place in places):
-                local = tuple(stack.enter_context(_copy(place, name, say, name in writes, apart, period_s)) for place in places)
+                copy = partial(local_copy, field=name, say=say, is_written=name in writes, apart=apart, period_s=period_s)
+                local = tuple(stack.enter_context(copy(place)) for place in places)
                 changes[name] = local if isinstance(value, tuple) else local[0]
         yield options.model_copy(update=changes)
 
 
 @contextmanager
-def local_copy(place: Path, field: str) -> Iterator[Path]:
-    """Yield a local copy of a folder at a URI, or the folder itself. Raises ConfigError where nothing lies there."""
-    with _copy(place, field, lambda text: None, False, ()) as local:
-        yield local
-
-
-@contextmanager
-def _copy(
-    place: Path, field: str, say: Callable[[str], None], is_written: bool, apart: Collection[str], period_s: float = PERIOD_S
+def local_copy(
+    place: Path,
+    field: str,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    is_written: bool = False,
+    apart: Collection[str] = (),
+    period_s: float = PERIOD_S,
 ) -> Iterator[Path]:
+    """Yield a local copy of a folder at a URI, or the folder itself; as `localized`, which asks for one that is written back."""
     uri = uri_of(place)
     if uri is None:
         yield place

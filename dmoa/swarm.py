@@ -54,9 +54,6 @@ class Swarm:
         self._orchestrator = Orchestrator(
             dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=is_select, turn=turn),
             summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer, turn),
-            summarizer_sampling=config.summarizer.sampling.to_sampling(),
-            is_select=is_select,
-            summarizer_price=_price(config, config.summarizer.llm),
             defence=config.summarizer.defence,
             writer=None if writer is None else _card(config, writer),
         )
@@ -134,29 +131,24 @@ class AsksFirst:
 
 
 def _card(config: Config, agent: AgentConfig) -> AgentCard:
-    is_alone = config.llms[agent.llm].placement == "dedicated"
+    llm = config.llms[agent.llm]
     return AgentCard(
         name=agent.name,
         profile=agent.profile,
         tools_text=toolbox.instructions(agent.tools),
         sampling=agent.sampling.to_sampling(),
-        place=agent.name if is_alone else agent.llm,
+        place=agent.name if llm.placement == "dedicated" else agent.llm,
         cold=config.scaling_of(agent).cold,
-        is_recorded=config.llms[agent.llm].engine_entry.is_recorded,
-        price=_price(config, agent.llm),
-        engine=config.llms[agent.llm].engine,
-        abilities=abilities_of(config.llms[agent.llm]),
+        is_recorded=llm.engine_entry.is_recorded,
+        price=None if llm.price is None else Price(**llm.price.model_dump()),
+        engine=llm.engine,
+        abilities=abilities_of(llm),
     )
 
 
 def abilities_of(llm: LlmConfig) -> frozenset[str]:
     """Return what an LLM's engine can do beyond plain replies, with its options; as `EngineEntry.abilities` names it."""
     return frozenset((*llm.engine_entry.abilities, *llm.options.abilities))
-
-
-def _price(config: Config, llm: str | None) -> Price | None:
-    found = config.llms[llm].price if llm is not None else None
-    return None if found is None else Price(**found.model_dump())
 
 
 def limits_for(config: Config, asked: Limits | None = None) -> Limits:
@@ -175,7 +167,5 @@ def limits_for(config: Config, asked: Limits | None = None) -> Limits:
     )
 
 
-def _lower(a: N | None, b: N | None) -> N | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return min(a, b)
+def _lower(*limits: N | None) -> N | None:
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -21,7 +21,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ import torch
 
 from dmoa.agents.pool import fingerprint
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
-from dmoa.config import Config, SummarizerConfig, loads
+from dmoa.config import SUMMARIZER, Config, SummarizerConfig, loads
 from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.dispatch import Dispatcher
@@ -45,6 +45,7 @@ from dmoa.protocols import Policy
 from dmoa.provenance import Machine
 from dmoa.routing import LocalRouter
 from dmoa.step_calls import AgentCard
+from dmoa.trace import decision_of
 from dmoa.training.rollouts import LATER_COLUMNS, SCHEMA, SCHEMA_VERSION, Manifest
 from dmoa.types import (
     Activation,
@@ -222,20 +223,20 @@ def embedding(text: str) -> FloatArray:
 
 def gate_spec(agents: Sequence[str], **changes: Any) -> GateSpec:
     """The spec of a tiny gate."""
-    values: dict[str, Any] = {
-        "preset": "default",
-        "head": "linear",
-        "hidden": 3,
-        "temperature": 1.0,
-        "agents": tuple(agents),
-        "embedding_dim": DIM,
-        "rule": "top_mass",
-        "mass": 0.8,
-        "max_agents": 4,
-        "cascade": False,
-        "score": "raw",
-    }
-    return GateSpec(**(values | changes))
+    spec = GateSpec(
+        preset="default",
+        head="linear",
+        hidden=3,
+        temperature=1.0,
+        agents=tuple(agents),
+        embedding_dim=DIM,
+        rule="top_mass",
+        mass=0.8,
+        max_agents=4,
+        cascade=False,
+        score="raw",
+    )
+    return replace(spec, **changes)
 
 
 def fixed_gate(probabilities: Mapping[str, float], **changes: Any) -> Gate:
@@ -255,19 +256,10 @@ def router_of(gate: Gate, version: str = "v1") -> LocalRouter:
 
 def decision(probabilities: Mapping[str, float], k: int, *, masked: tuple[str, ...] = (), **changes: Any) -> RouteDecision:
     """A decision as a gate would make it."""
-    names = tuple(probabilities)
-    ranking = sorted((i for i, name in enumerate(names) if name not in masked), key=lambda i: -probabilities[names[i]])
-    values: dict[str, Any] = {
-        "gate_version": "v1",
-        "agents": names,
-        "probability_A": np.asarray(list(probabilities.values()), dtype=np.float32),
-        "ranking": tuple(ranking),
-        "k": k,
-        "mass": sum(probabilities[names[i]] for i in ranking[:k]),
-        "masked": masked,
-        "hidden_H": np.zeros(3, np.float32),
-    }
-    return RouteDecision(**(values | changes))
+    names, chances = tuple(probabilities), tuple(probabilities.values())
+    made = decision_of(names, chances, masked=masked, k=k, mass=0.0, gate_version="v1")
+    known = {"mass": sum(chances[i] for i in made.ranking[:k]), "hidden_H": np.zeros(3, np.float32)}
+    return replace(made, **(known | changes))
 
 
 def asks(*agents: str, reserves: Sequence[str] = (), **changes: Any) -> StepPlan:
@@ -311,13 +303,9 @@ def state_of(asked: Query, **changes: Any) -> QueryState:
 
 def card(name: str, place: str | None = None, **changes: Any) -> AgentCard:
     """What is known of an agent; without `place` all agents live together in `llm`."""
-    values: dict[str, Any] = {
-        "profile": f"You are {name}.",
-        "tools_text": "",
-        "sampling": Sampling(max_tokens=50),
-        "place": place or "llm",
-    }
-    return AgentCard(name=name, **(values | changes))
+    profile, sampling = f"You are {name}.", Sampling(max_tokens=50)
+    known = AgentCard(name=name, profile=profile, tools_text="", sampling=sampling, place=place or "llm")
+    return replace(known, **changes)
 
 
 def orchestrator_of(
@@ -336,10 +324,8 @@ def orchestrator_of(
     return Orchestrator(
         dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=not llm),
         summarizer=LlmSummarizer(agents, config) if llm else SelectSummarizer(),
-        summarizer_sampling=Sampling(max_tokens=70),
-        is_select=not llm,
-        summarizer_price=price,
         defence=defence,
+        writer=card(SUMMARIZER, sampling=Sampling(max_tokens=70), price=price) if llm else None,
     )
 
 
@@ -414,7 +400,7 @@ def rollout_row(query: str, step: int, agent: str, nats: float, context: FloatAr
         "is_selected": agent == "one",
         "is_explored": agent != "one",
         "propensity": 1.0,
-        **flat(EntropySum(sum_nats=8 * nats, sq_sum=8 * nats * nats, tokens=8)),
+        **flat(EntropySum(sum_nats=8 * nats, sq_sum=8 * nats * nats, tokens=8), "entropy_"),
         "finish_reason": "stop",
         **flat(TokenUsage(prompt_tokens=10, completion_tokens=8)),
         "latency_ms": 1.0,

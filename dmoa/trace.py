@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -198,18 +198,26 @@ class ReplyDmoa(ReplyModel):
     """The finished steps, in order."""
 
 
+_OF_ANSWER = ("trace_id", "policy", "stop_reason", "degraded", "gate_version", "routed_by")
+"""What an answer and its reply tell by the same names."""
+_OF_SUMMARIZER = {name: name for name in ("mode", "verdict", "price", "error")} | {"is_memoised": "memoised"}
+"""What a summarizer's record and the reply tell alike, by the names there and here; `_OF_AGENT` the same of an agent's reply."""
+_OF_AGENT = {name: name for name in ("status", "engine", "replica", "attempts", "price", "error")} | {
+    "is_barred": "barred",
+    "are_tokens_estimated": "estimated",
+    "is_memoised": "memoised",
+}
+_OF_DECISION = ("gate_version", "masked", "ranking", "k", "mass", "theta", "limit", "cold")
+"""What a decision and its record in a trace tell by the same names."""
+
+
 def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False, trace_url: str | None = None) -> ReplyDmoa:
     """Return the reply's `dmoa` object; `with_texts` adds every agent's text and every step's summary."""
     return ReplyDmoa(
-        trace_id=answer.trace_id,
+        **{name: getattr(answer, name) for name in _OF_ANSWER},
         trace_url=trace_url,
         pool=pool,
-        policy=answer.policy,
-        gate_version=answer.gate_version,
         untrained=answer.gate_trained is False,
-        routed_by=answer.routed_by,
-        degraded=answer.degraded,
-        stop_reason=answer.stop_reason,
         price=answer.price,
         steps=[reply_step(step, with_texts=with_texts) for step in answer.steps],
     )
@@ -223,23 +231,29 @@ def answer_of_reply(
     Numbers are rounded as there; states of the gate, propensities and agents left idle beyond those listed are not known.
     """
     return Answer(
-        trace_id=reply.trace_id,
+        **{name: getattr(reply, name) for name in _OF_ANSWER},
         text=text,
         reasoning=reasoning,
-        policy=reply.policy,
-        stop_reason=reply.stop_reason,
         steps=tuple(_step_of(step, reply) for step in reply.steps),
-        degraded=reply.degraded,
         finish_reason=finish_reason,
-        gate_version=reply.gate_version,
         gate_trained=None if reply.gate_version is None else not reply.untrained,
-        routed_by=reply.routed_by,
         wall_ms=wall_ms,
     )
 
 
 def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
     asked = [agent for agent in step.agents if agent.status not in ("masked", "idle")]
+    decision = None
+    if reply.gate_version is not None:
+        decision = decision_of(
+            [agent.name for agent in step.agents],
+            [agent.probability for agent in step.agents],
+            masked=tuple(agent.name for agent in step.agents if agent.status == "masked"),
+            k=step.k,
+            mass=step.mass,
+            gate_version=reply.gate_version,
+            routed_by=reply.routed_by,
+        )
     summarizer = step.summarizer
     return StepRecord(
         step=step.step,
@@ -247,37 +261,32 @@ def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
         active=tuple(agent.name for agent in asked[: step.k]),
         summary=step.summary or "",
         summarizer=SummarizerRecord(
-            mode=summarizer.mode,
-            verdict=summarizer.verdict,
+            **{name: getattr(summarizer, here) for name, here in _OF_SUMMARIZER.items()},
             reasoning=summarizer.reasoning or "",
             usage=summarizer.usage,
             latency_ms=summarizer.latency_ms,
             engine_ms=summarizer.engine_ms,
-            is_memoised=summarizer.memoised,
-            error=summarizer.error,
-            price=summarizer.price,
         ),
         mass=step.mass,
         right_probability=step.right_probability,
         explored=tuple((agent.name, math.nan) for agent in asked if agent.explored),
         wall_ms=step.wall_ms,
-        decision=None if reply.gate_version is None else _decision_of(step, reply.gate_version, reply.routed_by),
+        decision=decision,
     )
 
 
-def _decision_of(step: ReplyStep, gate_version: str, routed_by: RoutedBy) -> RouteDecision:
-    masked = tuple(agent.name for agent in step.agents if agent.status == "masked")
-    ranking = sorted(range(len(step.agents)), key=lambda a: -step.agents[a].probability)
+def decision_of(
+    agents: Sequence[str], probabilities: Sequence[float], *, masked: tuple[str, ...] = (), **more: Any
+) -> RouteDecision:
+    """Return a decision as records tell of it: the agents ranked by their probabilities, no state; `more`: its other fields."""
+    ranking = sorted((a for a, name in enumerate(agents) if name not in masked), key=lambda a: -probabilities[a])
     return RouteDecision(
-        gate_version=gate_version,
-        agents=tuple(agent.name for agent in step.agents),
-        probability_A=np.array([agent.probability for agent in step.agents], dtype=np.float32),
-        ranking=tuple(a for a in ranking if step.agents[a].name not in masked),
-        k=step.k,
-        mass=step.mass,
+        agents=tuple(agents),
+        probability_A=np.asarray(probabilities, dtype=np.float32),
+        ranking=tuple(ranking),
         masked=masked,
         hidden_H=np.zeros(0, dtype=np.float32),
-        routed_by=routed_by,
+        **more,
     )
 
 
@@ -286,8 +295,8 @@ def reply_of_agent(agent: ReplyAgent) -> AgentReply:
     tokens, thought_tokens = agent.entropy_tokens, agent.reasoning_entropy_tokens
     mean_nats = math.nan if agent.entropy_nats is None else agent.entropy_nats
     return AgentReply(
+        **{name: getattr(agent, here) for name, here in _OF_AGENT.items()},
         agent=agent.name,
-        status=agent.status,
         text=agent.text or "",
         reasoning=agent.reasoning or "",
         finish_reason=agent.finish_reason or "stop",
@@ -305,17 +314,9 @@ def reply_of_agent(agent: ReplyAgent) -> AgentReply:
             kind=agent.entropy_kind,
         ),
         usage=agent.usage,
-        are_tokens_estimated=agent.estimated,
         latency_ms=agent.latency_ms,
         engine_ms=agent.engine_ms,
-        error=agent.error,
-        attempts=agent.attempts,
-        engine=agent.engine,
-        is_memoised=agent.memoised,
-        replica=agent.replica,
         right_probability=agent.right_probability,
-        price=agent.price,
-        is_barred=agent.barred,
     )
 
 
@@ -441,11 +442,10 @@ def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
 def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored: bool = False) -> ReplyAgent:
     entropy = reply.entropy
     return ReplyAgent(
+        **{here: getattr(reply, name) for name, here in _OF_AGENT.items()},
         name=reply.agent,
         probability=min(max(finite(probability, 6), 0.0), 1.0),
-        status=reply.status,
         explored=explored,
-        barred=reply.is_barred,
         entropy_nats=rounded(entropy.mean_nats),
         entropy_sq_nats=_mean_square(entropy) if with_texts else None,
         entropy_tokens=entropy.tokens,
@@ -456,15 +456,8 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         reasoning_entropy_tokens=reply.reasoning_entropy.tokens,
         finish_reason=reply.finish_reason if reply.status == "ok" or reply.usage.completion_tokens else None,
         **flat(reply.usage),
-        estimated=reply.are_tokens_estimated,
         latency_ms=finite(reply.latency_ms),
         engine_ms=finite(reply.engine_ms),
-        engine=reply.engine,
-        replica=reply.replica,
-        attempts=reply.attempts,
-        memoised=reply.is_memoised,
-        price=reply.price,
-        error=reply.error,
         text=reply.text if with_texts else None,
         reasoning=(reply.reasoning or None) if with_texts else None,
     )
@@ -472,14 +465,10 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
 
 def _summarizer(record: SummarizerRecord, with_texts: bool) -> ReplySummarizer:
     return ReplySummarizer(
-        mode=record.mode,
-        verdict=record.verdict,
+        **{here: getattr(record, name) for name, here in _OF_SUMMARIZER.items()},
         **flat(record.usage),
         latency_ms=finite(record.latency_ms),
         engine_ms=finite(record.engine_ms),
-        memoised=record.is_memoised,
-        price=record.price,
-        error=record.error,
         reasoning=(record.reasoning or None) if with_texts else None,
     )
 
@@ -514,10 +503,8 @@ class TraceRoute(BaseModel):
     """K of the gate version; null in older traces."""
 
 
-class TraceCall(BaseModel):
+class TraceCall(ReplyModel):
     """What one agent, or the summarizer, was asked in a step, and when."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     step: int
     agent: str
@@ -528,10 +515,8 @@ class TraceCall(BaseModel):
     """The whole prompt: role and content of each message."""
 
 
-class Trace(BaseModel):
+class Trace(ReplyModel):
     """One query, from question to answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     schema_version: int = SCHEMA_VERSION
     trace_id: str
@@ -583,51 +568,27 @@ class AnsweredQuery:
         return replace(self.answer, steps=self.answer.steps[self.branched_at :]) if self.branched_at else self.answer
 
     def trace(self) -> Trace:
-        """Return its trace."""
-        return trace_of(
-            self.query,
-            self.answer,
-            pool=self.pool,
-            fingerprint=self.fingerprint,
-            user=self.user,
-            metadata=self.metadata,
+        """Return its trace; `user` and `metadata`, the client's own words, without secrets."""
+        answer = self.answer
+        decisions = [step.decision for step in answer.steps if step.decision]
+        made = [{"text": one.text, "tool_calls": [asdict(call) for call in one.tool_calls]} for one in answer.choices]
+        return Trace(
+            trace_id=answer.trace_id,
             created_unix_s=self.created_unix_s,
+            dmoa_version=__version__,
+            pool_fingerprint=self.fingerprint,
+            query=asdict(self.query),
+            user=None if self.user is None else redact_text(self.user),
+            metadata=redact(self.metadata),
+            answer=answer.text,
+            choices=made if len(made) > 1 or any(one["tool_calls"] for one in made) else [],
+            finish_reason=answer.finish_reason,
+            wall_ms=answer.wall_ms,
+            agents=list(decisions[0].agents) if decisions else [],
+            routes=[_route(step, step.route, step.decision) for step in answer.steps if step.route and step.decision],
+            dmoa=reply_dmoa(answer, pool=self.pool, with_texts=True),
+            calls=list(_calls(answer)),
         )
-
-
-def trace_of(
-    query: Query,
-    answer: Answer,
-    *,
-    pool: str,
-    fingerprint: str,
-    user: str | None = None,
-    metadata: dict[str, str] | None = None,
-    created_unix_s: float | None = None,
-) -> Trace:
-    """Return the trace of an answered query; `user` and `metadata` are the client's own words, without secrets.
-
-    `created_unix_s` is when the query was answered, None for now.
-    """
-    decisions = [step.decision for step in answer.steps if step.decision]
-    made = [{"text": one.text, "tool_calls": [asdict(call) for call in one.tool_calls]} for one in answer.choices]
-    return Trace(
-        trace_id=answer.trace_id,
-        created_unix_s=time.time() if created_unix_s is None else created_unix_s,
-        dmoa_version=__version__,
-        pool_fingerprint=fingerprint,
-        query=asdict(query),
-        user=None if user is None else redact_text(user),
-        metadata=redact(metadata or {}),
-        answer=answer.text,
-        choices=made if len(made) > 1 or any(one["tool_calls"] for one in made) else [],
-        finish_reason=answer.finish_reason,
-        wall_ms=answer.wall_ms,
-        agents=list(decisions[0].agents) if decisions else [],
-        routes=[_route(step, step.route, step.decision) for step in answer.steps if step.route and step.decision],
-        dmoa=reply_dmoa(answer, pool=pool, with_texts=True),
-        calls=list(_calls(answer)),
-    )
 
 
 def _calls(answer: Answer) -> Iterator[TraceCall]:
@@ -645,19 +606,12 @@ def _calls(answer: Answer) -> Iterator[TraceCall]:
 
 def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> TraceRoute:
     return TraceRoute(
+        **{name: getattr(decision, name) for name in _OF_DECISION},
         step=step.step,
-        gate_version=decision.gate_version,
         input_X=request.input_X.tolist(),
-        masked=list(decision.masked),
         max_agents=request.max_agents,
         probability_A=decision.probability_A.tolist(),
-        ranking=list(decision.ranking),
-        k=decision.k,
-        mass=decision.mass,
         hidden_H=decision.hidden_H.tolist(),
-        theta=decision.theta,
-        limit=decision.limit,
-        cold=list(decision.cold),
         gate_max_agents=decision.max_agents,
     )
 

@@ -119,17 +119,18 @@ def open_tracker(
     identity, path = keep_run_id(run_dir, run_id, of), run_dir / "metrics.jsonl"
     lines, wandb = _JsonLines(path), None
     if mode != "jsonl" and lines.start is not None:
-        group = keep_group(run_dir, identity, after)
         begin = {
             "project": project,
             "name": name,
             "run_id": identity,
-            "group": group,
+            "group": keep_group(run_dir, identity, after),
             "dir": str(run_dir),
             "init_timeout_s": init_timeout_s,
+            "lines": str(path),
+            "start": lines.start,
+            "finish_timeout_s": finish_timeout_s,
         }
-        follow = {"lines": str(path), "start": lines.start, "finish_timeout_s": finish_timeout_s}
-        wandb = _Wandb(begin | follow, run_dir / "tracking.log", finish_timeout_s, is_quiet=mode == "auto")
+        wandb = _Wandb(begin, run_dir / "tracking.log", is_quiet=mode == "auto")
     tracker = Tracker(identity, lines, wandb)
     if config:
         tracker.config(config)
@@ -142,20 +143,17 @@ def keep_run_id(run_dir: Path, run_id: str | None = None, of: str = "") -> str:
     `of` says what the run is a run of, such as a hash of its settings. Where the folder holds a run of something else, this
     one gets an id of its own, and the other's metrics.jsonl is set aside as metrics-ID.jsonl.
     """
-    path = run_dir / "tracking.json"
-    kept = _kept(path)
+    kept = _kept(run_dir)
     is_other = bool(of) and kept.get("of", of) != of
     identity = run_id or (None if is_other else kept.get("run_id")) or uuid.uuid4().hex[:16]
     now = {"run_id": identity} | ({"of": of} if of else {name: kept[name] for name in kept if name == "of"})
-    from dmoa.storage import write_whole  # not in the process of W&B
-
     try:
         if is_other and (run_dir / "metrics.jsonl").exists():
             (run_dir / "metrics.jsonl").replace(run_dir / f"metrics-{kept.get('run_id', 'before')}.jsonl")
         if now != kept:
-            write_whole(path, json.dumps(now) + "\n")
+            _keep(run_dir, now)
     except OSError as error:
-        _LOG.warning("tracking: cannot keep the run's id in %s: %s", path, error)
+        _LOG.warning("tracking: cannot keep the run's id in %s: %s", run_dir / "tracking.json", error)
     return identity
 
 
@@ -163,23 +161,26 @@ def keep_group(run_dir: Path, run_id: str, after: Sequence[str | Path | None]) -
     """Return the group of a run, kept in `run_dir`/tracking.json: that of the first folder which has one, else its own."""
     found = run_id
     for place in [Path(one) for one in after if one is not None]:
-        kept = _kept(place / "tracking.json") or _kept(place.parent / "tracking.json")
+        kept = _kept(place) or _kept(place.parent)
         if kept:
             found = kept.get("group") or kept.get("run_id") or run_id
             break
     if found != run_id:
-        from dmoa.storage import write_whole  # not in the process of W&B
-
         with suppress(OSError):
-            text = json.dumps(_kept(run_dir / "tracking.json") | {"group": found})
-            write_whole(run_dir / "tracking.json", text + "\n")
+            _keep(run_dir, _kept(run_dir) | {"group": found})
     return found
 
 
-def _kept(path: Path) -> dict[str, str]:
+def _keep(run_dir: Path, values: Mapping[str, str]) -> None:
+    from dmoa.storage import write_whole  # not in the process of W&B
+
+    write_whole(run_dir / "tracking.json", json.dumps(values) + "\n")
+
+
+def _kept(run_dir: Path) -> dict[str, str]:
     """Return what a folder keeps of its run; empty where it keeps nothing."""
     with suppress(OSError, ValueError, TypeError):
-        return {str(key): str(value) for key, value in dict(read_json(read_bounded(path))).items()}
+        return {str(key): str(value) for key, value in dict(read_json(read_bounded(run_dir / "tracking.json"))).items()}
     return {}
 
 
@@ -251,8 +252,8 @@ class _JsonLines:
 class _Wandb:
     """The process that holds wandb; the run is free of it, whatever becomes of it."""
 
-    def __init__(self, begin: dict[str, Any], log_path: Path, finish_timeout_s: float, *, is_quiet: bool) -> None:
-        self._finish_timeout_s = finish_timeout_s
+    def __init__(self, begin: dict[str, Any], log_path: Path, *, is_quiet: bool) -> None:
+        self._finish_timeout_s: float = begin["finish_timeout_s"]
         self._level = logging.INFO if is_quiet else logging.WARNING
         self._process: subprocess.Popen[bytes] | None = None
         try:

@@ -125,7 +125,6 @@ class TokenUsage:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: TokenUsage) -> TokenUsage:
-        """Return the tokens of both."""
         return TokenUsage(**{part: getattr(self, part) + getattr(other, part) for part in self.__slots__})
 
 
@@ -164,7 +163,6 @@ class EntropySum:
         return cls(sum_nats=sum(entropies, 0.0), sq_sum=sum((nats * nats for nats in entropies), 0.0), tokens=len(entropies))
 
     def __add__(self, other: EntropySum) -> EntropySum:
-        """Return the sum over the tokens of both."""
         return EntropySum(
             sum_nats=self.sum_nats + other.sum_nats,
             sq_sum=self.sq_sum + other.sq_sum,
@@ -187,7 +185,7 @@ class EntropySum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What an engine is asked to generate: one continuation of one conversation."""
+    """What an engine is asked to generate: one continuation of one conversation; the last three fields are the call's."""
 
     request_id: str
     """Unique among the requests in flight; the handle for cancelling."""
@@ -203,11 +201,8 @@ class GenerationRequest:
     call_id: str = ""
     """Stable name of the call, `trace/step/agent`: seeds the sampling, so a repeated call repeats."""
     question: str = ""
-    """As the call's."""
     query_id: str = ""
-    """As the call's."""
     final: FinalCall | None = None
-    """As the call's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

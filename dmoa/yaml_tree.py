@@ -98,19 +98,14 @@ def _refused(node: Any, what: str) -> _RefusedError:
     return _RefusedError(f"line {node.start_mark.line + 1}: {what}")
 
 
-def _add_rules() -> None:
-    changed = {f"{_TAG}{name}" for name in ("bool", "value")}
-    _Loader.yaml_implicit_resolvers = {
-        first: [rule for rule in rules if rule[0] not in changed]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _Loader.add_implicit_resolver(f"{_TAG}bool", _TRUTH, list("tTfF"))
-    for name in ("int", "float"):
-        _Loader.add_constructor(f"{_TAG}{name}", _Loader.number)
-    _Loader.add_constructor(f"{_TAG}timestamp", _Loader.date)
-
-
-_add_rules()
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] not in (f"{_TAG}bool", f"{_TAG}value")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_TAG}bool", _TRUTH, list("tTfF"))
+_Loader.add_constructor(f"{_TAG}int", _Loader.number)
+_Loader.add_constructor(f"{_TAG}float", _Loader.number)
+_Loader.add_constructor(f"{_TAG}timestamp", _Loader.date)
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -159,7 +159,7 @@ class LearningSwarm:
         )
         self.unheard += [record] if answer.steps[0].active[0] not in self.silent else []
         if self.count % self.heard_every == 0:
-            self.took(self.adaptation.observe(self.unheard, self.router.begun))
+            self.took(self.adaptation.observe(self.unheard, self.router.decided.begun))
             self.unheard = []
         return answer
 

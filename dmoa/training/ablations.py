@@ -32,7 +32,7 @@ from dmoa.training.rollouts import Manifest, RolloutFolder, read_manifest, read_
 from dmoa.training.trainer import TrainContext, run_training
 from dmoa.types import EntropySum
 
-EVIDENCE = (*flat(EntropySum()), "finish_reason")
+EVIDENCE = (*flat(EntropySum(), "entropy_"), "finish_reason")
 """The columns that the ranking loss reads of a reply; they move together."""
 
 Rows = Callable[[pa.Table, int], pa.Table]

@@ -28,7 +28,7 @@ from dmoa.policies.registry import POLICIES, check_words, split_policy
 from dmoa.protocols import SwarmClient
 from dmoa.storage import check_local
 from dmoa.swarm import Swarm, limits_for
-from dmoa.trace import ReplyDmoa, Trace, answer_of_reply, answer_of_trace, trace_of
+from dmoa.trace import AnsweredQuery, ReplyDmoa, Trace, answer_of_reply, answer_of_trace
 from dmoa.types import Answer, Event, Limits, Message, Query, StepRecord, TextDelta
 from dmoa.validation import describe, did_you_mean
 from dmoa.workflows.console import QueryResult, Screen
@@ -329,7 +329,7 @@ class Backend:
             answer = await _shown(source, query, name, wish.agent or words, screen)
             pool, trace = source.config.name, None
             if wish.keeps_trace:
-                trace = trace_of(query, answer, pool=pool, fingerprint=fingerprint(source.config))
+                trace = AnsweredQuery(query=query, answer=answer, pool=pool, fingerprint=fingerprint(source.config)).trace()
         else:
             remote = RemoteSwarm(source, on_line=screen.live_line)
             query = new_query(question, turns, wish, wish.limits(MOST_STEPS))

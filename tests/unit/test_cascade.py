@@ -39,7 +39,7 @@ from dmoa.testing import (
     said,
     state_of,
 )
-from dmoa.trace import reply_dmoa, trace_of
+from dmoa.trace import AnsweredQuery, reply_dmoa
 from dmoa.types import Activation, AgentReply, StepPlan, StepRecord
 
 NAMES = "abcd"
@@ -296,7 +296,7 @@ async def test_reply_and_trace_tell_explored_agents_apart() -> None:
         ("c", "ok", True),
     ]
     assert (step.k, step.mass) == (2, pytest.approx(0.7))
-    assert [agent.text for agent in trace_of(asked, answer, pool="p", fingerprint="f").dmoa.steps[0].agents] == list("1243")
+    assert [agent.text for agent in AnsweredQuery(query=asked, answer=answer).trace().dmoa.steps[0].agents] == list("1243")
 
 
 async def test_a_plan_of_another_policy_may_explore_too() -> None:

@@ -15,7 +15,7 @@ from dmoa.dispatch import Dispatcher
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.orchestrator import Orchestrator
 from dmoa.testing import Fail, FakeAgents, Say, Schedule, answer_of, asks, card, jumping, query
-from dmoa.trace import reply_dmoa, trace_of
+from dmoa.trace import AnsweredQuery, reply_dmoa
 from dmoa.types import (
     AgentCall,
     AgentReply,
@@ -24,7 +24,6 @@ from dmoa.types import (
     FinalCall,
     FinishReason,
     QueryState,
-    Sampling,
     StepRecord,
     TextDelta,
     TokenUsage,
@@ -76,8 +75,6 @@ def orchestrator(agents: Writers, *, llm: bool = False, **abilities: frozenset[s
     return Orchestrator(
         dispatcher=Dispatcher(agents=agents, cards=cards, router=None, is_select=not llm),
         summarizer=LlmSummarizer(agents, config) if llm else SelectSummarizer(),
-        summarizer_sampling=Sampling(),
-        is_select=not llm,
         writer=card(SUMMARIZER, abilities=abilities["one"]) if llm else None,
     )
 
@@ -118,8 +115,6 @@ async def test_the_final_call_is_told_the_answer_that_the_policy_ended_with() ->
     loop = Orchestrator(
         dispatcher=Dispatcher(agents=agents, cards=cards, router=None, is_select=True),
         summarizer=SelectSummarizer(),
-        summarizer_sampling=Sampling(),
-        is_select=True,
     )
     asked = replace(query(budget_calls=2, max_steps=9), final=FinalCall(schema=FORM))
     answer = await answer_of(loop, asked, Search(asks("two", fold="pass"), asks("one", fold="pass")))
@@ -166,7 +161,7 @@ async def test_who_cannot_is_passed_over_and_where_nobody_can_it_is_a_400() -> N
 def test_recorded_agents_answer_in_no_form() -> None:
     cards = {"one": card("one", is_recorded=True, engine="recorded")}
     dispatcher = Dispatcher(agents=Writers(), cards=cards, router=None, is_select=True)
-    built = Orchestrator(dispatcher=dispatcher, summarizer=SelectSummarizer(), summarizer_sampling=Sampling(), is_select=True)
+    built = Orchestrator(dispatcher=dispatcher, summarizer=SelectSummarizer())
     for final, param in ((FinalCall(schema={}), "response_format"), (FinalCall(n=2), "n")):
         with pytest.raises(RequestError) as caught:
             built.check(replace(query(), final=final))
@@ -433,7 +428,7 @@ async def test_a_trace_holds_what_the_final_call_was_asked(llm: bool) -> None:
     agents = Writers('{"n": 19}', work="FINAL\n19")
     final = FinalCall(schema=FORM, schema_name="f")
     answer = await written(agents, final, llm=llm, one=GUIDED)
-    calls = trace_of(query(), answer, pool="p", fingerprint="f").calls
+    calls = AnsweredQuery(query=query(), answer=answer).trace().calls
     assert [call.agent for call in calls if call.step == 1] == [SUMMARIZER if llm else "one"]
     assert calls[-1].messages[-1]["content"] == agents.finals[0].messages[-1].content
     assert calls[-1].started_ms >= 0
@@ -450,8 +445,6 @@ async def test_work_of_which_no_text_leaves_goes_on_with_another_agent() -> None
             is_select=True,
         ),
         summarizer=SelectSummarizer(),
-        summarizer_sampling=Sampling(),
-        is_select=True,
     )
     plan = asks("one", reserves=["two"], fold="pass", ends_with="single")
     asked = replace(query(), final=FinalCall(schema=FORM, schema_name="f"))

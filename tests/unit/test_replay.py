@@ -21,7 +21,7 @@ from dmoa.replay import replay_routing
 from dmoa.routing import LocalRouter, build_gate
 from dmoa.swarm import Swarm
 from dmoa.testing import gate_spec
-from dmoa.trace import Trace, TraceRoute, read_traces, trace_of, write_traces
+from dmoa.trace import AnsweredQuery, Trace, TraceRoute, read_traces, write_traces
 from dmoa.types import AgentCall, AgentReply, Answer, Limits, Query, TextDelta
 
 AGENTS = tuple(f"agent-{letter}" for letter in "abcdefg")
@@ -82,7 +82,7 @@ async def traces_of(
         asked = Query(trace_id=f"t{number}", text=f"Question {number}?", limits=limits)
         events = [event async for event in swarm.ask(asked, policy)]
         assert isinstance(events[-1], Answer)
-        traces.append(trace_of(asked, events[-1], pool=config.name, fingerprint=fingerprint(config)))
+        traces.append(AnsweredQuery(query=asked, answer=events[-1], pool=config.name, fingerprint=fingerprint(config)).trace())
     for engine in engines:
         await engine.close()
     return traces

@@ -67,12 +67,12 @@ async def test_concurrent_requests_share_one_batch_and_do_not_change_each_other(
     requests = random_requests(20)
     together, alone = router_of(random_gate()), router_of(random_gate())
     decided = await asyncio.gather(*(together.route(request) for request in requests))
-    assert (together.num_batches, together.num_decisions) == (1, 20)
+    assert (together.decided.num_batches, together.decided.num_decisions) == (1, 20)
     for request, decision in zip(requests, decided, strict=True):
         assert same_bits(decision, await alone.route(request))
-    assert (alone.num_batches, alone.num_decisions) == (20, 20)
-    assert together.activations == alone.activations
-    assert sum(together.activations.values()) == sum(decision.k for decision in decided)
+    assert (alone.decided.num_batches, alone.decided.num_decisions) == (20, 20)
+    assert together.decided.activations == alone.decided.activations
+    assert sum(together.decided.activations.values()) == sum(decision.k for decision in decided)
 
 
 @settings(max_examples=25)
@@ -98,14 +98,14 @@ def test_a_decision_may_wait_for_others() -> None:
         return router
 
     router, waited_s = jumping(work())
-    assert (router.num_batches, router.num_decisions) == (1, 2)
+    assert (router.decided.num_batches, router.decided.num_decisions) == (1, 2)
     assert waited_s == pytest.approx(0.010)
 
 
 async def test_first_and_later_steps_of_one_version_share_a_batch() -> None:
     router = router_of(fixed_gate(P1))
     await asyncio.gather(router.route(ASK), router.route(RouteRequest(input_X=ZEROS, gate_version="v1")))
-    assert router.num_batches == 1
+    assert router.decided.num_batches == 1
 
 
 async def test_a_query_keeps_the_version_that_it_began_with() -> None:
@@ -117,7 +117,7 @@ async def test_a_query_keeps_the_version_that_it_began_with() -> None:
     )
     assert (pinned.gate_version, pinned.ranking[0]) == ("v1", 0)
     assert (fresh.gate_version, fresh.ranking[0]) == ("v2", 2)
-    assert router.num_batches == 3  # versions never share a batch
+    assert router.decided.num_batches == 3  # versions never share a batch
     router.use("v1")
     assert (await router.route(ASK)).gate_version == "v1"
 
@@ -187,7 +187,7 @@ async def test_broken_weights_without_a_good_version_are_an_error() -> None:
     router = router_of(broken_gate())
     with pytest.raises(RoutingError, match="gave NaN or infinity"):
         await router.route(ASK)
-    assert (router.num_batches, router.num_decisions, router.activations) == (0, 0, {})
+    assert (router.decided.num_batches, router.decided.num_decisions, router.decided.activations) == (0, 0, {})
 
 
 BAD_REQUESTS = [
@@ -208,7 +208,7 @@ async def test_one_bad_request_does_not_spoil_the_others(bad: RouteRequest, erro
     assert isinstance(results[1], error)
     assert message in str(results[1])
     assert [result.k for result in (results[0], results[2]) if isinstance(result, RouteDecision)] == [1, 2]
-    assert router.num_decisions == 2
+    assert router.decided.num_decisions == 2
 
 
 async def test_what_one_request_makes_of_a_gate_does_not_send_the_others_to_another_gate() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dmoa.core.label_model import LabelModel, fit_label_model
 from dmoa.core.witnesses import witnesses_of
 from dmoa.step_calls import NextCall, Places, StepCalls
-from dmoa.testing import Say, asks, card, decision, said
+from dmoa.testing import Say, asks, card, decision, query, said, state_of
 from dmoa.types import AgentReply, AgentStatus, StepPlan
 
 NAMES = "abcdef"
@@ -44,7 +44,7 @@ class Step:
 
     def __post_init__(self) -> None:
         cards = {name: card(name, self.place_of.get(name, name)) for name in NAMES}
-        self.decision = StepCalls(self.plan, cards, self.places, tokens_left=self.tokens_left)
+        self.decision = StepCalls(self.plan, cards, self.places, state_of(query("", budget_tokens=self.tokens_left)))
 
     def run(self, order: st.DataObject | None = None) -> None:
         """Ask to the end, first come first served or in the order drawn."""

@@ -17,7 +17,7 @@ from dmoa import __version__
 from dmoa.errors import TraceError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.testing import decision, query
-from dmoa.trace import SCHEMA_VERSION, Trace, read_traces, trace_of, write_traces
+from dmoa.trace import SCHEMA_VERSION, AnsweredQuery, Trace, read_traces, write_traces
 from dmoa.types import AgentReply, EntropySum, Limits, Message, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 from tests.examples import examples
 
@@ -43,14 +43,15 @@ def trace_with(*steps: StepRecord, asked: Query | None = None) -> Trace:
     state = begin(asked)
     for step in steps:
         state = advance(state, step)
-    return trace_of(asked, finish(state, "dmoa", "max_steps", wall_ms=12.5), pool="pool", fingerprint="f" * 64)
+    answer = finish(state, "dmoa", "max_steps", wall_ms=12.5)
+    return AnsweredQuery(query=asked, answer=answer, pool="pool", fingerprint="f" * 64).trace()
 
 
 def test_what_the_client_says_of_itself_is_kept_without_secrets() -> None:
     asked = query()
     answer = finish(advance(begin(asked), step_of(0, None)), "dmoa", "max_steps", wall_ms=1.0)
     words = {"team": "a", "auth_token": "s3cr3t", "note": "api_key: s3cr3t"}
-    trace = trace_of(asked, answer, pool="p", fingerprint="f", user="u Bearer s3cr3t", metadata=words)
+    trace = AnsweredQuery(query=asked, answer=answer, user="u Bearer s3cr3t", metadata=words).trace()
     assert trace.metadata == {"team": "a", "auth_token": "[redacted]", "note": "api_key: [redacted]"}
     assert trace.user == "u Bearer [redacted]"
 

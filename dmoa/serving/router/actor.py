@@ -239,7 +239,7 @@ class RouterActor:
 
         def observe() -> Change | None:  # in a thread: to read a second's records takes longer than many decisions
             records = unpack_record(packed) if is_new else []
-            return self._adaptation.observe(records, self._local.begun, again=is_again)
+            return self._adaptation.observe(records, self._local.decided.begun, again=is_again)
 
         try:
             async with self._changing:
@@ -334,9 +334,9 @@ class RouterActor:
             supervision=supervision_of(self._local.current),
             score=self._versions.gate.spec.score,
             agents=tuple(sorted(deployment_names(self._config))),
-            activations=dict(self._local.activations),
-            decisions=self._local.num_decisions,
-            batches=self._local.num_batches,
+            activations=dict(self._local.decided.activations),
+            decisions=self._local.decided.num_decisions,
+            batches=self._local.decided.num_batches,
             started_unix_s=self._started_unix_s,
             adaptation=self._adaptation.status(),
             state_lost=self._state.lost,

@@ -14,7 +14,7 @@ from dmoa.dispatch import Dispatcher
 from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, PolicyContext, build_policy, split_policy
 from dmoa.testing import FakeEncoder, answer_of, card, fixed_gate, query, router_of, scripted_pool
-from dmoa.types import AgentCall, AgentReply, Answer, EntropySum, Query, Sampling, TextDelta, TokenUsage
+from dmoa.types import AgentCall, AgentReply, Answer, EntropySum, Query, TextDelta, TokenUsage
 
 POOL = ("a", "b", "c", "d")
 """The pool of most tests."""
@@ -90,8 +90,7 @@ async def run(
     """Ask a policy, `NAME` or `NAME:key=value`; `says` gives an agent's words, or its reply; None: its mark and 3000 words."""
     agents = NotingAgents(says, nats or {})
     dispatcher = Dispatcher(agents=agents, cards={name: card(name) for name in pool}, router=None, is_select=True)
-    sampling = Sampling(max_tokens=70)
-    loop = Orchestrator(dispatcher=dispatcher, summarizer=SelectSummarizer(), summarizer_sampling=sampling, is_select=True)
+    loop = Orchestrator(dispatcher=dispatcher, summarizer=SelectSummarizer())
     built = build_policy(split_policy(policy)[0], context_of(policy, pool_of(tuple(pool))))
     return await answer_of(loop, asked or query(QUESTION, max_steps=50), built), agents.calls
 

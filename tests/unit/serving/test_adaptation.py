@@ -159,7 +159,7 @@ def test_queries_that_are_never_heard_of_pass_no_canary(root: Path) -> None:
     found.heard_every = 10**9
     for _ in range(300):
         found.ask()
-        found.took(found.adaptation.observe([], found.router.begun))
+        found.took(found.adaptation.observe([], found.router.decided.begun))
     assert actions(found)[-1] == "canary"
     assert found.adaptation.status()["trial"]["queries"] == {"candidate": 0, "control": 0}
 
@@ -181,9 +181,9 @@ def test_a_feedback_that_was_started_anew_is_not_counted_twice(root: Path) -> No
     for _ in range(30):
         found.ask()
     records = list(found.unheard)
-    found.adaptation.observe(records[:-2], found.router.begun)
+    found.adaptation.observe(records[:-2], found.router.decided.begun)
     before = Counter(found.adaptation.status()["trial"]["queries"])
-    found.adaptation.observe(records, found.router.begun, again=True)  # the last two had not been heard of
+    found.adaptation.observe(records, found.router.decided.begun, again=True)  # the last two had not been heard of
     assert (before.total(), Counter(found.adaptation.status()["trial"]["queries"]).total()) == (28, 30)
 
 
@@ -284,7 +284,7 @@ def test_a_restart_counts_no_query_twice_and_remembers_what_is_usual(root: Path)
     before = found.adaptation.status()["trial"]
     usual = found.adaptation._arms["failures"].whole.usual
     found.start()
-    found.adaptation.observe(told, found.router.begun)
+    found.adaptation.observe(told, found.router.decided.begun)
     assert len(told) == 30
     assert found.adaptation.status()["trial"] == before
     assert found.adaptation._arms["failures"].whole.usual == usual < 0.03
@@ -386,11 +386,11 @@ def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None
     found.heard_every, told_of = 10**9, 0
     while found.adaptation.status()["trial"]["signals"]["failures"]["pairs"] < 2:
         found.ask()
-        found.took(found.adaptation.observe(found.unheard[told_of:], found.router.begun))
+        found.took(found.adaptation.observe(found.unheard[told_of:], found.router.decided.begun))
         told_of = len(found.unheard)
     before = found.adaptation.status()["trial"]
     found.start()
-    found.took(found.adaptation.observe(found.unheard, found.router.begun, again=True))  # it hears of all once more
+    found.took(found.adaptation.observe(found.unheard, found.router.decided.begun, again=True))  # it hears of all once more
     found.heard_every, found.unheard = 1, []
     after = found.adaptation.status()
     counted = [{name: of["pairs"] for name, of in trial["signals"].items()} for trial in (before, after["trial"])]

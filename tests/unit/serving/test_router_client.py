@@ -467,9 +467,9 @@ async def test_the_router_counts_what_ingresses_decide(following: tuple[FakeActo
     actor.cool("a")  # news, with which the ingress looks again
     await follows(router, actor._local.view)
     beside = sum(one.is_beside for one in decisions)
-    assert actor._local.num_decisions == len(decisions) == len(actor.inputs)
-    assert actor._local.begun == (len(decisions) - beside, beside)
-    assert actor._local.activations.total() == sum(one.k for one in decisions)
+    assert actor._local.decided.num_decisions == len(decisions) == len(actor.inputs)
+    assert actor._local.decided.begun == (len(decisions) - beside, beside)
+    assert actor._local.decided.activations.total() == sum(one.k for one in decisions)
 
 
 async def test_what_an_ingress_reports_is_masked_there_at_once(following: tuple[FakeActor, RemoteRouter]) -> None:

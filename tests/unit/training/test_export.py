@@ -15,7 +15,7 @@ from dmoa.evaluation.records import BenchmarkInfo, Task
 from dmoa.evaluation.run_folder import RunFolder, write_lines
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.testing import answered, decision, failed, query, run_info, scored, write_run
-from dmoa.trace import trace_of, write_traces
+from dmoa.trace import AnsweredQuery, write_traces
 from dmoa.training.options import ExportOptions
 from dmoa.types import AgentReply, Message, Stage, StepRecord, SummarizerRecord
 from dmoa.workflows.export import export
@@ -48,7 +48,7 @@ def traces(path: Path, *steps: StepRecord, **changes: Any) -> Path:
     """Traces of a query; `changes`: of it."""
     asked = replace(query("Why?"), system="Be kind.", turns=(Message(role="user", content="Hi"),), **changes)
     made = (
-        trace_of(asked, finish(advance(begin(asked), one), "dmoa", "sure", wall_ms=1.0), pool="p", fingerprint="f")
+        AnsweredQuery(query=asked, answer=finish(advance(begin(asked), one), "dmoa", "sure", wall_ms=1.0)).trace()
         for one in steps
     )
     return write_traces(path / "traces.jsonl", made)

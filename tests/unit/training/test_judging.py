@@ -38,7 +38,7 @@ from dmoa.testing import (
     scripted_pool,
     write_rollouts,
 )
-from dmoa.trace import Trace, read_traces, trace_of, write_traces
+from dmoa.trace import AnsweredQuery, Trace, read_traces, write_traces
 from dmoa.training.dataset import EpisodeBuilder, Episodes, read_episodes, read_manifests
 from dmoa.training.judging import competence_bias, fit_judge, judged, learnt, with_outcomes, witnesses_of_steps
 from dmoa.training.objective import Scale, Split, build_data
@@ -293,7 +293,7 @@ async def ask(gate: Gate, fates: Mapping[str, Fate], config: Config) -> tuple[An
     asked = Query(trace_id="t", text="12 + 7?", limits=Limits(max_steps=4))
     events = [event async for event in swarm.ask(asked)]
     assert isinstance(events[-1], Answer)
-    return events[-1], agents, trace_of(asked, events[-1], pool="p", fingerprint="f")
+    return events[-1], agents, AnsweredQuery(query=asked, answer=events[-1]).trace()
 
 
 SAID = {
