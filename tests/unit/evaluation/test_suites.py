@@ -21,7 +21,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Row
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.evaluation.suites.arith import Arithmetic, Operations
-from dmoa.evaluation.suites.calendar import Calendar, UpTo, WithinMonth
+from dmoa.evaluation.suites.calendar import Calendar, WithinMonth
 from dmoa.evaluation.suites.chain import CloseDifference
 from dmoa.evaluation.suites.suite import PERCENT, SUITE_SPLITS, Kind, Suite, permuted, split_of
 from dmoa.evaluation.suites.tables import DEPOTS, MEANINGS, MIXTURES, Signal
@@ -99,7 +99,7 @@ def test_pairs_of_days_within_a_month_are_counted_right(max_days: int) -> None:
         following = date(day.year + day.month // 12, day.month % 12 + 1, 1)
         count += min(max_days, (following - day).days - 1)
         day += timedelta(days=1)
-    assert WithinMonth(max_days=max_days).num_spans == count
+    assert WithinMonth(group="between", max_days=max_days).num_tuples == count
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -132,7 +132,7 @@ def test_permuted_orders_hang_on_the_seed_and_look_random() -> None:
         Arithmetic(operations="+", digits=3, has_carries=False),
         CloseDifference(digits=3, max_result=5),
         CloseDifference(digits=3, max_result=28),
-        Calendar(group="weekday", spans=UpTo(min_days=0, max_days=0)),
+        Calendar(group="weekday", min_days=0, max_days=0),
         Signal(),
     ],
     ids=["sums", "few-differences", "differences", "weekdays", "signals"],
