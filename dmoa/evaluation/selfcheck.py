@@ -15,14 +15,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from dmoa import sandbox
 from dmoa.evaluation.benchmarks.base import VALUE
 from dmoa.evaluation.benchmarks.ds1000 import library_version
 from dmoa.evaluation.benchmarks.programs import require_sandbox
-from dmoa.evaluation.data import find_file, load_splits, slices_of
-from dmoa.evaluation.records import SPLITS, Label, Reply, Row, Score, Scorer, Split
+from dmoa.evaluation.data import load_splits, splits_at_hand
+from dmoa.evaluation.records import SPLITS, FileRecord, Label, Reply, Row, Score, Scorer
 from dmoa.evaluation.registry import SUITES, build_scorer, spec_of
 
 _SIGMAS = 4.5
@@ -125,7 +123,8 @@ def subject_of(name: str, data_dir: Path | None, *, skip_bad_rows: bool, allow_w
 
 def _benchmark(name: str, data_dir: Path | None, skip_bad_rows: bool, allow_weak_sandbox: bool, limit: int | None) -> Subject:
     entry = build_scorer(name, allow_weak_sandbox=allow_weak_sandbox)
-    loaded = load_splits(name, _splits_at_hand(name, data_dir), data_dir=data_dir, skip_bad_rows=skip_bad_rows)
+    splits = splits_at_hand(spec_of(name), data_dir) or SPLITS  # without any, loading says what is missing
+    loaded = load_splits(name, splits, data_dir=data_dir, skip_bad_rows=skip_bad_rows)
     rows = {split: part.rows[:limit] for split, part in loaded.items()}
     bad = {(row.file, row.line) for part in loaded.values() for row in part.bad}
     return Subject(
@@ -143,14 +142,6 @@ def _benchmark(name: str, data_dir: Path | None, skip_bad_rows: bool, allow_weak
         num_duplicates=sum(part.num_duplicates for part in loaded.values()),
         sources={file: source for part in loaded.values() for file, source in part.sources.items()},
     )
-
-
-def _splits_at_hand(name: str, data_dir: Path | None) -> list[Split]:
-    """Return the splits whose file is there; all of them where none is, so that loading says what is missing."""
-    spec = spec_of(name)
-    slices = slices_of(spec, data_dir)
-    found = [split for split in SPLITS if data_dir is None or find_file(spec, slices[split].file, data_dir) is not None]
-    return found or list(SPLITS)
 
 
 def _suite(name: str, limit: int) -> Subject:
@@ -182,11 +173,7 @@ def _suite_keys(label: Label) -> tuple[Hashable, ...]:
     return (label.gold["answer"],)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class UnscoredRow(_Record):
+class UnscoredRow(FileRecord):
     """A row whose right answer could not be judged here."""
 
     row_id: str
@@ -198,7 +185,7 @@ class UnscoredRow(_Record):
     reason: str
 
 
-class GoldCheck(_Record):
+class GoldCheck(FileRecord):
     """Perfect replies in one measure."""
 
     measure: str
@@ -216,7 +203,7 @@ class GoldCheck(_Record):
         return self.num_right > 0 and self.num_right + self.num_unscored == self.num_rows
 
 
-class SilentCheck(_Record):
+class SilentCheck(FileRecord):
     """Empty and refused replies."""
 
     num_replies: int
@@ -230,7 +217,7 @@ class SilentCheck(_Record):
         return self.num_replies > 0 and self.num_above_zero == 0
 
 
-class DealtCheck(_Record):
+class DealtCheck(FileRecord):
     """The rows' own right answers, dealt out among the rows by a seeded shuffle."""
 
     num_rows: int
@@ -250,7 +237,7 @@ class DealtCheck(_Record):
         return abs(self.accuracy - self.expected) <= self.tolerance
 
 
-class BenchmarkCheck(_Record):
+class BenchmarkCheck(FileRecord):
     """One benchmark or suite."""
 
     name: str
@@ -271,7 +258,7 @@ class BenchmarkCheck(_Record):
     passed: bool
 
 
-class SelfCheck(_Record):
+class SelfCheck(FileRecord):
     """The whole check; `dmoa evaluate --selfcheck --json FILE` writes it."""
 
     benchmarks: tuple[BenchmarkCheck, ...]
@@ -290,14 +277,9 @@ def run_selfcheck(
     limit: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> SelfCheck:
-    """Check benchmarks and suites by name.
+    """Check benchmarks and suites by name; at most `limit` rows of each split, else all of the files and 200 generated ones.
 
-    Args:
-        limit: at most so many rows of each split; None: every row of the files, and 200 generated ones of each split.
-
-    Raises:
-        ConfigError: an unknown name, rows that are missing or do not parse.
-        SandboxError: programs are to be run and this host cannot contain them.
+    Raises ConfigError for an unknown name and bad rows, SandboxError where programs are to be run and cannot be contained.
     """
     started = time.monotonic()
     subjects = [

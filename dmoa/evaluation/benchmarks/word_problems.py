@@ -34,11 +34,7 @@ _FRACTION = re.compile(r"[+-]?\d+\s*/\s*0*[1-9]\d*", re.ASCII)
 
 
 def canonical_number(text: str) -> str:
-    """The number as shortest plain text: no commas, no plus, no trailing zeros, fractions reduced.
-
-    Raises:
-        ValueError: the text is not one decimal number or fraction.
-    """
+    """Return a number as shortest plain text: no commas, plus or trailing zeros, fractions reduced. Raises ValueError."""
     plain = text.strip().replace(",", "")
     if len(plain) <= 100 and _FRACTION.fullmatch(plain):
         return str(Fraction(re.sub(r"\s", "", plain)))

@@ -50,11 +50,7 @@ class RelaySuite(Suite):
         return int(sum(suite.num_tuples() for suite in self.suites) ** NUM_CARDS)
 
     def capacity(self, split: str, difficulty: int = 1, groups: Collection[str] = ()) -> int:
-        """Return the most rows of one stream.
-
-        Cards are dealt without repeats until a suite is used up, then anew in another order. Two rows of the same four cards
-        are not excluded, but among so many sequences never come up in practice (below 1e-9 in 100,000 rows).
-        """
+        """Return the most rows of a stream. Two rows of the same four cards never come up in practice (below 1e-9 in 100,000)."""
         self._check_groups(difficulty, groups)
         return int(sum(suite.capacity(split) for suite in self.suites) ** NUM_CARDS)
 
