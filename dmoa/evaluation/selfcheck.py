@@ -98,8 +98,6 @@ class Subject:
     score: Scorer
     gold_replies: Callable[[Label], dict[str, Reply]]
     """Measure -> a reply that must reach 1.0 in it."""
-    silent_reply: Callable[[Label, str], Reply]
-    """A reply that says this text wherever the scorer looks."""
     answer_keys: Callable[[Label], tuple[Hashable, ...]]
     """The right answers that a row is scored by."""
     deviation: str = ""
@@ -134,7 +132,6 @@ def _benchmark(name: str, data_dir: Path | None, skip_bad_rows: bool, allow_weak
         dealt_rows=tuple(chain.from_iterable(rows.values())),
         score=entry.score,
         gold_replies=lambda label: {measure: Reply(text=text) for measure, text in entry.gold_replies(label).items()},
-        silent_reply=lambda label, text: Reply(text=text),
         answer_keys=lambda label: (entry.answer_key(label),),
         deviation=entry.deviation,
         runs_programs=entry.runs_programs,
@@ -152,9 +149,6 @@ def _suite(name: str, limit: int) -> Subject:
         for split in SPLITS
     }
 
-    def silent_reply(label: Label, text: str) -> Reply:
-        return Reply(text=text, step_texts=(text,) * len(suite.gold_reply(label).step_texts))
-
     return Subject(
         name=name,
         is_generated=True,
@@ -162,7 +156,6 @@ def _suite(name: str, limit: int) -> Subject:
         dealt_rows=rows["test, difficulty 1"],
         score=suite.score,
         gold_replies=lambda label: {VALUE: suite.gold_reply(label)},
-        silent_reply=silent_reply,
         answer_keys=_suite_keys,
     )
 
@@ -351,7 +344,8 @@ def _measured(score: Score, measure: str) -> float:
 
 
 def _check_silent(subject: Subject, progress: Progress) -> SilentCheck:
-    jobs = [(row.label, subject.silent_reply(row.label, text)) for row in subject.all_rows for text in SILENT]
+    steps = ((row.label, len(subject.gold_replies(row.label)[VALUE].step_texts)) for row in subject.all_rows)
+    jobs = [(label, Reply(text=text, step_texts=(text,) * number)) for label, number in steps for text in SILENT]
     scores = _score_all(subject, jobs, "empty and refused replies", progress)
     above = [
         f"{label.row_id}: {reply.text!r} scored {score.value} {score.metrics}"

@@ -49,12 +49,10 @@ class MmluRow(UpstreamRow):
     """Index of the right choice."""
 
     def text(self) -> str:
-        """The subject in words, the question and the choices."""
         task = f"Answer the multiple-choice question about {self.subject.replace('_', ' ')}. {LETTER_FORMAT}"
         return f"{task}\n\nQuestion: {self.question.strip()}\n{render_choices(self.choices)}"
 
     def gold(self) -> dict[str, Any]:
-        """The letter, and the texts it stands among."""
         return {"letter": LETTERS[self.answer], "choices": list(self.choices)}
 
     def group(self) -> str:
@@ -96,12 +94,10 @@ class AquaRow(UpstreamRow):
         return [re.sub(r"^[A-E]\)\s*", "", option) for option in self.options]
 
     def text(self) -> str:
-        """The question and the options."""
         task = f"Answer the multiple-choice algebra question. {LETTER_FORMAT}"
         return f"{task}\n\nQuestion: {self.question.strip()}\n{render_choices(self.choices())}"
 
     def gold(self) -> dict[str, Any]:
-        """The letter, and the texts it stands among."""
         return {"letter": self.correct, "choices": self.choices()}
 
 

@@ -72,11 +72,9 @@ class MathRow(UpstreamRow):
     solution: Annotated[str, AfterValidator(lambda solution: _boxed(solution) and solution)]
 
     def text(self) -> str:
-        """The problem."""
         return f"Solve the problem. End with the final answer in \\boxed{{}}.\n\nProblem: {self.problem.strip()}"
 
     def gold(self) -> dict[str, Any]:
-        """What the last box of the solution holds."""
         return {"answer": _boxed(self.solution)}
 
     def group(self) -> str:

@@ -79,11 +79,9 @@ class Gsm8kRow(UpstreamRow):
     """The worked solution, then `#### N`."""
 
     def text(self) -> str:
-        """The problem."""
         return _ask(self.question)
 
     def gold(self) -> dict[str, Any]:
-        """The number after `####`."""
         return {"number": canonical_number(self.answer.rpartition("####")[2])}
 
 
@@ -100,11 +98,9 @@ class MultiArithRow(UpstreamRow):
     final_ans: NumberText
 
     def text(self) -> str:
-        """The problem."""
         return _ask(self.question)
 
     def gold(self) -> dict[str, Any]:
-        """The final answer."""
         return {"number": self.final_ans}
 
     def family(self) -> str:
@@ -130,11 +126,9 @@ class SvampRow(UpstreamRow):
     Type: str
 
     def text(self) -> str:
-        """The body, then the question."""
         return _ask(f"{self.Body.strip()} {self.Question.strip()}")
 
     def gold(self) -> dict[str, Any]:
-        """The answer."""
         return {"number": self.Answer}
 
     def family(self) -> str:

@@ -126,11 +126,6 @@ class Templates:
             return "test", self.test
         return "open", self.open
 
-    @property
-    def wordings(self) -> tuple[str, ...]:
-        """All of them."""
-        return (*self.open, *self.validation, *self.test)
-
 
 class Part(ABC):
     """What a question is made of. Implementations are frozen records of a few numbers; equal records pose equal questions."""
@@ -213,11 +208,6 @@ class Suite:
     summary: str
     levels: tuple[Level, ...]
     """By difficulty, from 1."""
-
-    @property
-    def is_generated(self) -> bool:
-        """Always: no row was written by a person."""
-        return True
 
     @property
     def difficulties(self) -> dict[int, str]:
