@@ -14,12 +14,13 @@ import textwrap
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from dmoa.core.expressions import expression_key, is_symbolic
 from dmoa.core.numbers import FoundNumber, dates_and_times, expression_value, find_numbers, iter_numbers, plain_text, spelled
 from dmoa.core.reasoning import split_reasoning
 
+T = TypeVar("T")
 MAX_CHARS = 20_000
 """Characters at the end of a reply that are read."""
 _MAX_STATEMENTS = 64
@@ -143,11 +144,6 @@ class ReplyText:
     is_only_thought: bool = False
     """Whether the reply ends inside a thought."""
 
-    @property
-    def is_refusal(self) -> bool:
-        """Whether it begins as a refusal does ("I'm sorry, ...", "I cannot ...", "As an AI ...")."""
-        return is_refusal(self.prose)
-
 
 @dataclass(frozen=True, slots=True)
 class ReadAnswer:
@@ -199,7 +195,7 @@ def _turn(text: str) -> str:
 
 
 def is_refusal(prose: str) -> bool:
-    """Tell whether a text begins as a refusal does."""
+    """Tell whether a text begins as a refusal does ("I'm sorry, ...", "I cannot ...", "As an AI ...")."""
     return _REFUSAL.match(prose.strip().replace("\u2019", "'")) is not None
 
 
@@ -256,10 +252,7 @@ def last_line(prose: str) -> str:
 
 
 def statement_places(prose: str, *, given: str = "") -> list[Statement]:
-    """Return all statements by position; a box inside a marked line stands for the line.
-
-    What is said about an answer before it ("The answer is rounded to 2 decimals") states none; `given` stands before the text.
-    """
+    """Return all statements by position, without remarks on an answer before them; a box in a marked line stands for the line."""
     boxes = _boxes(prose)[-_MAX_STATEMENTS:]
     marks = list(_MARK.finditer(prose))[-_MAX_STATEMENTS:]
     found, remarks = list(boxes), list[Statement]()
@@ -574,30 +567,33 @@ _RANGE = re.compile(r"\bbetween\b[^\n]*\band\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """The number that a reply gives."""
+class Reading(Generic[T]):
+    """What a reply gives: a number, a letter, an expression, a name."""
 
-    value: Fraction | None
+    value: T | None
     """None where it gives none."""
     reason: str
 
 
+Number = Reading[Fraction]
+
+
 THOUGHT_ONLY = "the thought never ended"
-_NONE = Reading(None, "no number, or several, where the answer stands")
-_AMBIGUOUS = Reading(None, "ambiguous separators")
+_NONE: Number = Reading(None, "no number, or several, where the answer stands")
+_AMBIGUOUS: Number = Reading(None, "ambiguous separators")
 NOT_THIS = "it says what the answer is not"
-_DENIAL = Reading(None, NOT_THIS)
-_EXPRESSION = Reading(None, "an expression, not a number")
+_DENIAL: Number = Reading(None, NOT_THIS)
+_EXPRESSION: Number = Reading(None, "an expression, not a number")
 
 
-def read_number(text: str) -> Reading:
+def read_number(text: str) -> Number:
     """Return the number that a reply gives. Never raises."""
     reply = open_reply(text)
     final, prose = reply.final, reply.prose
     if reply.is_only_thought:
         return Reading(None, THOUGHT_ONLY)
     if final is None:
-        if reply.is_refusal:
+        if is_refusal(prose):
             return Reading(None, "the reply refuses to answer")
         line = prose.strip()
         if "\n" not in line and len(line.split()) <= _MAX_LINE_WORDS:
@@ -615,7 +611,7 @@ def read_number(text: str) -> Reading:
     return _named(said, "stated")
 
 
-def _json_number(value: str) -> Reading:
+def _json_number(value: str) -> Number:
     """Return the number of a value in JSON: of several sentences or steps, the last one ends in it."""
     is_worked = not _is_several(value) and len(SENTENCE_END.split(value.strip())) > 1
     return _last_reading(value) if is_worked else _span_number(value)
@@ -626,11 +622,11 @@ def read_number_span(span: str) -> Fraction | None:
     return _span_number(re.sub(r"\bper ?cent\b", "%", span)).value
 
 
-def _named(reading: Reading, place: str) -> Reading:
+def _named(reading: Number, place: str) -> Number:
     return reading if reading.value is None else Reading(reading.value, place)
 
 
-def _last_reading(prose: str) -> Reading:
+def _last_reading(prose: str) -> Number:
     """Return the last number of a text that states no answer; one in parentheses only where its line has no other."""
     for line in reversed(prose.splitlines()):
         for number in reversed(_outside_asides(line)):
@@ -663,7 +659,7 @@ def _is_several(part: str) -> bool:
     return is_listed and len({number.value for number in find_numbers(bare)}) > 1
 
 
-def _span_number(span: str) -> Reading:
+def _span_number(span: str) -> Number:
     """Return the number that a statement amounts to."""
     span = SENTENCE_END.split(span[:_MAX_SPAN_CHARS], maxsplit=1)[0]
     left = without_denial(span)
@@ -680,7 +676,7 @@ def _span_number(span: str) -> Reading:
     return reading if reading.value is not None or len(parts) == 1 else _part_number(parts[-2])
 
 
-def _part_number(part: str) -> Reading:
+def _part_number(part: str) -> Number:
     value = expression_value(_UNIT_WORDS.sub("", part.strip(" .$")))
     found = find_numbers(part)
     is_first = _leading_number(part) is not None

@@ -54,6 +54,7 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "csc": lambda x: 1 / cmath.sin(x),
     "cot": lambda x: 1 / cmath.tan(x),
 }
+_CONSTANTS = {"\u03c0": complex(math.pi), "\u221e": complex(math.inf), "i": 1j, "e": complex(math.e)}
 _TOKEN = re.compile(
     rf"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<word>\\frac|\\sqrt|{'|'.join(_FUNCTIONS)})|(?P<name>[a-zA-Z\u03c0\u221e](?![a-zA-Z]{{2}}))"
     r"|(?P<mark>[-+*/^(){}\[\]|!_]))"
@@ -252,14 +253,8 @@ class _Parser:
         return complex(abs(value)) if closing == "|" else value
 
     def _named(self, name: str) -> complex:
-        if name == "\u03c0":
-            return complex(math.pi)
-        if name == "\u221e":
-            return complex(math.inf)
-        if name == "i":
-            return 1j
-        if name == "e":
-            return complex(math.e)
+        if name in _CONSTANTS:
+            return _CONSTANTS[name]
         value = 0.3 + math.modf(ord(name) * (0.618 + 0.131 * self.point))[0]
         return complex(-1 - value if self.point == 0 and "|" in self.text else value)  # |x| is not x
 

@@ -74,10 +74,7 @@ _kept_key = lru_cache(maxsize=1024)(_key)
 
 
 def answer_classes(replies: Sequence[str], query: str = "") -> list[int]:
-    """Return which replies to one query agree: equal numbers for equal answers, counted from 0 as they first appear.
-
-    A reply without an answer has `NO_ANSWER`, -1: it agrees with nobody, also not with another such reply.
-    """
+    """Return which replies to one query agree: equal numbers from 0 on; `NO_ANSWER` without one, which agrees with nobody."""
     classes: dict[str, int] = {}
     found: list[int] = []
     for reply in replies:

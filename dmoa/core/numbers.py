@@ -265,10 +265,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 
 
 def expression_value(text: str) -> Fraction | None:
-    """Return the exact value of an arithmetic expression, plain or in LaTeX.
-
-    None if the text is not an expression, is too long, or is not rational. Never raises.
-    """
+    """Return the exact value of an expression, plain or LaTeX; None if it is none, too long or not rational. Never raises."""
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.strip().strip("$").strip())
     text = text.replace("\\left", "").replace("\\right", "")
     if len(text) > _MAX_CHARS or text.count("^") > 1 or not _OPERATOR.search(text) or not _TOKENS.fullmatch(text):

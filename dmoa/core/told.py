@@ -107,12 +107,9 @@ class OutcomeTable:
     def _ability(self, context: _Context) -> Array:
         """Return the competences [A] that the judged queries of a context tell."""
         witnesses = _stacked(context.judged)
-        usual = {name: getattr(self._model, name).mean(axis=0)[None] for name in ("ability_CA", "doubt_CA", "doubt_slope_CA")}
-        usual |= {
-            "length_mean_CA": self._model.length_mean_CA.mean(axis=0)[None],
-            "reliance_C": np.ones(1),
-            "lead_C": np.zeros(1),
-        }
+        names = ("ability_CA", "doubt_CA", "doubt_slope_CA", "length_mean_CA")
+        usual = {name: getattr(self._model, name).mean(axis=0)[None] for name in names}
+        usual |= {"reliance_C": np.ones(1), "lead_C": np.zeros(1)}
         start = replace(self._model, centre_CD=np.zeros((1, 0)), trust=(), **usual)
         mean, apart_A = float(start.ability_CA.mean()), start.ability_CA[0] - start.ability_CA.mean()
         # Each agent's competence is linear in (together, carried, its own): a Newton step of all of them at once.

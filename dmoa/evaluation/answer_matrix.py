@@ -75,10 +75,7 @@ def matrix_policies(agents: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_matrix(folder: RunFolder, benchmark: str, agents: Sequence[str]) -> AnswerMatrix:
-    """Read the matrix of a benchmark from a finished run.
-
-    Raises ConfigError where an agent has not answered every row, or an answer has not been judged.
-    """
+    """Read a benchmark's matrix from a finished run. Raises ConfigError where an answer, or its score, is missing."""
     tasks = tuple(folder.read_tasks(benchmark))
     columns, values = [], []
     for agent, policy in zip(agents, matrix_policies(agents), strict=True):
@@ -259,10 +256,7 @@ def ranked(ranking_RA: npt.NDArray[np.integer], k: int = 1) -> list[RouterChoice
 
 
 def add_oracle(folder: RunFolder, benchmarks: Sequence[str], agents: Sequence[str]) -> None:
-    """Add the oracle's lines to a run; of agents that score the same the first counts, with its tokens.
-
-    `run.finish_run` then makes the result anew. Raises ConfigError where the run is not whole.
-    """
+    """Add the oracle's lines; of equal agents the first counts. Raises ConfigError where the run is not whole."""
     best = {}
     for name in benchmarks:
         matrix = read_matrix(folder, name, agents)

@@ -115,11 +115,10 @@ def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answere
 
 def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) -> Scored:
     """Judge one answer; a failed query scores 0 in every metric, whatever its text."""
-    common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
     judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))  # names the metrics
     is_failed, reason = answer.status == "failed", judged.reason if judged.is_scored else answer.error or judged.reason
     return Scored(
-        **common,
+        **answer.model_dump(include={"row_id", "benchmark", "policy", "group"}),
         value=0.0 if is_failed else judged.value,
         extracted=None if is_failed else judged.extracted,
         reason=answer.error or "failed" if is_failed else reason,

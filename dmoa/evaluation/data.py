@@ -36,11 +36,7 @@ from dmoa.validation import did_you_mean
 
 
 def read_split(source: HubSource, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
-    """The name under which the split is recorded, and its rows with upstream's field names.
-
-    Raises:
-        ConfigError: the data set cannot be had: no network, offline mode, no such revision, configuration or split.
-    """
+    """Return the name under which the split is recorded, and its rows with upstream's field names. Raises ConfigError."""
     import datasets
     import httpx
 
@@ -56,11 +52,7 @@ def read_split(source: HubSource, split: str) -> tuple[str, Iterator[dict[str, A
 
 
 def fetch_file(source: HubSource, file: str) -> Path:
-    """A file of the data set's repository, in the hub's cache.
-
-    Raises:
-        ConfigError: it cannot be had.
-    """
+    """Return a file of the data set's repository, in the hub's cache. Raises ConfigError where it cannot be had."""
     import httpx
     import huggingface_hub
 
@@ -132,17 +124,15 @@ class _Part:
 
 
 def load_rows(name: str, split: Split, *, data_dir: Path | None, skip_bad_rows: bool = False) -> Loaded:
-    """One split of a benchmark; from the hub where `data_dir` is None.
+    """Load one split of a benchmark; from the hub where `data_dir` is None.
 
-    Raises:
-        ConfigError: an unknown benchmark; a file is missing, damaged or empty; the hub cannot be reached; a row is bad and
-            `skip_bad_rows` is false: names file, line, field, value and what was expected.
+    Raises ConfigError: an unknown benchmark, a file that is missing, damaged or empty, no hub, a bad row not to be skipped.
     """
     return load_splits(name, [split], data_dir=data_dir, skip_bad_rows=skip_bad_rows)[split]
 
 
 def load_splits(name: str, splits: Sequence[Split], *, data_dir: Path | None, skip_bad_rows: bool = False) -> dict[Split, Loaded]:
-    """Several splits of a benchmark, each file read once; raises as `load` does."""
+    """Load several splits of a benchmark, each file read once. Raises as `load_rows`."""
     spec = spec_of(name)
     slices = slices_of(spec, data_dir)
     definitions, sources = find_definitions(spec, data_dir)
@@ -164,6 +154,12 @@ def slices_of(spec: Benchmark, data_dir: Path | None) -> Mapping[Split, Slice]:
     return spec.slices if data_dir is not None else _hub(spec).slices or spec.slices
 
 
+def splits_at_hand(spec: Benchmark, data_dir: Path | None, required: Sequence[Split] = ()) -> list[Split]:
+    """Return the splits whose file is there, and those required: loading says what is missing of them."""
+    files = slices_of(spec, data_dir)
+    return [split for split in SPLITS if data_dir is None or split in required or find_file(spec, files[split].file, data_dir)]
+
+
 def _hub(spec: Benchmark) -> HubSource:
     if spec.hub is None:
         raise ConfigError(f"{spec.name}: its rows are on no hub; give the folder of its rows with --data-dir")
@@ -171,11 +167,7 @@ def _hub(spec: Benchmark) -> HubSource:
 
 
 def find_file(spec: Benchmark, file: str, data_dir: Path) -> Path | None:
-    """The file of this name, plain or gzip; None where there is none.
-
-    Raises:
-        ConfigError: both are there.
-    """
+    """Return the file of this name, plain or gzip; None where there is none. Raises ConfigError where both are there."""
     found = [path for ending in ("jsonl", "jsonl.gz") if (path := data_dir / spec.name / f"{file}.{ending}").is_file()]
     if len(found) > 1:
         raise ConfigError(f"{found[0]} and {found[1]} are both there: which one counts is not said; remove one")
@@ -196,9 +188,8 @@ def _read_file(
         name = f"{spec.name}/{path.name}"
         sources, lines = {name: _digest(path)}, read_lines(path)
     bad: list[BadRow] = []
-    num_lines = 0
+    number = 0
     for number, line in lines:
-        num_lines += 1
         try:
             fields = line if isinstance(line, dict) else parse_line(line)
             parsed = run_own(spec.name, f"{name}, line {number}: reading the row", spec.parse, fields, definitions)
@@ -211,7 +202,7 @@ def _read_file(
             continue
         for split, part in parts.items():
             part.add(spec, split, parsed, row_hash)
-    if num_lines == len(bad):
+    if number == len(bad):
         raise ConfigError(f"{name} holds no usable row ({len(bad)} bad ones); expected one {spec.name} row a line as JSON")
     return sources, bad
 
@@ -258,11 +249,7 @@ def find_definitions(spec: Benchmark, data_dir: Path | None) -> tuple[Any, dict[
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """The JSON object of one line.
-
-    Raises:
-        RowError: it is not UTF-8, not JSON, or not an object.
-    """
+    """Return the JSON object of one line. Raises RowError where it is not UTF-8, not JSON, or not an object."""
     try:
         value = read_json(line.decode("utf-8"))
     except ValueError as error:
@@ -285,14 +272,8 @@ class Disjoint:
 def load_disjoint(
     name: str, *, data_dir: Path | None, skip_bad_rows: bool = False, required: tuple[Split, ...] = ("test",)
 ) -> Disjoint:
-    """All splits of a benchmark that there are, made disjoint.
-
-    Raises:
-        ConfigError: as `load_rows` does; a required split has no file or no rows.
-    """
-    spec = spec_of(name)
-    slices = slices_of(spec, data_dir)
-    wanted = [split for split in SPLITS if data_dir is None or split in required or find_file(spec, slices[split].file, data_dir)]
+    """Load all splits of a benchmark that there are, made disjoint. Raises ConfigError, also for a required one without rows."""
+    wanted = splits_at_hand(spec_of(name), data_dir, required)
     splits, dropped = drop_overlaps(load_splits(name, wanted, data_dir=data_dir, skip_bad_rows=skip_bad_rows))
     for split in required:
         if not splits[split].rows:
@@ -373,13 +354,15 @@ def sample_rows(rows: Iterable[Row], limit: int, seed: int) -> list[Row]:
 
 def write_rows(folder: RunFolder, name: str, rows: Iterable[Row]) -> int:
     """Write tasks and labels, streaming, each file whole and then renamed; returns the number of rows."""
-    count = 0
+    seen: set[bytes] = set()
     with replacing(folder.tasks(name)) as tasks, replacing(folder.gold(name)) as labels:
-        for row in _unique(rows):
+        for row in rows:
+            key = hashlib.sha256(row.task.row_id.encode()).digest()[:8]
+            assert key not in seen, row.task.row_id  # answers are kept by it
+            seen.add(key)
             tasks.write(row.task.model_dump_json().encode() + b"\n")
             labels.write(row.label.model_dump_json().encode() + b"\n")
-            count += 1
-    return count
+    return len(seen)
 
 
 def hash_files(name: str, data_dir: Path | None) -> dict[str, str]:
@@ -390,13 +373,3 @@ def hash_files(name: str, data_dir: Path | None) -> dict[str, str]:
     rows = (find_file(spec, file, data_dir) for file in {part.file for part in spec.slices.values()})
     paths = [*rows, *(data_dir / spec.name / file for file in spec.definitions)]
     return {f"{spec.name}/{path.name}": _digest(path) for path in paths if path is not None and path.is_file()}
-
-
-def _unique(rows: Iterable[Row]) -> Iterator[Row]:
-    """Pass rows through; asserts that no id comes twice, because answers are kept by it."""
-    seen: set[bytes] = set()
-    for row in rows:
-        key = hashlib.sha256(row.task.row_id.encode()).digest()[:8]
-        assert key not in seen, row.task.row_id
-        seen.add(key)
-        yield row

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict
-
 from dmoa.core.answers import open_reply, read_answer
 from dmoa.core.forms import form_of
 from dmoa.core.literals import read_literal
@@ -19,7 +17,7 @@ from dmoa.core.reasoning import split_reasoning
 from dmoa.errors import ConfigError
 from dmoa.evaluation.answering import score_answer
 from dmoa.evaluation.data import load_rows
-from dmoa.evaluation.records import Answered, Label, Scored, Split, Task
+from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Split, Task
 from dmoa.evaluation.registry import SUITES, judging
 from dmoa.evaluation.results import Evaluation, read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
@@ -33,10 +31,8 @@ _MAX_CELL = 2000
 """Characters of a text in it."""
 
 
-class Explanation(BaseModel):
+class Explanation(FileRecord):
     """How one reply is judged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     row_id: str
     source: str
@@ -63,15 +59,10 @@ class Explanation(BaseModel):
 def explain(
     row_id: str, *, reply: str | None, out: Path | None, data_dir: Path | None, allow_weak_sandbox: bool = False
 ) -> list[Explanation]:
-    """Return how a given reply is judged, or each policy's reply of the run in `out`.
+    """Return how a given reply (a text, or a file that holds it) is judged, or each policy's reply of the run in `out`.
 
-    Args:
-        row_id: `benchmark/split/hash`, or its unambiguous beginning.
-        reply: the text to judge, or the name of a file that holds it; None: the replies of the run.
-        out: folder of a run; its rows and labels are used, and neither files nor the hub.
-
-    Raises:
-        ConfigError: no such row, or no reply to explain.
+    `row_id`: `benchmark/split/hash`, or its unambiguous beginning. Rows and labels are those of the run where there is one.
+    Raises ConfigError for no such row, or no reply to explain.
     """
     benchmark = row_id.partition("/")[0]
     task, label = _from_run(row_id, out) if out is not None else _from_rows(row_id, benchmark, data_dir)

@@ -37,9 +37,7 @@ class Footnotes:
     def __init__(self, evaluation: Evaluation) -> None:
         texts = dict.fromkeys(text for row in evaluation.rows for text in _remarks(row))
         self._numbers = {text: str(number) for number, text in enumerate(texts, 1)}
-        self._by_benchmark: dict[str, set[str]] = {}
-        for row in evaluation.rows:
-            self._by_benchmark.setdefault(row.benchmark, set()).update(_remarks_of_benchmark(row))
+        self._rows = evaluation.rows
 
     def marks(self, row: EvaluationRow) -> str:
         """Return the marks of a row, such as `1,3`."""
@@ -47,7 +45,7 @@ class Footnotes:
 
     def marks_of_benchmark(self, benchmark: str) -> str:
         """Return the marks that hold for a whole benchmark."""
-        held = self._by_benchmark.get(benchmark, set())
+        held = {text for row in self._rows if row.benchmark == benchmark for text in _remarks_of_benchmark(row)}
         return ",".join(number for text, number in self._numbers.items() if text in held)
 
     def all(self) -> list[Footnote]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dmoa.agents.adversaries import Kind
 from dmoa.config import Address, Flag, Name, Names, Options, names_of
@@ -100,11 +100,14 @@ Scorer = Callable[[Label, Reply], Score]
 """Judges a reply. Never raises, whatever the reply says; raises only for a label that is not its benchmark's."""
 
 
-class _AnsweredHead(FileRecord):
+class _LineHead(FileRecord):
     row_id: str
     benchmark: str
     policy: str
     group: str = ""
+
+
+class _AnsweredHead(_LineHead):
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
     """Why there is no answer; None where there is one. With status ok every contribution was empty: the query is judged."""
@@ -144,13 +147,9 @@ class Answered(TokenFields, _AnsweredHead):
         return self.stop_reason == "deadline" or (self.error or "").startswith("DeadlineError")
 
 
-class Scored(FileRecord):
+class Scored(_LineHead):
     """How one policy's answer to one task was judged: a line of `labels/scores/`."""
 
-    row_id: str
-    benchmark: str
-    policy: str
-    group: str = ""
     value: float
     extracted: str | None = None
     reason: str = ""
@@ -379,11 +378,11 @@ class CompareOptions(EvaluateOptions):
         return self
 
 
-class ResultRecord(FileRecord):
-    """Base of the records of a result."""
+Redacted = Annotated[dict[str, Any], AfterValidator(lambda tree: dict(redact(tree)))]
+"""Plain values; secrets are taken out when the record is made."""
 
 
-class BenchmarkInfo(ResultRecord):
+class BenchmarkInfo(FileRecord):
     """One benchmark of a run: where its rows came from, and how its scores are to be read."""
 
     name: str
@@ -409,19 +408,14 @@ class BenchmarkInfo(ResultRecord):
     """Rows taken out of the training side because another split has them."""
 
 
-class PoolInfo(ResultRecord):
+class PoolInfo(FileRecord):
     """The agents of a run."""
 
     name: str
     fingerprint: str
     """SHA-256 of what makes the agents answer as they do; empty where it is not known, as behind a URL."""
-    config: dict[str, Any]
+    config: Redacted
     """The resolved configuration tree; secrets are taken out when this record is made."""
-
-    @field_validator("config")
-    @classmethod
-    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return dict(redact(value))
 
 
 _ANSWERING = ("agents", "summarizer", "gate", "tools", "llms")
@@ -466,13 +460,13 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-class RunInfo(ResultRecord):
+class RunInfo(FileRecord):
     """Everything needed to repeat a run: `run.json`, and `config` of the result."""
 
     schema_version: Literal[1] = 1
-    command: str = ""
+    command: Annotated[str, AfterValidator(redact_text)] = ""
     """The command line that repeats the run; secrets are taken out."""
-    options: dict[str, Any] = {}
+    options: Redacted = {}
     """The options of the run as plain values; secrets are taken out."""
     dmoa_version: str
     code_revision: str = ""
@@ -489,7 +483,7 @@ class RunInfo(ResultRecord):
     """Rows asked for per benchmark, a seeded sample; None: all."""
     seed: int
     """Seed of samples, suites and replies."""
-    limits: dict[str, Any] = {}
+    limits: Redacted = {}
     """Budgets of a query, such as max_steps, max_agents, budget_tokens, deadline_s."""
     match: Match = "none"
     """What the policies may spend equally much of (`dmoa compare`)."""
@@ -520,13 +514,3 @@ class RunInfo(ResultRecord):
     def all_policies(self) -> list[str]:
         """The policies that were run, and the derived ones."""
         return [*self.policies, *self.derived]
-
-    @field_validator("options", "limits")
-    @classmethod
-    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return dict(redact(value))
-
-    @field_validator("command")
-    @classmethod
-    def _command_without_secrets(cls, value: str) -> str:
-        return redact_text(value)

@@ -27,11 +27,7 @@ _LOG = logging.getLogger("dmoa.evaluation")
 
 
 def spec_of(name: str) -> Benchmark:
-    """The benchmark of this name.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the benchmark of this name. Raises ConfigError where there is none."""
     if name not in BENCHMARKS:
         raise ConfigError(f"benchmark {name!r} is not known; take one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
@@ -40,13 +36,8 @@ def spec_of(name: str) -> Benchmark:
 def build_scorer(name: str, *, allow_weak_sandbox: bool = False) -> ScorerEntry:
     """Return the scoring of a benchmark.
 
-    Args:
-        allow_weak_sandbox: run programs even where the host's isolation falls below the sandbox's stated level. Without it
-            the scorers that run programs raise SandboxError there; `programs.require_sandbox` tells beforehand.
-
-    Raises:
-        ConfigError: no such benchmark.
-        PluginError: one of somebody's own whose scoring cannot be had; so do the functions returned, where they fail.
+    `allow_weak_sandbox`: run programs even below the sandbox's stated level; else scorers raise SandboxError there. Raises
+    ConfigError, and PluginError for one of somebody's own whose scoring cannot be had; so do its functions, where they fail.
     """
     found = run_own(name, "scoring", spec_of(name).scoring, allow_weak_sandbox)
     if not isinstance(found, ScorerEntry):
@@ -175,9 +166,7 @@ class OpenScorers:
 
 
 def expand_names(names: Sequence[str], option: str = "--benchmarks") -> tuple[str, ...]:
-    """Return benchmark names with `all`, `suites` and each `FILE.py:NAME` replaced by what they stand for.
-
-    `all` is dmoa's nine whose rows the hub has at a fixed revision.
+    """Return benchmark names with `all` (the nine that the hub has), `suites` and each `FILE.py:NAME` replaced.
 
     Raises ConfigError for unknown ones, and for a file that cannot be loaded.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +55,10 @@ MAX_FAILURES = 50
 _TEMPLATE = "report.html.j2"
 _MOST_OPEN = 4
 """Drawings of one heading that are shown without being asked for."""
+_FIRST_CAPTION = (
+    "Vertical lines: 95 % intervals. Dashed: chance. Dotted: the policies that no other beats in both. "
+    "Up and to the left is better."
+)
 
 
 Measure = Literal["tokens", "seconds", "price"]
@@ -70,18 +74,16 @@ def accuracy_against(evaluation: Evaluation, measure: Measure = "tokens") -> str
 
     A dashed line goes through the policies that no other one beats in both.
     """
-    ran = [row for row in evaluation.rows if row.n and row.did_run]
-    benchmarks = _benchmarks(row for row in ran if _taken(row, measure) is not None)
+    benchmarks: dict[str, list[EvaluationRow]] = defaultdict(list)
+    for row in evaluation.rows:
+        if row.n and row.did_run and _taken(row, measure) is not None:
+            benchmarks[row.benchmark].append(row)
     if not benchmarks:
         return None
     columns = min(_COLUMNS, len(benchmarks))
     lines = -(-len(benchmarks) // columns)
     width = _WIDTH_INCHES if columns > 1 else 6.4
-    policies = [
-        policy
-        for policy in evaluation.config.all_policies
-        if any(policy == row.policy for rows in benchmarks.values() for row in rows)
-    ]
+    policies = _in_order(evaluation, {row.policy for rows in benchmarks.values() for row in rows})
     with _figure(width, (2.25 if lines > 1 else 3.0) * lines + 0.5 + _legend_inches(policies, width)) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
         for axes, (name, rows) in zip(panels, benchmarks.items(), strict=False):
@@ -116,11 +118,9 @@ def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evalua
     front = pareto([(_taken(row, measure) or 0.0, 100 * row.accuracy) for row in rows if row.policy != ORACLE])
     axes.plot(*zip(*front, strict=True), color=_MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
     for row in rows:
-        number = evaluation.config.all_policies.index(row.policy)
-        colour = _colour(number)
-        taken = _taken(row, measure) or 0.0
-        axes.plot([taken, taken], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
-        axes.plot([taken], [100 * row.accuracy], **_marker(number, size=6.5))
+        look, taken = _marker(evaluation, row.policy, size=6.5), _taken(row, measure) or 0.0
+        axes.plot([taken, taken], [100 * row.low, 100 * row.high], color=look["color"], linewidth=1.4)
+        axes.plot([taken], [100 * row.accuracy], **look)
         if row.policy in marked:
             axes.annotate(
                 marked[row.policy],
@@ -152,7 +152,7 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
     rows = [row for row in evaluation.groups if row.benchmark == benchmark]
     if not rows:
         return None
-    policies = [policy for policy in evaluation.config.all_policies if any(row.policy == policy for row in rows)]
+    policies = _in_order(evaluation, {row.policy for row in rows})
     by_group: dict[str, dict[str, GroupRow]] = defaultdict(dict)
     for row in rows:
         by_group[row.group][row.policy] = row
@@ -161,15 +161,13 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
         axes = figure.subplots()
         bar = 0.8 / len(policies)
         for number, policy in enumerate(policies):
-            place_in_run = evaluation.config.all_policies.index(policy)
-            colour = _colour(place_in_run)
+            look = _marker(evaluation, policy, size=4.5, has_line=False)
             places = [i for i, found in enumerate(by_group.values()) if policy in found]
             found = [by_group[group][policy] for group in by_group if policy in by_group[group]]
             offsets = [place - 0.4 + bar * (number + 0.5) for place in places]
-            axes.barh(offsets, [100 * row.accuracy for row in found], height=bar * 0.9, color=colour, alpha=0.8)
+            axes.barh(offsets, [100 * row.accuracy for row in found], height=bar * 0.9, color=look["color"], alpha=0.8)
             axes.hlines(offsets, [100 * row.low for row in found], [100 * row.high for row in found], color=_INK, linewidth=0.7)
-            marks = _marker(place_in_run, size=4.5, has_line=False)
-            axes.plot([100 * row.accuracy for row in found], offsets, **marks, clip_on=False)
+            axes.plot([100 * row.accuracy for row in found], offsets, **look, clip_on=False)
         sizes = [max(row.n for row in found.values()) for found in by_group.values()]
         labels = [f"{group} ({size})" for group, size in zip(_labels(list(by_group)), sizes, strict=True)]
         axes.set_yticks(range(len(by_group)), labels, fontsize=8)
@@ -188,18 +186,18 @@ def robustness(evaluation: Evaluation, benchmark: str) -> str | None:
     defences = list(dict.fromkeys(line.defence for line in lines))
     if not lines:
         return None
-    policies = [policy for policy in evaluation.config.all_policies if any(line.policy == policy for line in lines)]
+    policies = _in_order(evaluation, {line.policy for line in lines})
     width = min(_WIDTH_INCHES, 2.0 + 3.6 * len(defences))
     with _figure(width, 3.0 + _legend_inches(policies, width)) as figure:
         panels = figure.subplots(1, len(defences), squeeze=False, sharey=True).flatten()
         for axes, defence in zip(panels, defences, strict=True):
             for line in (line for line in lines if line.defence == defence):
-                number = evaluation.config.all_policies.index(line.policy)
+                look = _marker(evaluation, line.policy, size=5.5)
                 rows = [line.rows[count] for count in sorted(line.rows)]
                 share = [100 * row.adversaries / row.agents for row in rows]
-                axes.plot(share, [100 * row.accuracy for row in rows], linewidth=1.2, **_marker(number, size=5.5))
+                axes.plot(share, [100 * row.accuracy for row in rows], linewidth=1.2, **look)
                 axes.vlines(
-                    share, [100 * row.low for row in rows], [100 * row.high for row in rows], _colour(number), linewidth=0.8
+                    share, [100 * row.low for row in rows], [100 * row.high for row in rows], look["color"], linewidth=0.8
                 )
             axes.set_title(f"defence {defence}", fontsize=9.5)
             axes.set_ylim(-4, 104)
@@ -222,20 +220,20 @@ _ALONG = {
 
 def along_the_stream(evaluation: Evaluation, stream: Stream) -> str | None:
     """Return accuracy, posterior, entropy and agents over a stream of queries, with and without adaptation, as means so far."""
-    shown = [policy for policy in evaluation.config.all_policies if stream.get(policy)]
+    shown = _in_order(evaluation, {policy for policy, points in stream.items() if points})
     if not shown:
         return None
     with _figure(_WIDTH_INCHES, 2.8 + _legend_inches(shown)) as figure:
         for axes, (name, (title, scale)) in zip(figure.subplots(1, len(_ALONG)), _ALONG.items(), strict=True):
             for policy in shown:
-                number, total, places, means = evaluation.config.all_policies.index(policy), 0.0, [], []
+                look, total, places, means = _marker(evaluation, policy, size=6.5), 0.0, [], []
                 for place, point in enumerate(stream[policy], start=1):
                     if point[name] is not None:
                         total += scale * float(point[name])
                         places.append(place)
                         means.append(total / len(places))
-                axes.plot(places, means, color=_colour(number), linewidth=1.4)
-                axes.plot(places[-1:], means[-1:], **_marker(number, size=6.5))
+                axes.plot(places, means, color=look["color"], linewidth=1.4)
+                axes.plot(places[-1:], means[-1:], **look)
             axes.set_title(title, fontsize=9.5)
         figure.supxlabel("queries of the stream")
         _legend(figure, evaluation, shown)
@@ -244,26 +242,22 @@ def along_the_stream(evaluation: Evaluation, stream: Stream) -> str | None:
 
 def steps(evaluation: Evaluation) -> str | None:
     """Return the share of rows by number of steps, a panel per policy; None without an answer."""
-    totals: dict[str, dict[int, int]] = {}
-    for row in evaluation.rows:
-        for number, count in row.steps_histogram.items():
-            of_policy = totals.setdefault(row.policy, defaultdict(int))
-            of_policy[number] += count
-    return _share_bars(totals, evaluation, "steps", "steps of a query")
+    return _share_bars(evaluation, "steps", "steps of a query", lambda row: row.steps_histogram)
 
 
 def stop_reasons(evaluation: Evaluation) -> str | None:
     """Return the share of rows by why the query ended, a panel per policy; None without an answer."""
-    totals: dict[str, dict[str, int]] = {}
+    return _share_bars(evaluation, "stops", "why queries ended", lambda row: row.stop_reasons)
+
+
+def _share_bars(
+    evaluation: Evaluation, name: str, title: str, counted: Callable[[EvaluationRow], Mapping[Any, int]]
+) -> str | None:
+    """Draw shares of each policy's answered rows over what is counted of them, in order; an empty text is `(none)`."""
+    totals: dict[str, Counter[int | str]] = defaultdict(Counter)
     for row in evaluation.rows:
-        for reason, count in row.stop_reasons.items():
-            of_policy = totals.setdefault(row.policy, defaultdict(int))
-            of_policy[reason or "(none)"] += count
-    return _share_bars(totals, evaluation, "stops", "why queries ended")
-
-
-def _share_bars(totals: dict[str, Any], evaluation: Evaluation, name: str, title: str) -> str | None:
-    """Draw shares of each policy's answered rows over categories, numbers in order."""
+        for category, count in counted(row).items():
+            totals[row.policy]["(none)" if category == "" else category] += count
     if not totals:
         return None
     categories = sorted({category for counts in totals.values() for category in counts})
@@ -274,11 +268,10 @@ def _share_bars(totals: dict[str, Any], evaluation: Evaluation, name: str, title
             whole = sum(counts.values())
             heights = [100 * counts.get(category, 0) / whole for category in categories]
             places = [place - 0.4 + bar * (number + 0.5) for place in range(len(categories))]
-            place_in_run = evaluation.config.all_policies.index(policy)
-            axes.bar(places, heights, width=bar * 0.9, color=_colour(place_in_run), alpha=0.8)
+            look = _marker(evaluation, policy, size=5.0, has_line=False)
+            axes.bar(places, heights, width=bar * 0.9, color=look["color"], alpha=0.8)
             tops = [(place, share) for place, share in zip(places, heights, strict=True) if share > 0]
-            marks = _marker(place_in_run, size=5.0, has_line=False)
-            axes.plot([place for place, _ in tops], [share for _, share in tops], **marks, clip_on=False)
+            axes.plot([place for place, _ in tops], [share for _, share in tops], **look, clip_on=False)
         axes.set_xticks(range(len(categories)), [str(category) for category in categories])
         axes.set_xlim(-0.6, max(len(categories), 4) - 0.4)
         axes.set_ylim(0, 100)
@@ -336,26 +329,21 @@ def _heat(
     axes.grid(visible=False)
 
 
-def _benchmarks(rows: Iterator[EvaluationRow]) -> dict[str, list[EvaluationRow]]:
-    found: dict[str, list[EvaluationRow]] = {}
-    for row in rows:
-        found.setdefault(row.benchmark, []).append(row)
-    return found
+def _in_order(evaluation: Evaluation, policies: Collection[str]) -> list[str]:
+    return [policy for policy in evaluation.config.all_policies if policy in policies]
 
 
-def _colour(number: int) -> str:
-    return _SERIES[number % NUM_SERIES]
-
-
-def _marker(number: int, *, size: float, has_line: bool = True) -> dict[str, Any]:
+def _marker(evaluation: Evaluation, policy: str, *, size: float, has_line: bool = True) -> dict[str, Any]:
     """Return how the points of a method look: no other of the first 16 has its colour, nor its shape and filling."""
+    number = evaluation.config.all_policies.index(policy)
+    colour = _SERIES[number % NUM_SERIES]
     is_filled, shape = number % NUM_SERIES < len(_SHAPES), _SHAPES[number % len(_SHAPES)]
     size += 1.0 * (shape in _THIN) + 1.5 * (not is_filled)
     return {
-        "color": _colour(number),
+        "color": colour,
         "marker": shape,
         "markersize": size,
-        "markerfacecolor": _colour(number) if is_filled else "none",
+        "markerfacecolor": colour if is_filled else "none",
         "markeredgewidth": 1.0,
         "linestyle": "-" if has_line else "none",
     }
@@ -388,10 +376,8 @@ def _legend(figure: Figure, evaluation: Evaluation, shown: Sequence[str]) -> Non
     """Name the methods above the drawing, each beside its marker, in the order of the run."""
     from matplotlib.lines import Line2D
 
-    ordered = [policy for policy in evaluation.config.all_policies if policy in shown]
-    handles = [
-        Line2D([], [], linewidth=1.4, **_marker(evaluation.config.all_policies.index(policy), size=6.5)) for policy in ordered
-    ]
+    ordered = _in_order(evaluation, shown)
+    handles = [Line2D([], [], linewidth=1.4, **_marker(evaluation, policy, size=6.5)) for policy in ordered]
     untrained = figures.untrained_policies(evaluation)
     names = [name + figures.UNTRAINED * (policy in untrained) for name, policy in zip(_labels(ordered), ordered, strict=True)]
     columns = _legend_columns(ordered, figure.get_figwidth())
@@ -525,10 +511,12 @@ def render_report(evaluation: Evaluation, stream: Stream | None = None) -> str:
         overall=figures.overall(evaluation),
         curves=figures.curves(evaluation),
         curve_counts=sorted({row.adversaries for row in evaluation.robustness}),
-        first=next((plot for plot in _first_plot(evaluation)), None),
+        first=next(_drawn(accuracy_against(evaluation), caption=_FIRST_CAPTION), None),
         sections=[section for section in (*_adaptation(evaluation, stream or {}), *_sections(evaluation)) if section.plots],
         provenance=_provenance(evaluation),
-        settings=_settings(evaluation),
+        settings=yaml.safe_dump(
+            {"options": run.options, "pool": run.pool.config}, sort_keys=False, allow_unicode=True, width=120
+        ),
     )
 
 
@@ -600,11 +588,6 @@ def _provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
     return [(name, text) for name, text in pairs if text]
 
 
-def _settings(evaluation: Evaluation) -> str:
-    run = evaluation.config
-    return yaml.safe_dump({"options": run.options, "pool": run.pool.config}, sort_keys=False, allow_unicode=True, width=120)
-
-
 def _machine(evaluation: Evaluation) -> str:
     machine = evaluation.config.machine
     gpus = f", {', '.join(machine.gpus)}" if machine.gpus else ""
@@ -625,15 +608,6 @@ def _drawn(svg: str | None, **texts: str) -> Iterator[_Plot]:
     if svg is not None:
         # Our own drawing; matplotlib escapes the names in it.
         yield _Plot(svg=Markup(svg), **texts)  # noqa: S704
-
-
-def _first_plot(evaluation: Evaluation) -> Iterator[_Plot]:
-    """Yield the drawing that the page begins with, where there is data."""
-    yield from _drawn(
-        accuracy_against(evaluation, "tokens"),
-        caption="Vertical lines: 95 % intervals. Dashed: chance. Dotted: the policies that no other beats in both. "
-        "Up and to the left is better.",
-    )
 
 
 def _adaptation(evaluation: Evaluation, stream: Stream) -> Iterator[_Section]:

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import model_validator
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import Answered, BenchmarkInfo, ResultRecord, RunInfo, Scored
+from dmoa.evaluation.records import Answered, BenchmarkInfo, FileRecord, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder, read_record
 from dmoa.evaluation.statistics import Interval, Method, compare_policies, holm, interval
 from dmoa.flat import TokenFields, flat
@@ -182,7 +182,7 @@ Cell = tuple[str, str]
 T = TypeVar("T", AnswerTally, ScoreTally)
 
 
-class _EvaluationRowHead(ResultRecord):
+class _EvaluationRowHead(FileRecord):
     benchmark: str
     policy: str
     n: int
@@ -276,7 +276,7 @@ class EvaluationRow(TokenFields, _EvaluationRowHead):
         return whole / asked if asked else 0.0
 
 
-class PairedRow(ResultRecord):
+class PairedRow(FileRecord):
     """Two policies compared on the rows that both were judged on, failed and unscored ones as 0.
 
     There is none where nothing can be compared: no common row, a policy whose every query failed, no reply of either judged.
@@ -303,7 +303,7 @@ class PairedRow(ResultRecord):
     """What gave p and the interval."""
 
 
-class GroupRow(ResultRecord):
+class GroupRow(FileRecord):
     """What one policy did on one group of a benchmark's rows: a subject, a library, a template."""
 
     benchmark: str
@@ -317,7 +317,7 @@ class GroupRow(ResultRecord):
     interval: Method
 
 
-class RoutingRow(ResultRecord):
+class RoutingRow(FileRecord):
     """How often an agent was active in one step of one policy on one benchmark."""
 
     benchmark: str
@@ -329,7 +329,7 @@ class RoutingRow(ResultRecord):
     """Answered rows in whose step the agent's contribution counted."""
 
 
-class FailedRow(ResultRecord):
+class FailedRow(FileRecord):
     """A row whose query failed."""
 
     benchmark: str
@@ -338,7 +338,7 @@ class FailedRow(ResultRecord):
     error: str
 
 
-class RobustnessRow(ResultRecord):
+class RobustnessRow(FileRecord):
     """What one policy did on one benchmark while some agents worked against the swarm (`dmoa compare --curve`)."""
 
     benchmark: str
@@ -359,7 +359,7 @@ class RobustnessRow(ResultRecord):
     """Prompt and completion tokens per row."""
 
 
-class Evaluation(ResultRecord):
+class Evaluation(FileRecord):
     """The file `evaluation.json`: what was run, and how it went."""
 
     config: RunInfo
@@ -376,11 +376,7 @@ class Evaluation(ResultRecord):
 
 
 def build_evaluation(run: RunInfo, answered: Iterable[Answered], scored: Iterable[Scored]) -> Evaluation:
-    """Make the result of a run from its lines, in one pass over each, keeping a few numbers per row.
-
-    Raises:
-        ConfigError: a line's benchmark or policy is none of the run's, or a row is there twice for a policy.
-    """
+    """Make a run's result from its lines in one pass, a few numbers per row. Raises ConfigError for lines of others, or twice."""
     numbers: dict[str, int] = defaultdict(lambda: len(numbers))  # of rows by their ids, the same for all policies
     answers = {cell: AnswerTally() for cell in _cells(run)}
     scores = {cell: ScoreTally() for cell in _cells(run)}
@@ -418,11 +414,7 @@ def not_run(evaluation: Evaluation) -> list[EvaluationRow]:
 
 
 def rebuild_evaluation(folder: Path) -> Evaluation:
-    """Make the result of a run from its folder, finished or not; the torn last line of a killed run is passed over.
-
-    Raises:
-        ConfigError: the folder holds no run, or a damaged one.
-    """
+    """Make a run's result from its folder, finished or not, a torn last line passed over. Raises ConfigError if it is damaged."""
     paths = RunFolder(folder)
     run = read_record(paths.run, RunInfo)
     cells = list(_cells(run))

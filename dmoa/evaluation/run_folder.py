@@ -158,10 +158,7 @@ def mend(path: Path) -> None:
 
 
 def append(path: Path, records: Iterable[BaseModel]) -> None:
-    """Append records to a file, each a line, and see that they reach the disk.
-
-    Raises OSError where they do not; the file is then as it was before.
-    """
+    """Append records, each a line, and see that they reach the disk. Raises OSError; the file is then as it was before."""
     data = memoryview("".join(record.model_dump_json() + "\n" for record in records).encode("utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:

@@ -15,14 +15,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from dmoa import sandbox
 from dmoa.evaluation.benchmarks.base import VALUE
 from dmoa.evaluation.benchmarks.ds1000 import library_version
 from dmoa.evaluation.benchmarks.programs import require_sandbox
-from dmoa.evaluation.data import find_file, load_splits, slices_of
-from dmoa.evaluation.records import SPLITS, Label, Reply, Row, Score, Scorer, Split
+from dmoa.evaluation.data import load_splits, splits_at_hand
+from dmoa.evaluation.records import SPLITS, FileRecord, Label, Reply, Row, Score, Scorer
 from dmoa.evaluation.registry import SUITES, build_scorer, spec_of
 
 _SIGMAS = 4.5
@@ -100,8 +98,6 @@ class Subject:
     score: Scorer
     gold_replies: Callable[[Label], dict[str, Reply]]
     """Measure -> a reply that must reach 1.0 in it."""
-    silent_reply: Callable[[Label, str], Reply]
-    """A reply that says this text wherever the scorer looks."""
     answer_keys: Callable[[Label], tuple[Hashable, ...]]
     """The right answers that a row is scored by."""
     deviation: str = ""
@@ -125,7 +121,8 @@ def subject_of(name: str, data_dir: Path | None, *, skip_bad_rows: bool, allow_w
 
 def _benchmark(name: str, data_dir: Path | None, skip_bad_rows: bool, allow_weak_sandbox: bool, limit: int | None) -> Subject:
     entry = build_scorer(name, allow_weak_sandbox=allow_weak_sandbox)
-    loaded = load_splits(name, _splits_at_hand(name, data_dir), data_dir=data_dir, skip_bad_rows=skip_bad_rows)
+    splits = splits_at_hand(spec_of(name), data_dir) or SPLITS  # without any, loading says what is missing
+    loaded = load_splits(name, splits, data_dir=data_dir, skip_bad_rows=skip_bad_rows)
     rows = {split: part.rows[:limit] for split, part in loaded.items()}
     bad = {(row.file, row.line) for part in loaded.values() for row in part.bad}
     return Subject(
@@ -135,7 +132,6 @@ def _benchmark(name: str, data_dir: Path | None, skip_bad_rows: bool, allow_weak
         dealt_rows=tuple(chain.from_iterable(rows.values())),
         score=entry.score,
         gold_replies=lambda label: {measure: Reply(text=text) for measure, text in entry.gold_replies(label).items()},
-        silent_reply=lambda label, text: Reply(text=text),
         answer_keys=lambda label: (entry.answer_key(label),),
         deviation=entry.deviation,
         runs_programs=entry.runs_programs,
@@ -143,14 +139,6 @@ def _benchmark(name: str, data_dir: Path | None, skip_bad_rows: bool, allow_weak
         num_duplicates=sum(part.num_duplicates for part in loaded.values()),
         sources={file: source for part in loaded.values() for file, source in part.sources.items()},
     )
-
-
-def _splits_at_hand(name: str, data_dir: Path | None) -> list[Split]:
-    """Return the splits whose file is there; all of them where none is, so that loading says what is missing."""
-    spec = spec_of(name)
-    slices = slices_of(spec, data_dir)
-    found = [split for split in SPLITS if data_dir is None or find_file(spec, slices[split].file, data_dir) is not None]
-    return found or list(SPLITS)
 
 
 def _suite(name: str, limit: int) -> Subject:
@@ -161,9 +149,6 @@ def _suite(name: str, limit: int) -> Subject:
         for split in SPLITS
     }
 
-    def silent_reply(label: Label, text: str) -> Reply:
-        return Reply(text=text, step_texts=(text,) * len(suite.gold_reply(label).step_texts))
-
     return Subject(
         name=name,
         is_generated=True,
@@ -171,7 +156,6 @@ def _suite(name: str, limit: int) -> Subject:
         dealt_rows=rows["test, difficulty 1"],
         score=suite.score,
         gold_replies=lambda label: {VALUE: suite.gold_reply(label)},
-        silent_reply=silent_reply,
         answer_keys=_suite_keys,
     )
 
@@ -182,11 +166,7 @@ def _suite_keys(label: Label) -> tuple[Hashable, ...]:
     return (label.gold["answer"],)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class UnscoredRow(_Record):
+class UnscoredRow(FileRecord):
     """A row whose right answer could not be judged here."""
 
     row_id: str
@@ -198,7 +178,7 @@ class UnscoredRow(_Record):
     reason: str
 
 
-class GoldCheck(_Record):
+class GoldCheck(FileRecord):
     """Perfect replies in one measure."""
 
     measure: str
@@ -216,7 +196,7 @@ class GoldCheck(_Record):
         return self.num_right > 0 and self.num_right + self.num_unscored == self.num_rows
 
 
-class SilentCheck(_Record):
+class SilentCheck(FileRecord):
     """Empty and refused replies."""
 
     num_replies: int
@@ -230,7 +210,7 @@ class SilentCheck(_Record):
         return self.num_replies > 0 and self.num_above_zero == 0
 
 
-class DealtCheck(_Record):
+class DealtCheck(FileRecord):
     """The rows' own right answers, dealt out among the rows by a seeded shuffle."""
 
     num_rows: int
@@ -250,7 +230,7 @@ class DealtCheck(_Record):
         return abs(self.accuracy - self.expected) <= self.tolerance
 
 
-class BenchmarkCheck(_Record):
+class BenchmarkCheck(FileRecord):
     """One benchmark or suite."""
 
     name: str
@@ -271,7 +251,7 @@ class BenchmarkCheck(_Record):
     passed: bool
 
 
-class SelfCheck(_Record):
+class SelfCheck(FileRecord):
     """The whole check; `dmoa evaluate --selfcheck --json FILE` writes it."""
 
     benchmarks: tuple[BenchmarkCheck, ...]
@@ -290,14 +270,9 @@ def run_selfcheck(
     limit: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> SelfCheck:
-    """Check benchmarks and suites by name.
+    """Check benchmarks and suites by name; at most `limit` rows of each split, else all of the files and 200 generated ones.
 
-    Args:
-        limit: at most so many rows of each split; None: every row of the files, and 200 generated ones of each split.
-
-    Raises:
-        ConfigError: an unknown name, rows that are missing or do not parse.
-        SandboxError: programs are to be run and this host cannot contain them.
+    Raises ConfigError for an unknown name and bad rows, SandboxError where programs are to be run and cannot be contained.
     """
     started = time.monotonic()
     subjects = [
@@ -369,7 +344,8 @@ def _measured(score: Score, measure: str) -> float:
 
 
 def _check_silent(subject: Subject, progress: Progress) -> SilentCheck:
-    jobs = [(row.label, subject.silent_reply(row.label, text)) for row in subject.all_rows for text in SILENT]
+    steps = ((row.label, len(subject.gold_replies(row.label)[VALUE].step_texts)) for row in subject.all_rows)
+    jobs = [(label, Reply(text=text, step_texts=(text,) * number)) for label, number in steps for text in SILENT]
     scores = _score_all(subject, jobs, "empty and refused replies", progress)
     above = [
         f"{label.row_id}: {reply.text!r} scored {score.value} {score.metrics}"

@@ -119,10 +119,7 @@ def is_fractional(scores: Sequence[float] | Floats) -> bool:
 
 
 def compare_policies(scores_a: Sequence[float] | Floats, scores_b: Sequence[float] | Floats) -> Comparison:
-    """Compare two policies; entry i of both is the same row.
-
-    Raises ValueError where the lengths differ, or a score is not a number from 0 to 1.
-    """
+    """Compare two policies, entry i of both the same row. Raises ValueError for other lengths, or scores outside 0..1."""
     a_N, b_N = _checked(scores_a), _checked(scores_b)
     if len(a_N) != len(b_N):
         raise ValueError(f"scores: {len(a_N)} of a and {len(b_N)} of b; a comparison needs the same rows of both")

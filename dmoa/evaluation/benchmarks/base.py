@@ -167,11 +167,7 @@ def model_parser(model: type[UpstreamRow]) -> Callable[[Mapping[str, Any], Any],
 
 
 def validate(model: type[FieldsT], fields: Mapping[str, Any]) -> FieldsT:
-    """The row as a checked record.
-
-    Raises:
-        RowError: for the first field that is missing or is not what it should be.
-    """
+    """Return the row as a checked record. Raises RowError for the first field that is missing or is not what it should be."""
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
@@ -196,11 +192,7 @@ def normalise(value: Any) -> Any:
 
 
 def hash_content(content: Mapping[str, Any]) -> str:
-    """SHA-256 hex of the normalised content as JSON with sorted keys.
-
-    Raises:
-        RowError: for text that is not Unicode (a lone surrogate).
-    """
+    """Return the SHA-256 hex of normalised content as JSON with sorted keys. Raises RowError for a lone surrogate."""
     text = json.dumps(normalise(content), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     try:
         return hashlib.sha256(text.encode()).hexdigest()
@@ -292,10 +284,7 @@ def benchmark(
     slices: Mapping[Split, Slice] | None = None,
     hub: HubSource | None = None,
 ) -> Callable[[RowT], RowT]:
-    """Enter a benchmark under a name, over the class of its rows. The arguments are the fields of `Benchmark`.
-
-    `slices` None: test rows are in `test.jsonl`, the others in `train.jsonl`, if there is one.
-    """
+    """Enter a benchmark over the class of its rows. `slices` None: rows in `test.jsonl`, and in `train.jsonl` if there is one."""
     parts = slices or divided("test")
     if set(parts) != set(SPLITS):
         raise ConfigError(f"@benchmark({name!r}): slices has {', '.join(parts)}; give exactly {', '.join(SPLITS)}")
@@ -308,11 +297,7 @@ def benchmark(
 
 
 def gold_of(label: Label, *keys: str) -> tuple[Any, ...]:
-    """Return the named gold values.
-
-    Raises:
-        ConfigError: a key is missing, so the label is not this benchmark's.
-    """
+    """Return the named gold values. Raises ConfigError where one is missing, so that the label is not this benchmark's."""
     missing = [key for key in keys if key not in label.gold]
     if missing:
         raise ConfigError(

@@ -13,7 +13,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from dmoa.core.answers import SENTENCE_END, THOUGHT_ONLY, is_denied, last_line, open_reply, read_number_span, without_denial
+from dmoa.core.answers import (
+    SENTENCE_END,
+    THOUGHT_ONLY,
+    Reading,
+    is_denied,
+    is_refusal,
+    last_line,
+    open_reply,
+    read_number_span,
+    without_denial,
+)
 from dmoa.core.numbers import plain_text
 from dmoa.evaluation.benchmarks.base import VALUE, HubSource, ScorerEntry, Slice, Text, UpstreamRow, benchmark, gold_of, unscored
 from dmoa.evaluation.records import Label, Reply, Score
@@ -39,12 +49,10 @@ class MmluRow(UpstreamRow):
     """Index of the right choice."""
 
     def text(self) -> str:
-        """The subject in words, the question and the choices."""
         task = f"Answer the multiple-choice question about {self.subject.replace('_', ' ')}. {LETTER_FORMAT}"
         return f"{task}\n\nQuestion: {self.question.strip()}\n{render_choices(self.choices)}"
 
     def gold(self) -> dict[str, Any]:
-        """The letter, and the texts it stands among."""
         return {"letter": LETTERS[self.answer], "choices": list(self.choices)}
 
     def group(self) -> str:
@@ -86,12 +94,10 @@ class AquaRow(UpstreamRow):
         return [re.sub(r"^[A-E]\)\s*", "", option) for option in self.options]
 
     def text(self) -> str:
-        """The question and the options."""
         task = f"Answer the multiple-choice algebra question. {LETTER_FORMAT}"
         return f"{task}\n\nQuestion: {self.question.strip()}\n{render_choices(self.choices())}"
 
     def gold(self) -> dict[str, Any]:
-        """The letter, and the texts it stands among."""
         return {"letter": self.correct, "choices": self.choices()}
 
 
@@ -111,13 +117,8 @@ _MAX_PLAIN_WORDS = 8
 _NO_LETTER = "no letter found"
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenLetter:
-    """What a reply chooses."""
-
-    letter: str | None
-    """Upper case; None where the reply does not choose."""
-    reason: str
+Letter = Reading[str]
+"""The letter that a reply chooses, in upper case; None where it does not choose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,41 +164,41 @@ def _patterns(num_choices: int) -> _Patterns:
     )
 
 
-def read_choice(text: str, choices: Sequence[str]) -> ChosenLetter:
+def read_choice(text: str, choices: Sequence[str]) -> Letter:
     """Return the letter, A for the first choice, that a reply chooses. Never raises."""
     reply = open_reply(text)
     prose, final = reply.prose, reply.final
     if reply.is_only_thought:
-        return ChosenLetter(None, THOUGHT_ONLY)
+        return Reading(None, THOUGHT_ONLY)
     if final is None:
-        if reply.is_refusal:
-            return ChosenLetter(None, "the reply refuses to answer")
+        if is_refusal(prose):
+            return Reading(None, "the reply refuses to answer")
         choice, line = _unmarked_choice(prose.strip(), choices), prose.strip()
         is_plain = choice.reason == _NO_LETTER and "\n" not in line and len(line.split()) <= _MAX_PLAIN_WORDS
         return _stated_choice(line, choices) if is_plain else choice
     if not final.span:
-        return ChosenLetter(None, "an answer is announced and not given")
+        return Reading(None, "an answer is announced and not given")
     choice = _stated_choice(final.span, choices)
-    rival = _stated_choice(final.rival, choices).letter if final.rival else None
-    if choice.letter and rival and rival != choice.letter:
-        return ChosenLetter(None, f"two final answers: {rival} and {choice.letter}")
+    rival = _stated_choice(final.rival, choices).value if final.rival else None
+    if choice.value and rival and rival != choice.value:
+        return Reading(None, f"two final answers: {rival} and {choice.value}")
     return choice
 
 
-def _unmarked_choice(prose: str, choices: Sequence[str]) -> ChosenLetter:
+def _unmarked_choice(prose: str, choices: Sequence[str]) -> Letter:
     patterns = _patterns(len(choices))
     is_list = len({(match[1] or match[2]).upper() for match in patterns.listed.finditer(prose)}) > 1
     if not is_list:
         for span in (prose, prose.partition("\n")[0]):
             choice = _span_choice(span, choices)
-            if choice.letter:
+            if choice.value:
                 return choice
     said = {match[1].upper() for pattern in patterns.verdicts for match in pattern.finditer(prose)}
     if said:
         return _only(said, "said to be right")
     line = last_line(prose)
     choice = _span_choice(line, choices)
-    if choice.letter and not (is_list and patterns.listed.match(line) and not patterns.bare.fullmatch(line)):
+    if choice.value and not (is_list and patterns.listed.match(line) and not patterns.bare.fullmatch(line)):
         return choice
     return _only(
         {match[1] for match in patterns.inside.finditer(prose) if not is_denied(prose, match.start(), match.end())},
@@ -205,47 +206,47 @@ def _unmarked_choice(prose: str, choices: Sequence[str]) -> ChosenLetter:
     )
 
 
-def _only(letters: set[str], reason: str) -> ChosenLetter:
+def _only(letters: set[str], reason: str) -> Letter:
     if len(letters) == 1:
-        return ChosenLetter(letters.pop(), reason)
-    return ChosenLetter(None, f"several letters: {', '.join(sorted(letters))}" if letters else _NO_LETTER)
+        return Reading(letters.pop(), reason)
+    return Reading(None, f"several letters: {', '.join(sorted(letters))}" if letters else _NO_LETTER)
 
 
-def _span_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
+def _span_choice(span: str, choices: Sequence[str]) -> Letter:
     """Return the choice that a span amounts to: the letter it begins with, or the full text of exactly one choice."""
     patterns = _patterns(len(choices))
     text = span.strip(_EDGES)
     lead = _LEAD.match(text)
     if lead:
         text = text[lead.end() :].strip(_EDGES)
-    if text.startswith("A: ") and text.count("A: ") == 1 and (said := _span_choice(text[3:], choices)).letter:
+    if text.startswith("A: ") and text.count("A: ") == 1 and (said := _span_choice(text[3:], choices)).value:
         return said  # A: names who speaks, as in `Q: ... A: B`
     bare = patterns.bare.fullmatch(text)
     if bare:
-        return ChosenLetter(bare[1].upper(), "letter")
+        return Reading(bare[1].upper(), "letter")
     by_text = _choice_of_text(span, choices)
     if by_text:
-        return ChosenLetter(by_text, "text of a choice")
+        return Reading(by_text, "text of a choice")
     conflict = patterns.conflict.match(text)
     if conflict and conflict[1] != conflict[2]:
-        return ChosenLetter(None, f"two letters: {conflict[1]} and {conflict[2]}")
+        return Reading(None, f"two letters: {conflict[1]} and {conflict[2]}")
     start = patterns.start.match(text)
     if start:
         letter = (start[1] or start[2] or start[3]).upper()
         if is_denied(text, start.start(), start.end()):
-            return ChosenLetter(None, f"{letter} is said to be wrong")
+            return Reading(None, f"{letter} is said to be wrong")
         other = _choice_of_text(text[start.end() :], choices)
         if other and other != letter:
-            return ChosenLetter(None, f"letter {letter} with the text of choice {other}")
-        return ChosenLetter(letter, "letter")
+            return Reading(None, f"letter {letter} with the text of choice {other}")
+        return Reading(letter, "letter")
     spaced, _, rest = text.partition(" ")
     if len(spaced) == 1 and _choice_of_text(rest, choices) == spaced.upper():
-        return ChosenLetter(spaced.upper(), "letter and text")
+        return Reading(spaced.upper(), "letter and text")
     by_value = _choice_of_value(span, choices)
-    return ChosenLetter(by_value, "value of a choice") if by_value else ChosenLetter(None, _NO_LETTER)
+    return Reading(by_value, "value of a choice") if by_value else Reading(None, _NO_LETTER)
 
 
-def _stated_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
+def _stated_choice(span: str, choices: Sequence[str]) -> Letter:
     """Return the choice of a statement, also of one in plain words: it is B; not A, but B; B and not A; A is wrong, so B."""
     choice = _span_choice(span, choices)
     if choice.reason != _NO_LETTER:
@@ -264,7 +265,7 @@ def _stated_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
     found = _span_choice(text, choices) if text and text != said else choice
     preferred = patterns.preferred.match(text)
     if preferred and found.reason == _NO_LETTER:
-        return ChosenLetter(preferred[1], "letter")
+        return Reading(preferred[1], "letter")
     return found
 
 
@@ -315,7 +316,7 @@ def _gold(label: Label) -> tuple[str, list[str]]:
 def _score(label: Label, reply: Reply) -> Score:
     letter, choices = _gold(label)
     choice = read_choice(reply.text, choices)
-    if choice.letter is None:
+    if choice.value is None:
         return unscored(choice.reason)
-    is_right = choice.letter == letter
-    return Score(value=float(is_right), extracted=choice.letter, reason=f"{choice.reason}: {choice.letter}, right is {letter}")
+    is_right = choice.value == letter
+    return Score(value=float(is_right), extracted=choice.value, reason=f"{choice.reason}: {choice.value}, right is {letter}")

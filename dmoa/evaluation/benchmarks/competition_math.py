@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from dmoa.core.answers import NOT_THIS, THOUGHT_ONLY, open_reply, read_number, read_number_span, statement_places, without_denial
+from dmoa.core.answers import (
+    NOT_THIS,
+    THOUGHT_ONLY,
+    Reading,
+    is_refusal,
+    open_reply,
+    read_number,
+    read_number_span,
+    statement_places,
+    without_denial,
+)
 from dmoa.core.expressions import expression_key, is_symbolic
 from dmoa.core.numbers import expression_value, find_numbers, plain_text, spelled
 from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamRow, benchmark, chance_of, gold_of, unscored
@@ -63,11 +72,9 @@ class MathRow(UpstreamRow):
     solution: Annotated[str, AfterValidator(lambda solution: _boxed(solution) and solution)]
 
     def text(self) -> str:
-        """The problem."""
         return f"Solve the problem. End with the final answer in \\boxed{{}}.\n\nProblem: {self.problem.strip()}"
 
     def gold(self) -> dict[str, Any]:
-        """What the last box of the solution holds."""
         return {"answer": _boxed(self.solution)}
 
     def group(self) -> str:
@@ -75,44 +82,39 @@ class MathRow(UpstreamRow):
         return self.type
 
 
-@dataclass(frozen=True, slots=True)
-class ReadExpression:
-    """The expression that a reply gives."""
-
-    span: str | None
-    """As it is written, LaTeX made plain; None where it gives none."""
-    reason: str
+Expression = Reading[str]
+"""The expression that a reply gives, as it is written, LaTeX made plain."""
 
 
-def read_expression(text: str) -> ReadExpression:
+def read_expression(text: str) -> Expression:
     """Return what a reply gives as its answer: what it states last, a short reply, or the last number. Never raises."""
     reply = open_reply(text)
     if reply.is_only_thought:
-        return ReadExpression(None, THOUGHT_ONLY)
+        return Reading(None, THOUGHT_ONLY)
     final = reply.final
     if final is not None:
         if not final.span.strip(" $."):
-            return ReadExpression(None, "an answer is announced and not given")
+            return Reading(None, "an answer is announced and not given")
         if final.rival is not None and _key(final.rival) != _key(final.span):
-            return ReadExpression(None, f"two final answers: {final.rival[:80]} and {final.span[:80]}")
+            return Reading(None, f"two final answers: {final.rival[:80]} and {final.span[:80]}")
         return _named(final.span, final.how)
-    if reply.is_refusal:
-        return ReadExpression(None, "the reply refuses to answer")
+    if is_refusal(reply.prose):
+        return Reading(None, "the reply refuses to answer")
     line = reply.prose.strip()
     if line and "\n" not in line and len(line.split()) <= _MAX_SHORT_WORDS:
         return _named(line, "a short reply")
     number = read_number(text)
-    return ReadExpression(None if number.value is None else spelled(number.value), number.reason)
+    return Reading(None if number.value is None else spelled(number.value), number.reason)
 
 
-def _named(span: str, place: str) -> ReadExpression:
+def _named(span: str, place: str) -> Expression:
     left = without_denial(span)
     if left is None:
-        return ReadExpression(None, NOT_THIS)
+        return Reading(None, NOT_THIS)
     if _BETWEEN.match(left):
-        return ReadExpression(None, "two numbers name none")
+        return Reading(None, "two numbers name none")
     # In a sentence it calls out, in a formula it is a factorial.
-    return ReadExpression((left.rstrip(" !") if place in ("stated", "a short reply") else left)[:_MAX_SPAN_CHARS], place)
+    return Reading((left.rstrip(" !") if place in ("stated", "a short reply") else left)[:_MAX_SPAN_CHARS], place)
 
 
 def entry() -> ScorerEntry:
@@ -158,10 +160,10 @@ def _number(span: str) -> Fraction | None:
 def _score(label: Label, reply: Reply) -> Score:
     (gold,) = gold_of(label, "answer")
     said = read_expression(reply.text)
-    if said.span is None:
+    if said.value is None:
         return unscored(said.reason)
-    value = float(is_equivalent(said.span, gold))
-    return Score(value=value, extracted=said.span, reason=f"{said.reason}: {said.span}, right is {gold}")
+    value = float(is_equivalent(said.value, gold))
+    return Score(value=value, extracted=said.value, reason=f"{said.reason}: {said.value}, right is {gold}")
 
 
 def is_equivalent(said: str, gold: str) -> bool:

@@ -44,7 +44,6 @@ class CruxevalRow(UpstreamRow):
     output: Annotated[str, AfterValidator(_literal)]
 
     def text(self) -> str:
-        """The function and an assertion to complete."""
         task = (
             "Complete the assertion with the Python literal that the function returns, even if the function is wrong. "
             "End with a line `Answer: X`, X the literal."
@@ -52,7 +51,6 @@ class CruxevalRow(UpstreamRow):
         return f"{task}\n\n```python\n{self.code.strip()}\nassert f({self.input}) == ??\n```"
 
     def gold(self) -> dict[str, Any]:
-        """The output."""
         return {"output": self.output}
 
     def family(self) -> str:

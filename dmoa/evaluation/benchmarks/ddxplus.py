@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from dmoa.core.answers import is_refusal, last_line, open_reply
+from dmoa.core.answers import Reading, is_refusal, last_line, open_reply
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import (
     VALUE,
@@ -79,11 +79,7 @@ class Definitions:
 
 
 def read_definitions(paths: Mapping[str, Path]) -> Definitions:
-    """The two definition files.
-
-    Raises:
-        ConfigError: a file is not JSON of the release's form, or a name could not be told apart in an answer.
-    """
+    """Read the two definition files. Raises ConfigError for other forms, and for a name that no answer could tell apart."""
     conditions = list(_read_json(paths[CONDITIONS_FILE], dict[str, dict[str, Any]]))
     evidences = _read_json(paths[EVIDENCES_FILE], dict[str, EvidenceDefinition])
     for name in conditions:
@@ -144,11 +140,7 @@ class DdxRow(UpstreamFields):
 
 
 def parse_patient(fields: Mapping[str, Any], definitions: Definitions) -> ParsedRow:
-    """A patient as a question: the conditions to choose from, age, sex, first complaint, findings.
-
-    Raises:
-        RowError: a field is missing or ill-typed; a condition, a code or a value is not of the definitions.
-    """
+    """Put a patient as a question. Raises RowError for a bad field, and what the definitions do not have."""
     row = validate(DdxRow, fields)
     _check_conditions(row, definitions)
     task = (
@@ -264,13 +256,8 @@ def find_condition(name: str, conditions: Sequence[str]) -> str | None:
     return names[max(shorter, key=len)] if shorter else None
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """The first diagnosis of a reply."""
-
-    name: str | None
-    """A condition of the list, or what the reply says instead; None where it says nothing, or several."""
-    reason: str
+Diagnosis = Reading[str]
+"""The first diagnosis of a reply: a condition of the list, or what it says instead; None where it says nothing, or several."""
 
 
 def read_diagnosis(text: str, conditions: Sequence[str]) -> Diagnosis:
@@ -282,16 +269,16 @@ def read_diagnosis(text: str, conditions: Sequence[str]) -> Diagnosis:
         alone = next((name for line in (prose, last_line(prose)) if (name := names.get(_tidy(line[:_MAX_NAME_CHARS])))), None)
         differential = [] if alone else read_differential(text, conditions)
         if differential:
-            return Diagnosis(differential[0], "first of the differential")
-        return Diagnosis(alone, "the reply is a name" if alone else "no diagnosis found")
+            return Reading(differential[0], "first of the differential")
+        return Reading(alone, "the reply is a name" if alone else "no diagnosis found")
     said = str(found[-1]).strip()[:_MAX_NAME_CHARS]
     if is_refusal(said):
-        return Diagnosis(None, "the reply refuses to answer")
+        return Reading(None, "the reply refuses to answer")
     several = {find_condition(part, conditions) for part in re.split(r";|\bor\b", said)} - {None}
     if len(several) > 1:
-        return Diagnosis(None, "the diagnosis names several conditions")
+        return Reading(None, "the diagnosis names several conditions")
     name = find_condition(said, conditions) or find_condition(_NAME_END.split(said, maxsplit=1)[0], conditions)
-    return Diagnosis(name or said, "stated" if name else "stated, and not a name of the list")
+    return Reading(name or said, "stated" if name else "stated, and not a name of the list")
 
 
 def read_differential(text: str, conditions: Sequence[str]) -> list[str]:
@@ -358,11 +345,11 @@ def _score(label: Label, reply: Reply) -> Score:
     pathology, conditions = gold_of(label, "pathology", "conditions")
     diagnosis = read_diagnosis(reply.text, conditions)
     metrics = differential_metrics(read_differential(reply.text, conditions), _gold_differential(label))
-    if diagnosis.name is None:
+    if diagnosis.value is None:
         return replace(unscored(diagnosis.reason), metrics=metrics)
     return Score(
-        value=float(diagnosis.name == pathology),
-        extracted=diagnosis.name,
+        value=float(diagnosis.value == pathology),
+        extracted=diagnosis.value,
         reason=f"{diagnosis.reason}; right is {pathology}",
         metrics=metrics,
     )

@@ -72,7 +72,6 @@ class HotpotRow(UpstreamRow):
     context: Context
 
     def text(self) -> str:
-        """The paragraphs under their titles, then the question."""
         task = "Answer the question from the paragraphs. End with a line `Answer: ...`, a few words or yes or no."
         paragraphs = [
             f"Title: {title.strip()}\n{' '.join(sentence.strip() for sentence in sentences)}"
@@ -81,7 +80,6 @@ class HotpotRow(UpstreamRow):
         return "\n\n".join([task, *paragraphs, f"Question: {self.question.strip()}"])
 
     def gold(self) -> dict[str, Any]:
-        """The answer."""
         return {"answer": self.answer}
 
     def group(self) -> str:

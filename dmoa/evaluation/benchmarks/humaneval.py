@@ -63,12 +63,10 @@ class HumanEvalRow(UpstreamRow):
     entry_point: Annotated[str, AfterValidator(_identifier)]
 
     def text(self) -> str:
-        """The signature and docstring, in a code block."""
         task = "Complete the Python function. Reply with one Python code block that holds the whole function."
         return f"{task}\n\n```python\n{self.prompt.strip()}\n```"
 
     def gold(self) -> dict[str, Any]:
-        """What the original harness puts together."""
         return self.model_dump(include={"prompt", "test", "entry_point", "canonical_solution"})
 
 

@@ -54,11 +54,7 @@ class Verdict:
 
 
 def judge_program(source: str, checker: str, limits: SandboxLimits, *, allow_weak: bool) -> Verdict:
-    """Run a program and the code that checks it, in the sandbox.
-
-    Raises:
-        SandboxError: this host cannot contain programs as asked.
-    """
+    """Run a program and the code that checks it. Raises SandboxError where this host cannot contain programs as asked."""
     try:
         result = sandbox.run_checked(sandbox.Program(source=source), checker, limits, allow_weak=allow_weak)
     except SyntaxError as error:
@@ -77,11 +73,7 @@ def _error_line(stderr: str) -> str:
 
 
 def require_sandbox(*, allow_weak: bool) -> None:
-    """Make sure that programs can run here, before much work depends on it.
-
-    Raises:
-        SandboxError: this host cannot contain programs as asked, or its sandbox does not work.
-    """
+    """Make sure that programs can run here, before much work depends on it. Raises SandboxError where they cannot."""
     verdict = judge_program("answer = 42", "assert answer == 42", SandboxLimits(), allow_weak=allow_weak)
     if not verdict.passed:
         raise SandboxError(f"a trivial program did not pass in the sandbox of this host ({verdict.reason}); see `dmoa doctor`")

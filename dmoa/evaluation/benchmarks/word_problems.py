@@ -34,11 +34,7 @@ _FRACTION = re.compile(r"[+-]?\d+\s*/\s*0*[1-9]\d*", re.ASCII)
 
 
 def canonical_number(text: str) -> str:
-    """The number as shortest plain text: no commas, no plus, no trailing zeros, fractions reduced.
-
-    Raises:
-        ValueError: the text is not one decimal number or fraction.
-    """
+    """Return a number as shortest plain text: no commas, plus or trailing zeros, fractions reduced. Raises ValueError."""
     plain = text.strip().replace(",", "")
     if len(plain) <= 100 and _FRACTION.fullmatch(plain):
         return str(Fraction(re.sub(r"\s", "", plain)))
@@ -83,11 +79,9 @@ class Gsm8kRow(UpstreamRow):
     """The worked solution, then `#### N`."""
 
     def text(self) -> str:
-        """The problem."""
         return _ask(self.question)
 
     def gold(self) -> dict[str, Any]:
-        """The number after `####`."""
         return {"number": canonical_number(self.answer.rpartition("####")[2])}
 
 
@@ -104,11 +98,9 @@ class MultiArithRow(UpstreamRow):
     final_ans: NumberText
 
     def text(self) -> str:
-        """The problem."""
         return _ask(self.question)
 
     def gold(self) -> dict[str, Any]:
-        """The final answer."""
         return {"number": self.final_ans}
 
     def family(self) -> str:
@@ -134,11 +126,9 @@ class SvampRow(UpstreamRow):
     Type: str
 
     def text(self) -> str:
-        """The body, then the question."""
         return _ask(f"{self.Body.strip()} {self.Question.strip()}")
 
     def gold(self) -> dict[str, Any]:
-        """The answer."""
         return {"number": self.Answer}
 
     def family(self) -> str:

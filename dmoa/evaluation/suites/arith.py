@@ -59,7 +59,6 @@ class Arithmetic(_OfNumbers):
         return _num_not_negative(self.operations, self.digits) - num_plain if self.has_carries else num_plain
 
     def latent(self, number: int) -> Latent | None:
-        """Return the operands."""
         if not self.has_carries:
             return self._plain(number)
         lowest = 10 ** (self.digits - 1)
@@ -115,17 +114,14 @@ class DigitSum(_OfNumbers):
         return self.size // 2
 
     def latent(self, number: int) -> Latent | None:
-        """Return the number and the digit."""
         rest, digit = divmod(number, 9)
         operands = [int(10 ** (self.digits - 1)) + rest, digit + 1]
         return tuple(operands) if _carries("+", operands) == self.has_carries else None
 
     def root(self, latent: Latent) -> str:
-        """Return the operands."""
         return f"+ {latent[1]} {latent[0]}"
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the sum."""
         return Problem({"terms": f"{latent[0]} + {latent[1]}"}, str(sum(latent)))
 
 

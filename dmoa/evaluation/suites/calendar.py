@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from calendar import monthrange
 from dataclasses import dataclass
 from datetime import date
@@ -15,7 +14,7 @@ Asked = Literal["after", "before", "between", "weekday-after", "duration", "week
 _FIRST_YEAR, _NUM_YEARS = 1800, 400
 """Dates that questions start from; 400 years hold every pattern of leap years once."""
 _FIRST_DAY = date(_FIRST_YEAR, 1, 1).toordinal()
-_NUM_DAYS = 146_097
+NUM_DAYS = 146_097
 _MIN_MONTH_DAYS, _MAX_MONTH_DAYS = 28, 31
 
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -122,114 +121,42 @@ TEMPLATES: dict[Asked, Templates] = {
 }
 
 
-class Spans(ABC):
-    """Pairs of a first day (proleptic Gregorian ordinal, as `date.toordinal`) and a number of days after it."""
-
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """Numbers that `span` takes."""
-
-    @property
-    @abstractmethod
-    def num_spans(self) -> int:
-        """Numbers that stand for a pair."""
-
-    @abstractmethod
-    def span(self, number: int) -> tuple[int, int] | None:
-        """Return first day and number of days; None where the number stands for none."""
+def day_of(number: int) -> int:
+    """Return a first day by its number, 0..`NUM_DAYS` - 1, as proleptic Gregorian ordinal (`date.toordinal`)."""
+    return _FIRST_DAY + number
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpTo(Spans):
-    """Any first day, and `min_days`..`max_days` after it."""
+class Calendar(Kind):
+    """One question about a first day and a number of days after it, `min_days`..`max_days` (0 for `weekday`)."""
 
+    group: Asked
     min_days: int = 1
     max_days: int
 
     @property
     def size(self) -> int:
-        """Every number stands for a pair."""
-        return _NUM_DAYS * (self.max_days - self.min_days + 1)
-
-    @property
-    def num_spans(self) -> int:
-        """As `size`."""
-        return self.size
-
-    def span(self, number: int) -> tuple[int, int]:
-        """Return first day and number of days."""
-        days, first = divmod(number, _NUM_DAYS)
-        return _FIRST_DAY + first, self.min_days + days
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithinMonth(Spans):
-    """Two days of one month, at most `max_days` apart."""
-
-    max_days: int = _MAX_MONTH_DAYS
-
-    @property
-    def size(self) -> int:
-        """Months times pairs of days of the longest month."""
-        return 12 * _NUM_YEARS * _MAX_MONTH_DAYS**2
-
-    @property
-    def num_spans(self) -> int:
-        """Counted month by month."""
-        lengths = [monthrange(_FIRST_YEAR + month // 12, month % 12 + 1)[1] for month in range(12 * _NUM_YEARS)]
-        return sum(length - days for length in lengths for days in range(1, min(self.max_days, length - 1) + 1))
-
-    def span(self, number: int) -> tuple[int, int] | None:
-        """Return first day and number of days."""
-        number, first = divmod(number, _MAX_MONTH_DAYS)
-        month, days = divmod(number, _MAX_MONTH_DAYS)
-        last = first + 1 + days
-        if not 1 <= days <= self.max_days or last > _MAX_MONTH_DAYS:
-            return None
-        year, month = _FIRST_YEAR + month // 12, month % 12 + 1
-        if last > _MIN_MONTH_DAYS and last > monthrange(year, month)[1]:
-            return None
-        return date(year, month, first + 1).toordinal(), days
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calendar(Kind):
-    """One question about a first day and a number of days after it (0 for `weekday`)."""
-
-    group: Asked
-    spans: Spans
-
-    @property
-    def size(self) -> int:
-        """That of the spans."""
-        return self.spans.size
-
-    @property
-    def num_tuples(self) -> int:
-        """That of the spans."""
-        return self.spans.num_spans
+        """First days times numbers of days."""
+        return NUM_DAYS * (self.max_days - self.min_days + 1)
 
     @property
     def templates(self) -> Templates:
-        """Wordings of this kind."""
         return TEMPLATES[self.group]
 
     @property
     def answer_format(self) -> str:
-        """A date, a weekday or a number."""
         return _FORMATS[self.group]
 
     def latent(self, number: int) -> Latent | None:
         """Return the first day's ordinal and the number of days."""
-        return self.spans.span(number)
+        days, first = divmod(number, NUM_DAYS)
+        return day_of(first), self.min_days + days
 
     def root(self, latent: Latent) -> str:
         """Return the two dates, whatever is asked about them."""
         return f"days {latent[0]} {latent[1]}"
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the dates and what is asked about them."""
         first, last = date.fromordinal(latent[0]), date.fromordinal(latent[0] + latent[1])
         fields: dict[str, object] = {"n": latent[1], "first": first.isoformat(), "last": last.isoformat()}
         match self.group:
@@ -246,30 +173,59 @@ class Calendar(Kind):
                 return Problem({**fields, "weekday": WEEKDAYS[first.weekday()]}, WEEKDAYS[last.weekday()], len(WEEKDAYS))
 
 
-def _kinds(spans: Spans, *groups: Asked) -> tuple[Calendar, ...]:
-    return tuple(Calendar(group=group, spans=spans) for group in groups)
+@dataclass(frozen=True, kw_only=True)
+class WithinMonth(Calendar):
+    """The same of two days of one month."""
 
+    max_days: int = _MAX_MONTH_DAYS
+
+    @property
+    def size(self) -> int:
+        """Months times pairs of days of the longest month."""
+        return 12 * _NUM_YEARS * _MAX_MONTH_DAYS**2
+
+    @property
+    def num_tuples(self) -> int:
+        """Counted month by month."""
+        lengths = [monthrange(_FIRST_YEAR + month // 12, month % 12 + 1)[1] for month in range(12 * _NUM_YEARS)]
+        return sum(length - days for length in lengths for days in range(1, min(self.max_days, length - 1) + 1))
+
+    def latent(self, number: int) -> Latent | None:
+        """Return the first day's ordinal and the number of days."""
+        number, first = divmod(number, _MAX_MONTH_DAYS)
+        month, days = divmod(number, _MAX_MONTH_DAYS)
+        last = first + 1 + days
+        if not 1 <= days <= self.max_days or last > _MAX_MONTH_DAYS:
+            return None
+        year, month = _FIRST_YEAR + month // 12, month % 12 + 1
+        if last > _MIN_MONTH_DAYS and last > monthrange(year, month)[1]:
+            return None
+        return date(year, month, first + 1).toordinal(), days
+
+
+_WITHIN_MONTH: tuple[Asked, ...] = ("after", "between", "weekday-after")
+_ACROSS_MONTHS: tuple[Asked, ...] = ("after", "before", "between", "weekday-after")
 
 CALENDAR = Suite(
     name="calendar",
     title="calendar (generated)",
     summary="Days, dates and durations of the Gregorian calendar from 1800 on, leap years included.",
     levels=(
-        Level(meaning="the weekday one day on", kinds=_kinds(WithinMonth(max_days=1), "weekday-after")),
-        Level(meaning="two days of one month", kinds=_kinds(WithinMonth(), "after", "between", "weekday-after")),
+        Level(meaning="the weekday one day on", kinds=(WithinMonth(group="weekday-after", max_days=1),)),
+        Level(meaning="two days of one month", kinds=tuple(WithinMonth(group=group) for group in _WITHIN_MONTH)),
         Level(
             meaning="up to 60 days, across months",
             kinds=(
-                *_kinds(UpTo(max_days=60), "after", "before", "between", "weekday-after"),
-                Calendar(group="duration", spans=UpTo(min_days=15, max_days=62)),
+                *(Calendar(group=group, max_days=60) for group in _ACROSS_MONTHS),
+                Calendar(group="duration", min_days=15, max_days=62),
             ),
         ),
         Level(
             meaning="up to 4000 days, across years, and weekdays of dates",
             kinds=(
-                *_kinds(UpTo(max_days=4000), "after", "before", "between", "weekday-after"),
-                Calendar(group="duration", spans=UpTo(min_days=15, max_days=4000)),
-                Calendar(group="weekday", spans=UpTo(min_days=0, max_days=0)),
+                *(Calendar(group=group, max_days=4000) for group in _ACROSS_MONTHS),
+                Calendar(group="duration", min_days=15, max_days=4000),
+                Calendar(group="weekday", min_days=0, max_days=0),
             ),
         ),
     ),

@@ -7,18 +7,19 @@ a control for `relay`. A row lies in the split of its first part's tuple, as tha
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, replace
 from datetime import date
 
 from dmoa.evaluation.records import Row
 from dmoa.evaluation.suites.arith import TEMPLATES as ARITHMETIC_TEMPLATES
-from dmoa.evaluation.suites.calendar import DATE_FORMAT, Calendar, UpTo, WithinMonth
+from dmoa.evaluation.suites.calendar import DATE_FORMAT, NUM_DAYS, Calendar, WithinMonth, day_of
 from dmoa.evaluation.suites.suite import (
     NUMBER_FORMAT,
     Kind,
     Latent,
     Level,
+    Part,
     Problem,
     Suite,
     SuiteSplit,
@@ -33,25 +34,8 @@ from dmoa.types import Stage
 _INTRODUCTION = "Two questions; the second is about the result of the first."
 
 
-class Follower(ABC):
+class Follower(Part):
     """A second part: a question about a whole number that was worked out before."""
-
-    templates: Templates
-    answer_format: str
-
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """Numbers that `latent` takes."""
-
-    @property
-    @abstractmethod
-    def num_tuples(self) -> int:
-        """Numbers that stand for a tuple."""
-
-    @abstractmethod
-    def latent(self, number: int) -> Latent | None:
-        """Return the tuple of a number; None where it stands for none."""
 
     @abstractmethod
     def ask(self, result: int, latent: Latent) -> Problem:
@@ -82,17 +66,11 @@ class Add(Follower):
         """All numbers of so many digits."""
         return int(9 * 10 ** (self.digits - 1))
 
-    @property
-    def num_tuples(self) -> int:
-        """As `size`."""
-        return self.size
-
     def latent(self, number: int) -> Latent:
         """Return the number to add."""
         return (int(10 ** (self.digits - 1)) + number,)
 
     def ask(self, result: int, latent: Latent) -> Problem:
-        """Return the sum."""
         return Problem({"n": latent[0]}, str(result + latent[0]))
 
 
@@ -127,20 +105,16 @@ class Pick(Follower):
 
     @property
     def size(self) -> int:
-        """Lists with repeats."""
         return self._list.size
 
     @property
     def num_tuples(self) -> int:
-        """Lists of different words."""
         return self._list.num_tuples
 
     def latent(self, number: int) -> Latent | None:
-        """Return the words' numbers."""
         return self._list.latent(number)
 
     def ask(self, result: int, latent: Latent) -> Problem:
-        """Return the word that the result names."""
         return Words(group="pick", length=self.length).ask((*latent[:-1], result - 1))
 
 
@@ -168,25 +142,15 @@ class Later(Follower):
     answer_format = DATE_FORMAT
 
     @property
-    def _days(self) -> UpTo:
-        return UpTo(max_days=1)
-
-    @property
     def size(self) -> int:
         """Days to start from."""
-        return self._days.size
-
-    @property
-    def num_tuples(self) -> int:
-        """As `size`."""
-        return self._days.size
+        return NUM_DAYS
 
     def latent(self, number: int) -> Latent:
         """Return the first day's ordinal."""
-        return self._days.span(number)[:1]
+        return (day_of(number),)
 
     def ask(self, result: int, latent: Latent) -> Problem:
-        """Return the date so many days on."""
         first = date.fromordinal(latent[0])
         return Problem({"first": first.isoformat()}, date.fromordinal(latent[0] + result).isoformat())
 
@@ -211,11 +175,6 @@ class CloseDifference(Kind):
         """Subtrahends times results."""
         return self._num_lowest * self.max_result
 
-    @property
-    def num_tuples(self) -> int:
-        """As `size`."""
-        return self.size
-
     def latent(self, number: int) -> Latent:
         """Return a and b."""
         result, rest = divmod(number, self._num_lowest)
@@ -227,7 +186,6 @@ class CloseDifference(Kind):
         return f"- {latent[0]} {latent[1]}"
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the difference."""
         return Problem({"terms": f"{latent[0]} - {latent[1]}"}, str(latent[0] - latent[1]))
 
 
@@ -241,26 +199,21 @@ class Pair(Kind):
 
     @property
     def size(self) -> int:
-        """Pairs of numbers."""
         return self.first.size * self.follower.size
 
     @property
     def num_tuples(self) -> int:
-        """Pairs of tuples."""
         return self.first.num_tuples * self.follower.num_tuples
 
     @property
     def templates(self) -> Templates:
-        """The follower's."""
         return self.follower.templates
 
     @property
     def answer_format(self) -> str:
-        """The follower's."""
         return self.follower.answer_format
 
     def latent(self, number: int) -> Latent | None:
-        """Return the first part's number and the follower's tuple."""
         rest, first = divmod(number, self.first.size)
         follower = self.follower.latent(rest)
         return None if follower is None or self.first.latent(first) is None else (first, *follower)
@@ -272,11 +225,9 @@ class Pair(Kind):
         return first
 
     def root(self, latent: Latent) -> str:
-        """Return the first part's root."""
         return self.first.root(self.first_latent(latent))
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the second part, answered."""
         return self.follower.ask(int(self.first.ask(self.first_latent(latent)).answer), latent[1:])
 
 
@@ -303,7 +254,7 @@ class ChainSuite(Suite):
         return make_row(self.name, split, text, kind.group, gold, stages)
 
 
-def _pairs(length: int, digits: int, spans: WithinMonth | UpTo) -> tuple[Pair, ...]:
+def _pairs(length: int, digits: int, between: Calendar) -> tuple[Pair, ...]:
     """Return the six ordered pairs of suites; lists of `length` words, numbers of `digits` digits."""
     letters = Words(group="letters", length=3)
     return (
@@ -311,13 +262,9 @@ def _pairs(length: int, digits: int, spans: WithinMonth | UpTo) -> tuple[Pair, .
         Pair(group="arith-calendar", first=CloseDifference(digits=digits, max_result=28), follower=Later()),
         Pair(group="words-arith", first=letters, follower=Add(digits=digits)),
         Pair(group="words-calendar", first=letters, follower=Later()),
-        Pair(group="calendar-arith", first=Calendar(group="between", spans=spans), follower=Add(digits=digits)),
-        Pair(group="calendar-words", first=Calendar(group="between", spans=_short(spans, length)), follower=Pick(length=length)),
+        Pair(group="calendar-arith", first=between, follower=Add(digits=digits)),
+        Pair(group="calendar-words", first=replace(between, max_days=length), follower=Pick(length=length)),
     )
-
-
-def _short(spans: WithinMonth | UpTo, max_days: int) -> WithinMonth | UpTo:
-    return WithinMonth(max_days=max_days) if isinstance(spans, WithinMonth) else UpTo(max_days=max_days)
 
 
 CHAIN = ChainSuite(
@@ -325,8 +272,13 @@ CHAIN = ChainSuite(
     title="chain (generated)",
     summary="Two parts of different suites, the second about the result of the first; agents see the pending part alone.",
     levels=(
-        Level(meaning="lists of 5 words, numbers of 3 digits, days of one month", kinds=_pairs(5, 3, WithinMonth())),
-        Level(meaning="lists of 9 words, numbers of 4 digits, up to 60 days", kinds=_pairs(9, 4, UpTo(max_days=60))),
+        Level(
+            meaning="lists of 5 words, numbers of 3 digits, days of one month", kinds=_pairs(5, 3, WithinMonth(group="between"))
+        ),
+        Level(
+            meaning="lists of 9 words, numbers of 4 digits, up to 60 days",
+            kinds=_pairs(9, 4, Calendar(group="between", max_days=60)),
+        ),
     ),
 )
 """The suite `chain`."""

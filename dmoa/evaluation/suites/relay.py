@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from dmoa.core.answers import same_answer
 from dmoa.evaluation.records import Label, Reply, Row, Score
 from dmoa.evaluation.suites.arith import ARITH
 from dmoa.evaluation.suites.calendar import CALENDAR
-from dmoa.evaluation.suites.suite import Level, Suite, SuiteSplit, make_row, reply_in_steps, score_steps
+from dmoa.evaluation.suites.suite import Level, Suite, SuiteSplit, find_answer, make_row
 from dmoa.evaluation.suites.words import WORDS
 from dmoa.types import Stage
 
@@ -49,11 +50,7 @@ class RelaySuite(Suite):
         return int(sum(suite.num_tuples() for suite in self.suites) ** NUM_CARDS)
 
     def capacity(self, split: str, difficulty: int = 1, groups: Collection[str] = ()) -> int:
-        """Return the most rows of one stream.
-
-        Cards are dealt without repeats until a suite is used up, then anew in another order. Two rows of the same four cards
-        are not excluded, but among so many sequences never come up in practice (below 1e-9 in 100,000 rows).
-        """
+        """Return the most rows of a stream. Two rows of the same four cards never come up in practice (below 1e-9 in 100,000)."""
         self._check_groups(difficulty, groups)
         return int(sum(suite.capacity(split) for suite in self.suites) ** NUM_CARDS)
 
@@ -68,12 +65,26 @@ class RelaySuite(Suite):
         return sum(suite.chance() for suite in self.suites) / len(self.suites)
 
     def score(self, label: Label, reply: Reply) -> Score:
-        """Judge the summary after every scored step; the value is the share that match."""
-        return score_steps(label, reply)
+        """Return the share of scored steps whose summary ends in that step's answer.
+
+        A step that did not happen or holds no answer is wrong; a reply without an answer at any scored step is unscored.
+        """
+        answers: list[str | None] = label.gold["answers"]
+        texts = (*reply.step_texts, *[""] * len(answers))
+        pairs = [(gold, find_answer(text)) for gold, text in zip(answers, texts, strict=False) if gold is not None]
+        if all(found is None for _, found in pairs):
+            return Score(value=0.0, reason="no scored step holds an answer", is_scored=False)
+        num_right = sum(found is not None and same_answer(found, gold) for gold, found in pairs)
+        return Score(
+            value=num_right / len(pairs),
+            extracted=" | ".join("-" if found is None else found for _, found in pairs),
+            reason=f"{num_right} of {len(pairs)} scored steps match",
+        )
 
     def gold_reply(self, label: Label) -> Reply:
-        """Return a perfect reply, step by step."""
-        return reply_in_steps(label)
+        """Return a perfect reply; steps that are not scored answer `none`."""
+        texts = tuple(f"Answer: {answer or 'none'}" for answer in label.gold["answers"])
+        return Reply(text=texts[-1], step_texts=texts)
 
     def _rows(self, split: SuiteSplit, seed: int, difficulty: int, groups: Collection[str] = ()) -> Iterator[Row]:
         rng = random.Random(f"{self.name}/{split}/{difficulty}/{seed}")  # noqa: S311 -- questions, not secrets

@@ -10,6 +10,7 @@ import hashlib
 import random
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -125,17 +126,9 @@ class Templates:
             return "test", self.test
         return "open", self.open
 
-    @property
-    def wordings(self) -> tuple[str, ...]:
-        """All of them."""
-        return (*self.open, *self.validation, *self.test)
 
-
-class Kind(ABC):
-    """A kind of question. Implementations are frozen records of a few numbers; equal records pose equal questions."""
-
-    group: str
-    """What tables break results down by; also the handle by which a caller chooses kinds."""
+class Part(ABC):
+    """What a question is made of. Implementations are frozen records of a few numbers; equal records pose equal questions."""
 
     @property
     @abstractmethod
@@ -143,9 +136,9 @@ class Kind(ABC):
         """Numbers that `latent` takes: 0..size-1."""
 
     @property
-    @abstractmethod
     def num_tuples(self) -> int:
         """Latent tuples: the numbers for which `latent` is not None, counted exactly without visiting them."""
+        return self.size
 
     @property
     @abstractmethod
@@ -161,6 +154,13 @@ class Kind(ABC):
     def latent(self, number: int) -> Latent | None:
         """Return the tuple of a number, a different one for every number; None where the number stands for none."""
 
+
+class Kind(Part):
+    """A kind of question."""
+
+    group: str
+    """What tables break results down by; also the handle by which a caller chooses kinds."""
+
     @abstractmethod
     def root(self, latent: Latent) -> str:
         """Return what decides on the tuple's split: equal for tuples that are one and the same problem."""
@@ -175,45 +175,6 @@ def find_answer(text: str) -> str | None:
     text = without_next_question(split_reasoning(text).text[-_MAX_CHARS:])
     lines = _ANSWER_LINE.findall(text)
     return (extract_answer(f"Answer: {lines[-1]}") if lines else None) or extract_answer(text)
-
-
-def score_final(label: Label, reply: Reply) -> Score:
-    """Score the final answer against `gold["answer"]`."""
-    found = find_answer(reply.text)
-    if found is None:
-        return Score(value=0.0, reason="the reply holds no answer", is_scored=False)
-    is_right = same_answer(found, label.gold["answer"])
-    reason = "the answers match" if is_right else f"the answer is {label.gold['answer']}"
-    return Score(value=float(is_right), extracted=found, reason=reason)
-
-
-def score_steps(label: Label, reply: Reply) -> Score:
-    """Score `relay`: the share of scored steps whose summary ends in that step's answer.
-
-    A step that did not happen or holds no answer is wrong; a reply without an answer at any scored step is unscored.
-    """
-    answers: list[str | None] = label.gold["answers"]
-    texts = (*reply.step_texts, *[""] * len(answers))
-    pairs = [(gold, find_answer(text)) for gold, text in zip(answers, texts, strict=False) if gold is not None]
-    if all(found is None for _, found in pairs):
-        return Score(value=0.0, reason="no scored step holds an answer", is_scored=False)
-    num_right = sum(found is not None and same_answer(found, gold) for gold, found in pairs)
-    return Score(
-        value=num_right / len(pairs),
-        extracted=" | ".join("-" if found is None else found for _, found in pairs),
-        reason=f"{num_right} of {len(pairs)} scored steps match",
-    )
-
-
-def reply_finally(label: Label) -> Reply:
-    """Return a perfect reply to a question with one final answer."""
-    return Reply(text=f"Answer: {label.gold['answer']}")
-
-
-def reply_in_steps(label: Label) -> Reply:
-    """Return a perfect reply to a `relay` row; steps that are not scored answer `none`."""
-    texts = tuple(f"Answer: {answer or 'none'}" for answer in label.gold["answers"])
-    return Reply(text=texts[-1], step_texts=texts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,11 +208,6 @@ class Suite:
     summary: str
     levels: tuple[Level, ...]
     """By difficulty, from 1."""
-
-    @property
-    def is_generated(self) -> bool:
-        """Always: no row was written by a person."""
-        return True
 
     @property
     def difficulties(self) -> dict[int, str]:
@@ -312,11 +268,16 @@ class Suite:
 
     def score(self, label: Label, reply: Reply) -> Score:
         """Judge a reply by strict match of its final answer; a `records.Scorer`."""
-        return score_final(label, reply)
+        found = find_answer(reply.text)
+        if found is None:
+            return Score(value=0.0, reason="the reply holds no answer", is_scored=False)
+        is_right = same_answer(found, label.gold["answer"])
+        reason = "the answers match" if is_right else f"the answer is {label.gold['answer']}"
+        return Score(value=float(is_right), extracted=found, reason=reason)
 
     def gold_reply(self, label: Label) -> Reply:
         """Return a perfect reply."""
-        return reply_finally(label)
+        return Reply(text=f"Answer: {label.gold['answer']}")
 
     def _level(self, difficulty: int) -> Level:
         if not 1 <= difficulty <= len(self.levels):
@@ -392,9 +353,6 @@ def _kind_chance(kind: Kind) -> float:
     questions = [kind.ask(latent) for latent in islice(latents, _CHANCE_SAMPLE)]
     half = len(questions) // 2
     answers = [question.answer for question in questions]
-    counts: dict[str, int] = {}
-    for answer in answers[:half]:
-        counts[answer] = counts.get(answer, 0) + 1
-    commonest = max(counts, key=lambda answer: counts[answer])
+    ((commonest, _),) = Counter(answers[:half]).most_common(1)
     options = questions[0].num_options
     return max(answers[half:].count(commonest) / (len(answers) - half), 1 / options if options else 0.0)

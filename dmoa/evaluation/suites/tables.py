@@ -5,7 +5,6 @@ The tables are ours and mean nothing: no general knowledge helps, an agent has b
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal
@@ -113,15 +112,6 @@ class Lookup(Kind):
 
     has_exception: bool = False
 
-    @property
-    def num_tuples(self) -> int:
-        """Every number stands for a tuple."""
-        return self.size
-
-    @abstractmethod
-    def latent(self, number: int) -> Latent:
-        """Return the tuple of a number."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel(Lookup):
@@ -137,16 +127,13 @@ class Parcel(Lookup):
         return len(DEPOTS) * _NUM_PARCELS
 
     def latent(self, number: int) -> Latent:
-        """Return the town's place and the number."""
         parcel, town = divmod(number, len(DEPOTS))
         return town, _FIRST_PARCEL + parcel
 
     def root(self, latent: Latent) -> str:
-        """Return town and number."""
         return f"parcel {latent[0]} {latent[1]}"
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the parcel and its depot."""
         town, parcel = latent
         fields: dict[str, object] = {"town": list(DEPOTS)[town], "number": parcel}
         place = town + (self.has_exception and parcel % 2)
@@ -167,16 +154,13 @@ class Signal(Lookup):
         return int(len(MEANINGS) * len(_FLAGS) ** _NUM_FLAGS)
 
     def latent(self, number: int) -> Latent:
-        """Return pennant and flags."""
         row, pennant = divmod(number, len(MEANINGS))
         return pennant, *(row // len(_FLAGS) ** place % len(_FLAGS) for place in range(_NUM_FLAGS))
 
     def root(self, latent: Latent) -> str:
-        """Return the signal."""
         return " ".join(map(str, ("signal", *latent)))
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the signal and its meaning."""
         pennant, *flags = latent
         fields: dict[str, object] = {"pennant": list(MEANINGS)[pennant], "flags": ", ".join(_FLAGS[flag] for flag in flags)}
         place = pennant + (self.has_exception and flags[0] == flags[-1])
@@ -197,11 +181,9 @@ class Dye(Lookup):
 
     @property
     def answer_format(self) -> str:
-        """A colour."""
         return f"End with a line `Answer: ...`, a colour{', deep or pale' if self.has_exception else ''}."
 
     def latent(self, number: int) -> Latent:
-        """Return the first dye and its grams, then the second."""
         number, m = divmod(number, _MAX_GRAMS)
         pair, n = divmod(number, _MAX_GRAMS)
         first, second = _PAIRS[pair]
@@ -212,7 +194,6 @@ class Dye(Lookup):
         return " ".join(map(str, ("dyes", *sorted((latent[:2], latent[2:])))))
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the dyes and their colour."""
         first, m, second, n = latent
         fields: dict[str, object] = {"first": _DYES[first], "m": m, "second": _DYES[second], "n": n}
         (low, low_grams), (high, high_grams) = sorted(((first, m), (second, n)))

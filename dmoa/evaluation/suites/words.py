@@ -124,16 +124,13 @@ class Words(Kind):
 
     @property
     def templates(self) -> Templates:
-        """Wordings of this kind."""
         return TEMPLATES[self.group]
 
     @property
     def answer_format(self) -> str:
-        """A word, words or a number."""
         return _FORMATS[self.group]
 
     def latent(self, number: int) -> Latent | None:
-        """Return the words' numbers and the choice."""
         words = vocabulary()
         number, choice = divmod(number, self._num_choices)
         chosen = []
@@ -153,7 +150,6 @@ class Words(Kind):
         return " ".join(map(str, ("words", *sorted(latent[:-1]))))
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the list and what is asked of it."""
         words = [vocabulary()[number] for number in latent[:-1]]
         choice = latent[-1]
         fields: dict[str, object] = {"words": ", ".join(words)}

@@ -354,7 +354,8 @@ def test_an_untrained_gate_is_called_untrained_wherever_it_is_named(compared_tex
 
 
 def test_sixteen_methods_differ_in_colour_and_without_it_in_marker() -> None:
-    looks = [plots._marker(number, size=6.0) for number in range(16)]
+    found = compared([f"method-{number}" for number in range(16)])
+    looks = [plots._marker(found, policy, size=6.0) for policy in found.config.all_policies]
     assert len({look["color"] for look in looks}) == 16
     assert len({(look["marker"], look["markerfacecolor"] == "none") for look in looks}) == 16
     drawn = plots.accuracy_against(compared())

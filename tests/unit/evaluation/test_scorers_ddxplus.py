@@ -67,7 +67,7 @@ def test_names(name: str, condition: str | None) -> None:
     ],
 )
 def test_first_diagnosis(text: str, name: str | None) -> None:
-    assert read_diagnosis(text, CONDITIONS).name == name
+    assert read_diagnosis(text, CONDITIONS).value == name
 
 
 @pytest.mark.parametrize(

@@ -118,32 +118,32 @@ NOT_CHOSEN = [
 
 @pytest.mark.parametrize(("text", "letter"), CHOSEN)
 def test_letter_of_a_reply(text: str, letter: str) -> None:
-    assert read_choice(text, CHOICES).letter == letter
+    assert read_choice(text, CHOICES).value == letter
 
 
 @pytest.mark.parametrize("text", NOT_CHOSEN)
 def test_without_one_letter_none_is_made_up(text: str) -> None:
     choice = read_choice(text, CHOICES)
-    assert choice.letter is None
+    assert choice.value is None
     assert choice.reason
 
 
 def test_equal_choices_are_told_apart_by_letter_only() -> None:
     choices = ["manipulative", "reactive", "manipulative", "Manipulative"]
-    assert read_choice("Answer: manipulative", choices).letter is None
-    assert read_choice("Answer: Manipulative", choices).letter == "D"
-    assert read_choice("Answer: C", choices).letter == "C"
+    assert read_choice("Answer: manipulative", choices).value is None
+    assert read_choice("Answer: Manipulative", choices).value == "D"
+    assert read_choice("Answer: C", choices).value == "C"
 
 
 def test_a_choice_of_two_quantities_has_no_value() -> None:
     choices = ["23 chromosomes, 46 chromatids", "46 chromosomes, 46 chromatids", "7 hours", "90"]
-    assert read_choice("I think 23 chromosomes, 46 chromatids", choices).letter is None
-    assert read_choice("Answer: 46 chromosomes, 46 chromatids", choices).letter == "B"
-    assert read_choice("Answer: x = 7", choices).letter == "C"
+    assert read_choice("I think 23 chromosomes, 46 chromatids", choices).value is None
+    assert read_choice("Answer: 46 chromosomes, 46 chromatids", choices).value == "B"
+    assert read_choice("Answer: x = 7", choices).value == "C"
 
 
 def test_a_fifth_choice_exists_where_there_are_five() -> None:
-    assert read_choice("Answer: E", [*CHOICES, "14"]).letter == "E"
+    assert read_choice("Answer: E", [*CHOICES, "14"]).value == "E"
 
 
 def independent(text: str, num_choices: int) -> str | None:
@@ -182,7 +182,7 @@ def test_agrees_with_an_independent_reader_on_1000_replies() -> None:
         if shape == "{} or 1" and (letter.upper() == said[-1] or not letter.isupper()):
             continue
         expected = independent(text, num_choices)
-        assert read_choice(text, ["one", "two", "three", "four", "five"][:num_choices]).letter == expected, text
+        assert read_choice(text, ["one", "two", "three", "four", "five"][:num_choices]).value == expected, text
         found["letter" if expected else None] += 1
     assert min(found.values()) > 100
 
