@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +12,10 @@ import typer
 from typer.core import TyperCommand
 
 from dmoa.config import Config, from_tree
-from dmoa.errors import ConfigError, DmoaError
+from dmoa.errors import ConfigError
 from dmoa.validation import redact, redact_command, short
-from dmoa.workflows.console import Common, fail, suggesting, with_common
-from dmoa.workflows.terminal import closed, never_join_by_accident, warn
+from dmoa.workflows.console import Common, OneMessage, run_app, with_common
+from dmoa.workflows.terminal import warn
 from dmoa.yaml_tree import parse_yaml, read, set_value
 
 JOB, POOL = "job", "pool"
@@ -24,28 +23,15 @@ _COPIES = "working_dir_files"
 """Folder of a Ray under which the folders lie that were submitted with jobs."""
 
 
-class _Job(TyperCommand):
-    """A command whose errors, where they are ours, are one message and never a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return closed(partial(super().invoke, ctx))
-        except DmoaError as error:
-            fail(error)
-
-    def make_context(self, *args: Any, **extra: Any) -> Any:
-        with suggesting():
-            return super().make_context(*args, **extra)
+class _Job(OneMessage, TyperCommand):
+    """The one command of a script."""
 
 
 def run_job(command: Callable[..., None]) -> None:
     """Run a job's command to the end of the process; errors become exit codes as in `dmoa`."""
-    # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    never_join_by_accident()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(cls=_Job)(command)
-    app()
+    run_app(app)
 
 
 def job(command: Callable[[Common], None]) -> Callable[[], None]:

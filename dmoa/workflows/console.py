@@ -31,7 +31,7 @@ from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, T
 from dmoa.trace import ReplyAgent, ReplyStep, reply_dmoa, reply_step
 from dmoa.types import Answer, StepRecord, is_untrained
 from dmoa.validation import did_you_mean, redact_text
-from dmoa.workflows.terminal import libraries_apart, stderr, tell
+from dmoa.workflows.terminal import closed, libraries_apart, never_join_by_accident, stderr, tell
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -566,39 +566,24 @@ def _unwritable_json(path: Path, reason: OSError | str) -> ConfigError:
     return ConfigError(f"--json: cannot write {str(path)!r}: {reason}; name a file that can be written")
 
 
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-_COMMON = (
-    _option(
-        "config",
-        Annotated[
-            Path | None,
-            typer.Option(
-                "--config", metavar="FILE", help="Pool file, - for standard input [DMOA_CONFIG, else the default pool]."
-            ),
-        ],
-        None,
-    ),
-    _option(
-        "overrides",
-        Annotated[
-            list[str] | None,
-            typer.Option(
-                "--set", metavar="A.B=C", help="Change one field of the pool, such as gate.temperature=0.2; repeatable."
-            ),
-        ],
-        None,
-    ),
-    _option(
-        "json_path",
-        Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.", dir_okay=False)],
-        None,
-    ),
-    _option("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Results only, no progress.")], False),
-    _option("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Details, and all logs on stderr.")], False),
-)
+def _common(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Pool file, - for standard input [DMOA_CONFIG, else the default pool]."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Change one field of the pool, such as gate.temperature=0.2; repeatable."),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.", dir_okay=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results only, no progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Details, and all logs on stderr.")] = False,
+) -> Common:
+    """Return the common options of a command; the parameters are its flags."""
+    verbosity = int(verbose) - int(quiet)
+    return Common(config=config, overrides=tuple(overrides or ()), json_path=json_path, verbosity=verbosity)
 
 
 def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bool = True) -> Callable[..., None]:
@@ -606,27 +591,21 @@ def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bo
 
     A command that `has_pool` False looks at no pool, and has no options for one.
     """
-    signature = inspect.signature(command, eval_str=True)
-    options = _COMMON if has_pool else [option for option in _COMMON if option.name not in ("config", "overrides")]
-    parameters = [*list(signature.parameters.values())[1:], *options]
+    flags = dict(inspect.signature(_common, eval_str=True).parameters)
+    if not has_pool:
+        del flags["config"], flags["overrides"]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        overrides, quiet, verbose = values.pop("overrides", None), values.pop("quiet"), values.pop("verbose")
-        common = Common(
-            config=values.pop("config", None),
-            overrides=tuple(overrides or ()),
-            json_path=values.pop("json_path"),
-            verbosity=int(verbose) - int(quiet),
-        )
+        common = _common(**{name: values.pop(name) for name in flags})
         common.check_json([one for value in values.values() for one in (value if isinstance(value, list) else [value])])
         _start_logging(common.verbosity)
         with libraries_apart(command.__name__.removesuffix("_job"), verbosity=common.verbosity):
             command(common, **values)  # type: ignore[call-arg]
 
-    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    )
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *flags.values())]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
 
@@ -667,6 +646,31 @@ def suggesting() -> Iterator[None]:
             found.possibilities = None
             found.message += did_you_mean(option, known)
         raise
+
+
+class OneMessage:
+    """Mixed into a command or a group of them: an error of ours is one message and an exit code, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command and turn a DmoaError or a signal into an exit code."""
+        try:
+            with suggesting():
+                return closed(functools.partial(super().invoke, ctx))  # type: ignore[misc]
+        except DmoaError as error:
+            fail(error)
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Parse the options."""
+        with suggesting():
+            return super().make_context(*args, **extra)  # type: ignore[misc]
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line to the end of the process."""
+    # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    never_join_by_accident()
+    app()
 
 
 def refuse_together(given: Mapping[str, object], because: str) -> None:
