@@ -27,7 +27,7 @@ FEW, MANY = 1, 9
 STOP_TIMEOUT_S = 20.0
 
 
-def run_p17(rounds: int) -> list[BenchResult]:
+def run(rounds: int = 3) -> list[BenchResult]:
     """Measure P17; a round is one process of each size, side by side, for each engine."""
     return [_measure(engine, rounds) for engine in engines_here()]
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-import psutil
 
 from dmoa.bench.child import Child, to_parent
 from dmoa.config import Config
@@ -68,18 +67,6 @@ class BenchServer(Child):
         """Have the trace store of an app send spans to a collector from now on, or to nobody; returns once it does."""
         self.say({"app": app, "endpoint": endpoint})
         self.hear()
-
-    def suspend(self) -> None:
-        """Freeze every process of the Ray, for as long as another server is measured; a minute would be too long for Ray."""
-        for process in reversed(self.processes()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.suspend()
-
-    def resume(self) -> None:
-        """Undo `suspend`."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.resume()
 
     def stop(self) -> None:
         """End the apps and their Ray, frozen or not."""
