@@ -17,22 +17,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel
 
+from dmoa import tracking
+from dmoa.agents.pool import fingerprint
+from dmoa.config import Config
+from dmoa.core.label_model import MIN_ROWS
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
 from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, unanswered
+from dmoa.evaluation.benchmarks.base import BENCHMARKS
+from dmoa.evaluation.data import hash_files, prepare_rows
 from dmoa.evaluation.records import Answered, EvaluateOptions, Task
+from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines, read_record
 from dmoa.reading import offsets, read_bounded, read_json
-from dmoa.storage import write_whole
+from dmoa.storage import display_path, localized, only_one, write_whole
+from dmoa.swarm import limits_for
+from dmoa.training.options import AdaptOptions, AdaptSettings, share_out
+from dmoa.training.outcomes import Outcome, no_outcome_fits, read_outcomes
+from dmoa.training.queries import take_turns
 from dmoa.training.rollouts import RolloutQuery, part_of, read_part
+from dmoa.workflows.backends import build_local_swarm
+from dmoa.workflows.console import Bars, Common, new_table, stdout_console
+from dmoa.workflows.terminal import goes_on
 
 if TYPE_CHECKING:
-    from dmoa.config import Config
     from dmoa.evaluation.report import Stream
     from dmoa.evaluation.run import Session
-    from dmoa.training.options import AdaptOptions
-    from dmoa.training.outcomes import Outcome
     from dmoa.training.prequential import AdaptingSwarm, Counted, StreamJob, StreamUpdate
-    from dmoa.workflows.console import Bars, Common
 
 ADAPTED = "-ttt"
 """What the name of a start ends with once it has adapted."""
@@ -81,10 +91,8 @@ class OpenAdaptingPool:
 
     def __call__(self) -> AdaptingSwarm:
         """Return the swarm; blocks while models load. Raises ConfigError, ModelFetchError."""
-        from dmoa.config import Config
         from dmoa.routing import LocalRouter
         from dmoa.training.prequential import AdaptingSwarm
-        from dmoa.workflows.backends import build_local_swarm
 
         swarm = build_local_swarm(Config.model_validate_json(self.config_json), lambda text: None, self.call_cache)
         assert isinstance(swarm.router, LocalRouter)
@@ -172,11 +180,6 @@ def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, co
 
     Raises ConfigError, CheckpointError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
-    from dmoa.evaluation.registry import expand_names
-    from dmoa.storage import display_path, localized, only_one
-    from dmoa.workflows.console import Bars
-    from dmoa.workflows.terminal import goes_on
-
     names = expand_names(options.benchmark, "--benchmark")
     starts: dict[str, Path | None] = {ZERO: None} | ({} if checkpoint is None else {FEW: checkpoint.absolute()})
     advice = f"the same command with --out {display_path(options.out)} goes on from here"
@@ -192,11 +195,6 @@ def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, co
 
 def check_same(options: AdaptOptions, config: Config, starts: Mapping[str, Path | None]) -> None:
     """Note what a run is, or raise ConfigError where the folder holds answers of another one, naming what differs."""
-    from dmoa.agents.pool import fingerprint
-    from dmoa.evaluation.benchmarks.base import BENCHMARKS
-    from dmoa.evaluation.data import hash_files
-    from dmoa.evaluation.registry import expand_names
-
     now: dict[str, Any] = {"pool": fingerprint(config), "starts": {name: str(folder) for name, folder in starts.items()}}
     now |= options.model_dump(mode="json", exclude={"out", "workers", "address", "track"})
     now |= {"limits": config.limits.model_dump(mode="json")}
@@ -300,8 +298,6 @@ def log_stream(report: AdaptReport, root: Path, options: AdaptOptions) -> None:
 
     Nothing where the same is logged already.
     """
-    from dmoa import tracking
-
     columns = list(AdaptRow.model_fields)
     rows = [list(row.model_dump().values()) for row in report.rows]
     if tracking.is_logged(root, "table", name="adaptation", rows=rows):
@@ -330,10 +326,6 @@ def _evaluation(options: AdaptOptions, names: Sequence[str]) -> EvaluateOptions:
 
 def _prepared(options: AdaptOptions, folder: RunFolder, names: Sequence[str]) -> list[tuple[Task, RolloutQuery]]:
     """Write the rows of all benchmarks and return the first queries, the benchmarks in turns, without their labels."""
-    from dmoa.evaluation.data import prepare_rows
-    from dmoa.training.options import share_out
-    from dmoa.training.queries import take_turns
-
     asked = _evaluation(options, names)
     for name in names:
         prepare_rows(folder, name, asked)
@@ -353,9 +345,6 @@ def _job(
     first: Sequence[tuple[Task, RolloutQuery]],
     starts: Mapping[str, Path | None],
 ) -> StreamJob:
-    from dmoa.agents.pool import fingerprint
-    from dmoa.swarm import limits_for
-    from dmoa.training.options import AdaptSettings
     from dmoa.training.prequential import StreamJob
 
     stage = Stage(folder.root, {task.row_id: task for task, _ in first})
@@ -381,8 +370,6 @@ def _job(
 
 def _fitting(path: Path, queries: Collection[str]) -> tuple[Outcome, ...]:
     """Return the outcomes of a file. Raises ConfigError for a file of which nothing is of these queries."""
-    from dmoa.training.outcomes import no_outcome_fits, read_outcomes
-
     found = read_outcomes(path)
     if not any(one.query_id in queries for one in found):
         raise no_outcome_fits(len(found), "the first queries", "take more of them (--queries)")
@@ -470,9 +457,6 @@ def _point(line: Answered, right: Mapping[str, float]) -> dict[str, Any]:
 
 def print_adaptation(report: AdaptReport) -> None:
     """Print the table: starts, and what adaptation made of them."""
-    from dmoa.core.label_model import MIN_ROWS
-    from dmoa.workflows.console import new_table, stdout_console
-
     console = stdout_console()
     table = new_table("benchmark", "gate", "first queries", "rows after", "agents", "tokens", words=("benchmark", "gate"))
     for row in report.rows:

@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +21,21 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from dmoa.agents.adversaries import AdversarialAgents, Adversaries
-from dmoa.agents.pool import fingerprint
+from dmoa.agents.call_cache import CachedAgents, CallStore, call_identities
+from dmoa.agents.pool import (
+    build_encoder,
+    build_local,
+    build_other_gate,
+    build_pool_gate,
+    check_corpus,
+    check_files,
+    fingerprint,
+)
 from dmoa.config import Config
+from dmoa.engines.models import fetch, resolve_model
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError, RequestError
-from dmoa.policies.registry import POLICIES, check_words, split_policy
-from dmoa.protocols import SwarmClient
+from dmoa.policies.registry import POLICIES, NamedGate, check_words, split_policy
+from dmoa.protocols import AgentClient, SwarmClient
 from dmoa.storage import check_local
 from dmoa.swarm import Swarm, limits_for
 from dmoa.trace import ReplyDmoa, Trace, answer_of_reply, answer_of_trace, trace_of
@@ -34,9 +44,6 @@ from dmoa.validation import describe, did_you_mean
 from dmoa.workflows.console import QueryResult, Screen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from dmoa.protocols import AgentClient
     from dmoa.serving.client import RemoteReply, ServerClient
     from dmoa.training.collect import ExploringSwarm
 
@@ -413,8 +420,6 @@ def new_query(question: str, turns: Sequence[Message], wish: AskOptions, limits:
 
 def fetch_models(config: Config, say: Callable[[str], None]) -> None:
     """Fetch what a pool's engines and encoder load, saying what is under way. Raises ModelFetchError, ConfigError."""
-    from dmoa.engines.models import fetch, resolve_model
-
     for name, llm in config.llms.items():
         if llm.engine_entry.loads_weights:
             say(f"loading {name} ({llm.model})")
@@ -436,9 +441,6 @@ def build_local_swarm(
     pool's own, for the policies `dmoa:NAME`. Blocks while models load; the first use fetches and converts the embedded
     ones. Raises ConfigError, CheckpointError, ModelFetchError.
     """
-    from dmoa.agents.call_cache import CachedAgents, CallStore, call_identities
-    from dmoa.agents.pool import build_encoder, build_local, build_other_gate, build_pool_gate, check_corpus, check_files
-    from dmoa.policies.registry import NamedGate
     from dmoa.routing import LocalRouter
 
     check_files(config)

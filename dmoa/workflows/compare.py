@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from dmoa.agents.adversaries import Adversaries
+from dmoa.config import Config
 from dmoa.engines.gpus import pool_gpus
 from dmoa.errors import ConfigError
 from dmoa.evaluation import figures
+from dmoa.evaluation.records import CompareOptions
 from dmoa.evaluation.registry import expand_names
-from dmoa.evaluation.results import read_evaluation
+from dmoa.evaluation.results import Evaluation, EvaluationRow, read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, split_policy
-from dmoa.workflows.console import new_table, stdout_console
+from dmoa.storage import check_local
+from dmoa.workflows.console import Common, new_table, stdout_console
 from dmoa.workflows.evaluate import check_ran, expand_policies, has_recorded, opened_ray, run_evaluation
-
-if TYPE_CHECKING:
-    from dmoa.config import Config
-    from dmoa.evaluation.records import CompareOptions
-    from dmoa.evaluation.results import Evaluation, EvaluationRow
-    from dmoa.workflows.console import Common
 
 BASELINES = ("self_moa", "self_consistency", "single")
 """What a claim of being better has to beat at equal budgets."""
@@ -53,7 +49,6 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
     Raises ConfigError where the pool has fewer agents, or the folder is none of this machine.
     """
     from dmoa.evaluation.run import finish_run
-    from dmoa.storage import check_local
 
     assert options.out is not None
     check_local(options.out, "--out", "with --curve name one and copy it afterwards")

@@ -8,30 +8,32 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+
+from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.core.features import Preset
 from dmoa.engine_options import RecordedOptions
 from dmoa.engines.recorded import RecordedReply, agent_name, read_replies, replies_files
 from dmoa.errors import ConfigError
+from dmoa.evaluation.records import Reply
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.reading import offsets
 from dmoa.storage import check_local, localized, write_whole
 from dmoa.training.cluster_router import ProbeSample, sample_of
+from dmoa.training.options import ProbeOptions, RolloutOptions
+from dmoa.training.outcomes import credit_replies, no_outcome_fits, read_outcomes
 from dmoa.training.probe import ProbeReport, one_agent, probe_pool
 from dmoa.training.queries import sample_queries
-from dmoa.training.rollouts import RolloutFolder, RolloutQuery
+from dmoa.training.rollouts import RolloutFolder, RolloutQuery, check_rollout_pool, read_manifest, read_table
 from dmoa.types import Price
 from dmoa.validation import did_you_mean
+from dmoa.workflows.collect import read_labels, run_rollouts
 from dmoa.workflows.console import Common
+from dmoa.workflows.evaluate import opened_ray
 from dmoa.workflows.terminal import goes_on
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from dmoa.training.options import ProbeOptions
-
 
 DEFAULT_SUITES = ",".join(suite.name for suite in SKILLS)
 STAGED = ("chain", "relay")
@@ -52,9 +54,6 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
 
 
 def _probed(options: ProbeOptions, config: Config, common: Common, command: str) -> ProbeReport:
-    from dmoa.training.outcomes import read_outcomes
-    from dmoa.workflows.evaluate import opened_ray
-
     if len(config.agents) < 2:
         raise one_agent(config.agents[0].name)
     if options.outcomes is not None:
@@ -163,8 +162,6 @@ def _look(
     collect: Callable[[dict[str, Any], Path], None],
 ) -> ProbeReport:
     """Look at rollouts that are there, and at rows with known answers, judged, where some are wanted."""
-    from dmoa.training.rollouts import read_table
-
     sample = _unlabelled_sample(folder, config, options.outcomes)
     if not options.known_answers:
         return probe_pool(sample, seed=options.seed)
@@ -184,10 +181,6 @@ def probe_rollouts(folder: Path, config: Config, *, seed: int = 0) -> ProbeRepor
 
 
 def _unlabelled_sample(folder: Path, config: Config, outcomes: Path | None = None) -> ProbeSample:
-    from dmoa.agents.pool import fingerprint
-    from dmoa.training.outcomes import credit_replies, no_outcome_fits, read_outcomes
-    from dmoa.training.rollouts import check_rollout_pool, read_manifest, read_table
-
     manifest = read_manifest(folder)
     check_rollout_pool(manifest, fingerprint=fingerprint(config), agents=config.agent_names)
     table, credit = read_table(folder), None
@@ -217,9 +210,6 @@ def _asked(folder: Path) -> dict[str, str]:
 
 def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
     """Return the score of every reply to the first step, by query and agent."""
-    from dmoa.evaluation.records import Reply
-    from dmoa.workflows.collect import read_labels
-
     label_of = {label.row_id: label for label in read_labels(labels)}
     rows = table.select(("query_id", "step", "source", "agent", "text")).to_pylist()
     return {
@@ -241,9 +231,6 @@ def known_answers(table: pa.Table, judged: Mapping[tuple[str, str], float], pres
 
 
 def _collect(sources: dict[str, Any], out: Path, *, config: Config, common: Common, options: ProbeOptions, command: str) -> None:
-    from dmoa.training.options import RolloutOptions
-    from dmoa.workflows.collect import run_rollouts
-
     shared = options.model_dump(include={"difficulty", "seed", "call_cache", "address"})
     fixed = {"out": out, "dense": True, "max_steps": 1, "track": "none"}
     run_rollouts(RolloutOptions.parse({**shared, **sources, **fixed}), config, common, command)

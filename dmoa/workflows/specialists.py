@@ -24,14 +24,16 @@ from dmoa.agents.prompts import agent_messages
 from dmoa.config import Address, Name, Options
 from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import model_id, resolve_model
+from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
 from dmoa.protocols import Engine
-from dmoa.storage import uri_of
-from dmoa.training.lora import LoraSettings, TrainingRow
-from dmoa.training.specialists import Schedule, TrainedAdapter
+from dmoa.provenance import code_revision
+from dmoa.storage import only_one, uri_of
+from dmoa.training.lora import LoraSettings, TrainingRow, write_training_rows
+from dmoa.training.specialists import LoraJob, Schedule, TrainedAdapter, train_adapter
 from dmoa.types import GenerationRequest, Message, Query, Sampling
 from dmoa.validation import did_you_mean
 from dmoa.workflows.console import Common
@@ -225,8 +227,6 @@ def write_card(trained: TrainedAdapter, options: SpecialistOptions, command: str
 
 async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Return by suite how the adapter did on held-out rows."""
-    from dmoa.engines.transformers.engine import TransformersEngine
-
     engine = TransformersEngine(
         resolve_model(options.model), TransformersOptions(threads=recipe.threads), adapters={options.name: folder}
     )
@@ -269,17 +269,12 @@ def train_specialist(options: SpecialistOptions, common: Common, command: str) -
 
     Raises ConfigError for bad input, CheckpointError where the folder holds a run with other settings.
     """
-    from dmoa.storage import only_one
-
     run_dir = (options.out / options.name).absolute()
     with only_one(run_dir, "training", "train"):
         return _trained(options, run_dir, common, command)
 
 
 def _trained(options: SpecialistOptions, run_dir: Path, common: Common, command: str) -> dict[str, Any]:
-    from dmoa.provenance import code_revision
-    from dmoa.training.lora import write_training_rows
-    from dmoa.training.specialists import LoraJob, train_adapter
     from dmoa.workflows.evaluate import opened_ray
 
     recipe = options.recipe
