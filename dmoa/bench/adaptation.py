@@ -45,8 +45,7 @@ _THREADS = 64
 def adapting(pool: Config, mode: str) -> Config:
     """Return a pool whose router takes every offer that its guards let through, from queries without a key too."""
     guards = pool.router.guards.model_copy(update={"cooldown_s": 0.0})
-    router = pool.router.model_copy(update={"adaptation": mode, "guards": guards, "feedback_anonymous": True})
-    return pool.model_copy(update={"router": router})
+    return pool.changed("router", adaptation=mode, guards=guards, feedback_anonymous=True)
 
 
 def latency_ms(client: httpx.Client, url: str, model: str, question: str) -> float:
@@ -123,10 +122,8 @@ def loads(rounds: int | None) -> list[Load]:
     Between two turns of an app lie two of the other and its closed loop: less than the 30 s after which an idle engine forgets
     its prompts, or one arm alone would compute them anew.
     """
-    null = null_pool(8, placement="shared", mode="select")
-    null = null.model_copy(update={"limits": null.limits.model_copy(update={"max_steps": _STEPS})})
-    real = load_pool(None)
-    real = real.model_copy(update={"limits": real.limits.model_copy(update={"max_steps": 1})})
+    null = null_pool(8, placement="shared", mode="select").changed("limits", max_steps=_STEPS)
+    real = load_pool(None).changed("limits", max_steps=1)
     return [
         Load(kind="null", pool=null, closed=40, turn_s=2.5, rounds=rounds or 26),
         Load(kind="real", pool=real, closed=16, turn_s=10.0, rounds=rounds or 7),

@@ -95,10 +95,10 @@ def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: s
     urls: dict[str, str] = {}
     for app, text in pools.items():
         config = Config.model_validate_json(text)
-        router = config.router.model_copy(update={"state_uri": f"file://{state_dir}/{app}"})
+        config = config.changed("router", state_uri=f"file://{state_dir}/{app}")
+        if chain or len(pools) > 1:
+            config = config.changed("server", listener="proxy")  # which apps share
         apps.append(app)
-        server = config.server.model_copy(update={"listener": "proxy"} if chain or len(pools) > 1 else {})  # apps share the proxy
-        config = config.model_copy(update={"router": router, "server": server})
         urls[app] = launch(config, port=port, app=app, route_prefix=f"/{app}").url
     if chain is not None:
         from ray import serve

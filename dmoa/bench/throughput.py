@@ -29,14 +29,15 @@ from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.pipeline import AnswerWorkers, answer_all
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.run_folder import RunFolder, write_lines
-from dmoa.protocols import Engine, SwarmClient
+from dmoa.protocols import Engine
 from dmoa.routing import LocalRouter
 from dmoa.serving.agent_replica import ENGINE_ENV
 from dmoa.swarm import Swarm, limits_for
-from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, ExploringSwarm, RolloutAsking, collect, width
+from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, collect, width
 from dmoa.training.options import RolloutOptions
 from dmoa.training.rollouts import RolloutFolder, RolloutQuery
 from dmoa.types import Generation, GenerationRequest, Limits, TextDelta
+from dmoa.workflows.backends import OpenCollectingPool
 from dmoa.workflows.collect import new_manifest
 
 Chain = tuple[GenerationRequest, ...]
@@ -189,19 +190,6 @@ async def replay_flat(engine: Engine, graph: Sequence[QueryCalls]) -> Window:
 async def _timed(engine: Engine, request: GenerationRequest) -> RecordedCall:
     began_s = time.perf_counter()
     return RecordedCall.ended(request, began_s, await engine.generate(request))
-
-
-def recorded_swarm(config: Config, calls: Path) -> Swarm:
-    """Return a pool's swarm, warm, whose engine notes every call in a file; blocks while models load."""
-    gate, record = build_pool_gate(config)
-    router = LocalRouter()
-    router.install(record.version, gate)
-    encoder = build_encoder(config)
-    asyncio.run(encoder.embed(["A first text."]))
-    name = _llm(config)
-    engine = RecordingEngine(build_engine(config, name, callable_agents(config, name)), calls, before=warm)
-    agents = LocalAgents(build_agents(config, name, engine))
-    return Swarm(config, agents=agents, router=router, encoder=encoder, engines=(engine,))
 
 
 def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
@@ -423,7 +411,7 @@ def _answer(config: Config, in_flight: int, scratch: Path) -> None:
     folder = RunFolder(scratch)
     rows = SUITES[_SUITE].generate("test", _PIPELINE_QUERIES[in_flight], 0)
     write_lines(folder.tasks(_SUITE), (row.task for row in rows))
-    limits = limits_for(config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": _MAX_STEPS})}))
+    limits = limits_for(config.changed("limits", max_steps=_MAX_STEPS))
     workers = AnswerWorkers(
         open_swarm=OpenRecorded(config_json=config.model_dump_json(), calls=scratch / "calls"),
         places=in_flight * _width(config),
@@ -450,6 +438,7 @@ def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSessi
     epsilon, preset = MODES[mode], config.gate.preset
     options = RolloutOptions.parse({"out": root, "benchmarks": _SUITE, "epsilon": epsilon})
     manifest = new_manifest(options, config, "", "dmoa bench")
+    recording = OpenRecorded(config_json=config.model_dump_json(), calls=calls)
     rows = SUITES[_SUITE].generate("train", _ROLLOUT_QUERIES[mode], 0)
     queries = [RolloutQuery(query_id=row.task.row_id, source=_SUITE, split="train", text=row.task.text) for row in rows]
     return CollectSession(
@@ -458,7 +447,7 @@ def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSessi
         prepare=lambda: CollectedQueries(queries=queries, sources=[]),
         asking=RolloutAsking(seed=0, round=0, limits=_LIMITS, preset=preset, fingerprint=manifest.pool_fingerprint),
         workers=CollectWorkers(
-            open_swarm=OpenRecorded(config_json=config.model_dump_json(), calls=calls, explores=True, epsilon=epsilon),
+            open_swarm=OpenCollectingPool(pool=recording, epsilon=epsilon),
             places=_places(config),
             width=width(config, epsilon),
             env=ENGINE_ENV,
@@ -475,12 +464,17 @@ class OpenRecorded:
 
     config_json: str
     calls: Path
-    explores: bool = False
-    """Whether it is asked for rollouts."""
-    epsilon: float | None = None
-    """Of rollouts, as in `ExploringPolicy`."""
+    """File of the notes."""
 
-    def __call__(self) -> SwarmClient:
+    def __call__(self) -> Swarm:
         """Return the swarm, warm; blocks while models load."""
-        swarm = recorded_swarm(Config.model_validate_json(self.config_json), self.calls)
-        return ExploringSwarm(swarm, self.epsilon) if self.explores else swarm
+        config = Config.model_validate_json(self.config_json)
+        gate, record = build_pool_gate(config)
+        router = LocalRouter()
+        router.install(record.version, gate)
+        encoder = build_encoder(config)
+        asyncio.run(encoder.embed(["A first text."]))
+        name = _llm(config)
+        engine = RecordingEngine(build_engine(config, name, callable_agents(config, name)), self.calls, before=warm)
+        agents = LocalAgents(build_agents(config, name, engine))
+        return Swarm(config, agents=agents, router=router, encoder=encoder, engines=(engine,))

@@ -76,8 +76,7 @@ def demo(
     config = common.load()
     begin_anew(out)
     # A router takes up what was installed before: the demo begins with an untrained gate every time.
-    place = config.router.model_copy(update={"state_uri": (out / "router").absolute().as_uri()})
-    config = config.model_copy(update={"router": place})
+    config = config.changed("router", state_uri=(out / "router").absolute().as_uri())
     started = time.monotonic()
     record, commands = tell(common, config, out, port, (questions, queries, held_out, seed))
     seconds = time.monotonic() - started
@@ -136,7 +135,7 @@ def tell(
             before, is_same = ask_and_replay(common, config, launched.url, rows, out / "before")
             # Learning and comparing take one step a question, for everybody: agents that disagree are else asked all over again.
             once = replace(common, overrides=(*common.overrides, "limits.max_steps=1"))
-            briefly = config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
+            briefly = config.changed("limits", max_steps=1)
             probe, result, commands = learn(once, briefly, out, counts[1], counts[3])
             common.say(f"5 of 7: the same again, gate {result.record.version}")
             trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={result.checkpoint}"))
@@ -375,8 +374,7 @@ def first_steps(config: Config, folder: RunFolder, checkpoint: Path, encoder: En
 
     matrices = [read_matrix(folder, suite, config.agent_names) for suite in DEMO_SUITES]
     embedded = [np.stack(asyncio.run(encoder.embed([task.text for task in matrix.tasks]))) for matrix in matrices]
-    seeds = (config.gate.model_copy(update={"seed": seed, "checkpoint": None}) for seed in range(NUM_UNTRAINED))
-    untrained = [build_pool_gate(config.model_copy(update={"gate": gate}))[0] for gate in seeds]
+    untrained = [build_pool_gate(config.changed("gate", seed=seed, checkpoint=None))[0] for seed in range(NUM_UNTRAINED)]
     return {
         UNTRAINED: replay_first(untrained, matrices, embedded),
         "trained gate, first step": replay_first([checkpoints.load(checkpoint)[0]], matrices, embedded),

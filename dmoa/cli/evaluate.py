@@ -75,11 +75,7 @@ def evaluate(
         return
     from dmoa.workflows.evaluate import check_ran, run_evaluation
 
-    if options.url is not None:
-        given: dict[str, object] = {"--config": common.config, "--set": common.overrides}
-        given |= {"--checkpoint": checkpoint, "--workers": options.workers > 1}
-        refuse_together(given, "with --url: the server has its own pool")
-    config = None if options.url else common.load(checkpoint)
+    config = common.load_without(options.url, checkpoint, workers=options.workers > 1)
     evaluation = run_evaluation(_with_folder(options), config, common, this_command())
     common.write_json(evaluation.model_dump(mode="json"))
     check_ran(evaluation)
@@ -172,11 +168,8 @@ def compare(common: Common, options: CompareOptions, checkpoint: CheckpointOptio
     from dmoa.workflows.compare import check_curve, run_comparison
     from dmoa.workflows.evaluate import check_ran
 
-    if options.url is not None:
-        given: dict[str, object] = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint}
-        refuse_together(given, "with --url: the server has its own pool")
     options = _with_folder(options, "compare")
-    evaluation = run_comparison(options, None if options.url else common.load(checkpoint), common, this_command())
+    evaluation = run_comparison(options, common.load_without(options.url, checkpoint), common, this_command())
     common.write_json(evaluation.model_dump(mode="json"))
     check_ran(evaluation)
     check_curve(options)

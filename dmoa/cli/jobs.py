@@ -11,11 +11,18 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from dmoa.agents.pool import load_pool
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError
+from dmoa.evaluation.records import EvaluateOptions
+from dmoa.storage import uri_of
+from dmoa.training.options import AdaptOptions, OnlineOptions, RolloutOptions, TrainOptions
 from dmoa.validation import redact, redact_command, short
+from dmoa.workflows.adapt import run_adapt
+from dmoa.workflows.adapt_online import run_online_adaptation
 from dmoa.workflows.console import Common, OneMessage, run_app, with_common
 from dmoa.workflows.terminal import warn
+from dmoa.workflows.train import run_train
 from dmoa.yaml_tree import parse_yaml, read, set_value
 
 JOB, POOL = "job", "pool"
@@ -46,7 +53,6 @@ def evaluate_job(common: Common) -> None:
     \b
     python jobs/evaluate.py --config jobs/evaluate.yaml --set job.limit=20
     """
-    from dmoa.evaluation.records import EvaluateOptions
     from dmoa.workflows.evaluate import check_ran, run_evaluation
 
     config, values = read_job(common)
@@ -65,7 +71,6 @@ def collect_rollouts_job(common: Common) -> None:
     \b
     python jobs/collect_rollouts.py --config jobs/collect_rollouts.yaml --set job.limit=20
     """
-    from dmoa.training.options import RolloutOptions
     from dmoa.workflows.collect import run_rollouts
 
     config, values = read_job(common)
@@ -93,9 +98,6 @@ def train_gate_job(common: Common) -> None:
     \b
     python jobs/train_gate.py --config jobs/train_gate.yaml --set job.preset=full
     """
-    from dmoa.training.options import TrainOptions
-    from dmoa.workflows.train import run_train
-
     config, values = read_job(common)
     result = run_train(TrainOptions.parse(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
@@ -122,9 +124,6 @@ def adapt_job(common: Common) -> None:
     \b
     python jobs/adapt.py --config jobs/adapt.yaml --set job.queries=30
     """
-    from dmoa.training.options import AdaptOptions
-    from dmoa.workflows.adapt import run_adapt
-
     config, values = read_job(common)
     options = AdaptOptions.parse(values)
     checkpoint = None if options.zero_shot or not config.gate.checkpoint else Path(config.gate.checkpoint)
@@ -138,9 +137,6 @@ def adapt_online_job(common: Common) -> None:
     \b
     python jobs/adapt.py --online --config jobs/adapt_online.yaml --set job.app=dmoa
     """
-    from dmoa.training.options import OnlineOptions
-    from dmoa.workflows.adapt_online import run_online_adaptation
-
     _, values = read_job(common)
     run_online_adaptation(OnlineOptions.parse(values), common, _command())
 
@@ -178,8 +174,6 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
 
 def _warn_of_copy(values: dict[str, Any]) -> None:
     """Say where results would go into a job's own folder, which Ray removes."""
-    from dmoa.storage import uri_of
-
     out = values.get("out")
     if isinstance(out, str) and _COPIES in Path.cwd().parts and not Path(out).is_absolute() and uri_of(out) is None:
         warn(
@@ -189,8 +183,6 @@ def _warn_of_copy(values: dict[str, Any]) -> None:
 
 
 def _named_pool(tree: dict[str, Any], source: str, overrides: list[str]) -> Config:
-    from dmoa.agents.pool import load_pool
-
     pool = tree.pop(POOL, None)
     if pool is not None and not isinstance(pool, str):
         raise ConfigError(

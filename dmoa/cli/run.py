@@ -97,17 +97,13 @@ def open_backend(
 
     What can be checked is checked before a model loads. Raises ConfigError, RequestError, CheckpointError.
     """
-    from dmoa.workflows.backends import Backend, build_local_swarm, check_ask_options, check_question
+    from dmoa.workflows.backends import Backend, build_local_swarm, check_ask_options, check_question, open_client
 
     if question is not None:
         check_question(question)
-    if url is not None:
-        from dmoa.workflows.backends import open_client
-
-        given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint}
-        refuse_together(given, "with --url: the server has its own pool")
-        return Backend(open_client(url))
-    config = common.load(checkpoint)
+    config = common.load_without(url, checkpoint)
+    if config is None:
+        return Backend(open_client(str(url)))
     check_ask_options(config, wish)
     return Backend(build_local_swarm(config, common.say))
 

@@ -35,14 +35,14 @@ from dmoa.evaluation.registry import SUITES, expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.provenance import code_revision
 from dmoa.reading import hash_file, read_json, regular
-from dmoa.storage import check_local, display_path, localized, write_whole
+from dmoa.storage import check_local, display_path, localized, write_whole, writing
 from dmoa.swarm import limits_for
 from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, collect, silent_agents, width
 from dmoa.training.options import RolloutOptions, Weighted, share_out
 from dmoa.training.queries import names_two_texts, read_queries, sample_queries, take_turns
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo, part_paths
 from dmoa.validation import did_you_mean, redact_text
-from dmoa.workflows.backends import OpenCollectingPool, OpenCollectingServer, carried, fetch_models, open_client
+from dmoa.workflows.backends import OpenCollectingPool, OpenCollectingServer, OpenPool, carried, fetch_models, open_client
 from dmoa.workflows.console import Bars, Common
 from dmoa.workflows.evaluate import log_gates, opened_ray
 from dmoa.workflows.terminal import goes_on, warn
@@ -209,11 +209,8 @@ def _write_labels(folder: Path, taken: list[list[Asked]]) -> None:
     """Write a line per label, keyed by query_id. Raises ConfigError where that cannot be done."""
     labels = [label for source in taken for _, label in source if label is not None]
     lines = [json.dumps({"query_id": label.row_id, "benchmark": label.benchmark, "gold": label.gold}) for label in labels]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / LABELS, "".join(f"{line}\n" for line in lines).encode())
-    except OSError as error:
-        raise ConfigError(f"--labels: cannot write {str(folder)!r}: {error}; name a folder that can be written") from error
+    with writing(folder, "--labels", "folder"):
+        write_whole(folder / LABELS, "".join(f"{line}\n" for line in lines))
 
 
 def read_labels(folder: Path) -> Iterator[Label]:
@@ -331,11 +328,10 @@ def _workers(options: RolloutOptions, config: Config) -> CollectWorkers:
     """Return how the asking is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.serving.agent_replica import ENGINE_ENV
 
-    call_cache = cache_folder(options.call_cache)
     used = {agent.llm for agent in config.agents}
-    text, gates = config.model_dump_json(), carried(config)
+    pool = OpenPool(config_json=config.model_dump_json(), call_cache=cache_folder(options.call_cache), carried=carried(config))
     return CollectWorkers(
-        open_swarm=OpenCollectingPool(config_json=text, epsilon=options.epsilon, call_cache=call_cache, carried=gates),
+        open_swarm=OpenCollectingPool(pool=pool, epsilon=options.epsilon),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
         width=width(config, options.epsilon),

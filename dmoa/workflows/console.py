@@ -519,8 +519,18 @@ class Common:
         config = load_pool(self.config or os.environ.get("DMOA_CONFIG") or None, self.overrides)
         if checkpoint is None:
             return config
-        gate = config.gate.model_copy(update={"checkpoint": uri_of(checkpoint) or str(checkpoint.absolute())})
-        return config.model_copy(update={"gate": gate})
+        return config.changed("gate", checkpoint=uri_of(checkpoint) or str(checkpoint.absolute()))
+
+    def load_without(self, url: str | None, checkpoint: Path | None, **more: object) -> Config | None:
+        """Return the pool, or None where a server at `url` has its own. Raises ConfigError for options that have no effect there.
+
+        `more`: other such options that were given, by name.
+        """
+        if url is None:
+            return self.load(checkpoint)
+        given = {"config": self.config, "set": self.overrides, "checkpoint": checkpoint} | more
+        refuse_together({f"--{name}": value for name, value in given.items()}, "with --url: the server has its own pool")
+        return None
 
     def say(self, text: str) -> None:
         """Tell progress on stderr, unless quiet."""

@@ -62,8 +62,7 @@ def run_evaluation(
     if config is not None and not (options.address or os.environ.get("RAY_ADDRESS")):  # else they lie where the workers are
         check_labels(options.policies, config)
     if config is not None and options.defence is not None:
-        summarizer = config.summarizer.model_copy(update={"defence": options.defence})
-        config = config.model_copy(update={"summarizer": summarizer})
+        config = config.changed("summarizer", defence=options.defence)
     assert options.out is not None
     advice = f"the same command with --out {display_path(options.out)} --resume goes on from here"
     with goes_on(advice), localized(options, common.say, writes=("out",)) as here:

@@ -21,7 +21,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.reading import offsets
-from dmoa.storage import check_local, localized, write_whole
+from dmoa.storage import check_local, localized, write_whole, writing
 from dmoa.training.cluster_router import ProbeSample, sample_of
 from dmoa.training.options import ProbeOptions, RolloutOptions
 from dmoa.training.outcomes import credit_replies, no_outcome_fits, read_outcomes
@@ -49,11 +49,6 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
     Raises ConfigError, DmoaError as `dmoa rollouts` does.
     """
     check_local(options.out, "--out")
-    with localized(options, common.say, reads=("rollouts",)) as here:
-        return _probed(here, config, common, command)
-
-
-def _probed(options: ProbeOptions, config: Config, common: Common, command: str) -> ProbeReport:
     if len(config.agents) < 2:
         raise one_agent(config.agents[0].name)
     if options.outcomes is not None:
@@ -69,7 +64,9 @@ def _probed(options: ProbeOptions, config: Config, common: Common, command: str)
     out = options.out or Path("out") / time.strftime("probe-%Y%m%d-%H%M%S")
     collect = partial(_collect, config=config, common=common, options=options, command=command)
     if options.rollouts is not None:
-        return _look(options.rollouts, out, config, common, options, collect)
+        with localized(options, common.say, reads=("rollouts",)) as here:
+            assert here.rollouts is not None
+            return _look(here.rollouts, out, config, common, options, collect)
     sources = sources_of(options, config, out, common)
     with goes_on(f"the same command with --out {out} goes on from here"), opened_ray(options.address):
         collect(sources, out / "dense")
@@ -91,10 +88,8 @@ def _recorded_queries(config: Config, out: Path, common: Common, options: ProbeO
     found, whole = common_queries(places, options.limit, options.seed)
     num_agents = sum(len(agents) for named in places.values() for agents in named.values())
     common.say(f"asking {len(found)} of the recorded queries; all {num_agents} recorded agents replied to {whole} of them")
-    try:
+    with writing(out, what="folder"):
         write_whole(out / RECORDED, "".join(json.dumps(line) + "\n" for line in found))
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(out)!r}: {error}; name a folder that can be written") from error
     return [{"name": str(out / RECORDED)}]
 
 
@@ -169,7 +164,7 @@ def _look(
     labels = out / "known-labels"
     collect({"benchmarks": options.known_answers, "limit": options.known_limit, "labels": labels}, out / "known")
     table = read_table(out / "known")
-    judged = _judged(table, labels)
+    judged = judged_replies(table, labels)
     write_whole(out / KNOWN_ANSWERS, known_answers(table, judged, config.gate.preset))
     known = sample_of(table, config.agent_names, config.gate.preset, judged)
     return probe_pool(sample, known=known, seed=options.seed)
@@ -208,7 +203,7 @@ def _asked(folder: Path) -> dict[str, str]:
     return {query.query_id: (query.stages and query.stages[0].part) or query.text for query in queries}
 
 
-def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
+def judged_replies(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
     """Return the score of every reply to the first step, by query and agent."""
     label_of = {label.row_id: label for label in read_labels(labels)}
     rows = table.select(("query_id", "step", "source", "agent", "text")).to_pylist()

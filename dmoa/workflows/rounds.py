@@ -69,22 +69,16 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
     for number in (0, 1)[: options.rounds]:  # now, and not after hours of collecting
         collecting = collection_of(options, number)
         training_of(options, config, [collecting.out], collecting.out.parent / "gate")
-    with goes_on("the same command goes on from here"), localized(options, common.say, writes=("out",)) as here:
-        return _rounds(here, config, common, command)
-
-
-def _rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
-    result: TrainResult | None = None
     collected: list[Path] = []
-    with opened_ray(options.address):
+    way_on = goes_on("the same command goes on from here")
+    with way_on, localized(options, common.say, writes=("out",)) as here, opened_ray(options.address):
         for number in range(options.rounds):
             common.say(f"round {number + 1} of {options.rounds}")
-            collecting = collection_of(options, number)
-            config = _with_gate(config, result)
+            collecting = collection_of(here, number)
             run_rollouts(collecting, config, common, command)
             collected.append(collecting.out)
-            result = run_train(training_of(options, config, collected, collecting.out.parent / "gate"), config, common, command)
-    assert result is not None
+            result = run_train(training_of(here, config, collected, collecting.out.parent / "gate"), config, common, command)
+            config = config.changed("gate", checkpoint=str(result.checkpoint))
     return result
 
 
@@ -102,10 +96,3 @@ def training_of(options: RoundsOptions, config: Config, collected: Sequence[Path
     if config.gate.checkpoint is not None:
         values["start_from"] = config.gate.checkpoint
     return TrainOptions.parse(values)
-
-
-def _with_gate(config: Config, result: TrainResult | None) -> Config:
-    if result is None:
-        return config
-    gate = config.gate.model_copy(update={"checkpoint": str(result.checkpoint)})
-    return config.model_copy(update={"gate": gate})

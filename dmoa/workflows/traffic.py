@@ -14,7 +14,7 @@ from dmoa.errors import ConfigError
 from dmoa.feedback import MARK, Feedback, read_feedback
 from dmoa.serving.feedback_buffer import KeptOutcome, read_state
 from dmoa.serving.router.admin import RouterAdmin
-from dmoa.storage import write_whole
+from dmoa.storage import write_whole, writing
 from dmoa.training.outcomes import Outcome, authors
 from dmoa.training.rollouts import Counts, Manifest, RolloutFolder, RolloutQuery, SourceInfo, part_of, table_of
 from dmoa.types import StepRecord
@@ -71,10 +71,8 @@ def _outcomes(said: KeptOutcome, record: Feedback | None) -> list[Outcome]:
 def write_outcomes(path: Path, traffic: Traffic) -> None:
     """Write a file that `dmoa train --outcomes` reads. Raises ConfigError where that cannot be done."""
     lines = [one.model_dump_json(exclude_none=True) + "\n" for one in traffic.outcomes]
-    try:
+    with writing(path):
         write_whole(path, "".join(lines))
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(path)!r}: {error}; name a file that can be written") from error
 
 
 def rollouts_of_traffic(traffic: Traffic, manifest: Manifest, root: Path) -> Manifest:
@@ -110,14 +108,12 @@ def rollouts_of_traffic(traffic: Traffic, manifest: Manifest, root: Path) -> Man
             "ended_unix_s": max(one.created_unix_s for one in mine),
         }
     )
-    try:
+    with writing(root, what="folder"):
         write_whole(folder.queries, "".join(query.model_dump_json() + "\n" for query in queries))
         if traffic.outcomes:
             write_outcomes(root / OUTCOMES, traffic)
         write_whole(folder.parts / "part-000000.parquet", part_of(tables))
         write_whole(folder.manifest, manifest.model_dump_json(indent=2) + "\n")  # last: what has one is whole
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(root)!r}: {error}; name a folder that can be written") from error
     return manifest
 
 
