@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from dmoa.errors import ConfigError
+from dmoa.provenance import machine
 from dmoa.validation import did_you_mean
 from dmoa.workflows.console import EXIT_FAILED, Common, new_table, refuse_together, stdout_console, with_common
 
@@ -113,7 +114,6 @@ def bench(
         _list(common, group(only))
         return
     from dmoa.bench.harness import BenchReport
-    from dmoa.provenance import machine
 
     results: list[BenchResult] = []
     groups = group(only)

@@ -11,11 +11,15 @@ import typer
 
 from dmoa.cli.options import takes_options, this_command
 from dmoa.evaluation.records import CompareOptions, EvaluateOptions
+from dmoa.evaluation.registry import expand_names
 from dmoa.workflows.console import (
     EXIT_FAILED,
+    Bars,
     CheckpointOption,
     Common,
     print_evaluation,
+    print_explanation,
+    print_selfcheck,
     refuse_together,
     stdout_console,
     with_common,
@@ -118,8 +122,6 @@ def _explain(common: Common, options: EvaluateOptions, row_id: str | None, reply
     unused |= {"--selfcheck or --ablations": is_mixed, "--config": common.config, "--set": common.overrides}
     refuse_together(unused, "with --explain, which asks no agent")
     from dmoa.evaluation.explain import explain
-    from dmoa.evaluation.registry import expand_names
-    from dmoa.workflows.console import print_explanation
 
     expand_names(options.benchmarks)  # those of files are known from here on
     found = explain(
@@ -136,8 +138,6 @@ def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None
     unused |= {"--checkpoint": checkpoint, "--config": common.config, "--set": common.overrides}
     refuse_together(unused, "with --selfcheck, which asks no agent")
     from dmoa.evaluation import selfcheck
-    from dmoa.evaluation.registry import expand_names
-    from dmoa.workflows.console import Bars, print_selfcheck
 
     with Bars(common.verbosity) as bars:
         found = selfcheck.run_selfcheck(

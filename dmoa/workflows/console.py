@@ -27,20 +27,21 @@ from rich.table import Table
 from rich.text import Text
 from typer.exceptions import TyperException
 
+from dmoa.agents.pool import load_pool
+from dmoa.config import Config
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
-from dmoa.trace import ReplyAgent, ReplyStep, reply_dmoa, reply_step
+from dmoa.storage import check_local, uri_of, write_whole
+from dmoa.trace import ReplyAgent, ReplyStep, Trace, reply_dmoa, reply_step
 from dmoa.types import Answer, StepRecord, is_untrained
 from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.terminal import closed, libraries_apart, never_join_by_accident, stderr, tell
 
 if TYPE_CHECKING:
-    from dmoa.config import Config
     from dmoa.dataflow import PassProgress
     from dmoa.evaluation.explain import Explanation
     from dmoa.evaluation.figures import Footnotes
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.selfcheck import BenchmarkCheck, SelfCheck
-    from dmoa.trace import Trace
 
 
 _BAR_CELLS = 20
@@ -513,9 +514,6 @@ class Common:
 
     def load(self, checkpoint: Path | None = None) -> Config:
         """Return the pool that the options name; `checkpoint` replaces its gate. Raises ConfigError."""
-        from dmoa.agents.pool import load_pool
-        from dmoa.storage import uri_of
-
         config = load_pool(self.config or os.environ.get("DMOA_CONFIG") or None, self.overrides)
         if checkpoint is None:
             return config
@@ -539,8 +537,6 @@ class Common:
 
     def write_json(self, value: Any) -> None:
         """Write the command's result whole where `--json` says, if it does. Raises ConfigError if that cannot be written."""
-        from dmoa.storage import write_whole
-
         if self.json_path is None:
             return
         try:
@@ -554,8 +550,6 @@ class Common:
         path = self.json_path
         if path is None:
             return
-        from dmoa.storage import check_local
-
         check_local(path, "--json")
         if path == Path("-"):
             raise ConfigError("--json is '-'; expected a file, as stdout has the result as text; name one")
