@@ -158,11 +158,6 @@ def replay_traces(config: Config, traces: Sequence[Trace]) -> list[Replay]:
     check_files(config)
     gate, record = build_pool_gate(config)
     results = replay_routing(traces, gate, record.version)
-    _show_replay(traces, results)
-    return results
-
-
-def _show_replay(traces: Sequence[Trace], results: Sequence[Replay]) -> None:
     for trace, result in zip(traces, results, strict=True):
         count = f"{len(result.decisions)} decision{'' if len(result.decisions) == 1 else 's'}"
         if not result.differences:
@@ -179,6 +174,7 @@ def _show_replay(traces: Sequence[Trace], results: Sequence[Replay]) -> None:
     versions = {route.gate_version for trace in traces for route in trace.routes}
     for note in filter(None, map(untrained_note, sorted(versions))):
         print(note)
+    return results
 
 
 _HELP = (

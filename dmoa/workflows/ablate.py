@@ -24,7 +24,7 @@ from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
 from dmoa.training.cluster_router import fit_rival
 from dmoa.training.rollouts import read_manifest, read_table
 from dmoa.training.trainer import TrainContext
-from dmoa.workflows.console import Common, print_overall, stdout_console
+from dmoa.workflows.console import Common, line, print_overall, stdout_console
 from dmoa.workflows.evaluate import run_evaluation
 from dmoa.workflows.terminal import goes_on
 
@@ -100,6 +100,6 @@ def print_table(evaluation: Evaluation) -> None:
     console = stdout_console()
     for name, ablation in ABLATIONS.items():
         if f"dmoa:{name}" in evaluation.config.policies:
-            console.print(f"dmoa:{name}: {ablation.summary}", soft_wrap=True)
-    console.print(f"{KMEANS}: k-means over embeddings, the surest agent of the cluster; oracle: knows the labels", soft_wrap=True)
-    console.print("paired tests of every two policies on every benchmark are in the report and in --json", soft_wrap=True)
+            line(console, f"dmoa:{name}: {ablation.summary}")
+    line(console, f"{KMEANS}: k-means over embeddings, the surest agent of the cluster; oracle: knows the labels")
+    line(console, "paired tests of every two policies on every benchmark are in the report and in --json")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ from dmoa.training.outcomes import Outcome, no_outcome_fits, read_outcomes
 from dmoa.training.queries import take_turns
 from dmoa.training.rollouts import RolloutQuery, part_of, read_part
 from dmoa.workflows.backends import build_local_swarm
-from dmoa.workflows.console import Bars, Common, new_table, stdout_console
+from dmoa.workflows.console import Bars, Common, line, new_table, stdout_console
 from dmoa.workflows.terminal import goes_on
 
 if TYPE_CHECKING:
@@ -269,13 +268,28 @@ def run_first(
 
     Raises ConfigError, CheckpointError for bad input, DmoaError where it stops, or all queries of a benchmark failed.
     """
+    import torch
+
+    from dmoa.training.distributed import SingleWorker
+    from dmoa.training.prequential import adapt_on_ray, run_streams
     from dmoa.workflows.evaluate import opened_ray
 
     first = _prepared(options, folder, names)
     job = _job(options, config, folder, first, starts)
     ways = "Ray Train" if options.workers else "this process"
     say(f"{len(first)} queries of {', '.join(names)}, asked of everybody; an update every {options.every}, in {ways}")
-    run_job(job, options.workers, partial(opened_ray, options.address), partial(_show, job, bars))
+    stage = Stage(folder.root)
+
+    def show() -> None:
+        done = sum(len(update["queries"]) for start in starts for update in _trees(stage.updates(start)))
+        bars.count("adapting", done, len(first) * len(starts))
+
+    if options.workers:
+        with opened_ray(options.address):
+            adapt_on_ray(job, options.workers, show)
+        show()
+    else:
+        run_streams(job, SingleWorker(torch.device("cpu")), show)
     tasks = [task for task, _ in first]
     _check_answered(folder, tasks, starts)
     return tasks
@@ -376,32 +390,6 @@ def _fitting(path: Path, queries: Collection[str]) -> tuple[Outcome, ...]:
     return found
 
 
-def run_job(job: StreamJob, workers: int, open_ray: Any, tick: Any) -> None:
-    """Run the streams in Ray Train workers, or with 0 of them in this process."""
-    if workers:
-        from dmoa.training.prequential import adapt_on_ray
-
-        with open_ray():
-            adapt_on_ray(job, workers, tick)
-        tick()
-        return
-    import torch
-
-    from dmoa.training.distributed import SingleWorker
-    from dmoa.training.prequential import run_streams
-
-    run_streams(job, SingleWorker(torch.device("cpu")), tick)
-
-
-def _show(job: StreamJob, bars: Bars) -> None:
-    """Show how many queries the streams have learnt from."""
-    stage = Stage(job.out)
-    done = 0
-    for start in job.starts:
-        done += sum(len(update["queries"]) for update in _trees(stage.updates(start)))
-    bars.count("adapting", done, len(job.queries) * len(job.starts))
-
-
 def _report(options: AdaptOptions, session: Session, first: Sequence[Task]) -> AdaptReport:
     early = {task.row_id: place for place, task in enumerate(first)}
     folder, rows, stream = session.folder, [], {}
@@ -464,16 +452,16 @@ def print_adaptation(report: AdaptReport) -> None:
         shares = ["" if share is None else f"{share:.1%} of {count}" for share, count in parts]
         table.add_row(row.benchmark, row.gate, *shares, f"{row.agents:.2f}", f"{row.tokens:.0f}")
     console.print(table)
-    console.print(
+    line(
+        console,
         "first queries: prequential for -ttt, every counted answer given before the update on it, everybody asked beside it; "
         "rows after: the gate frozen",
-        soft_wrap=True,
     )
     for start, updates in report.updates.items():
         if updates and all(update["loss"] is None for update in updates):
             asked = sum(len(update["queries"]) for update in updates)
-            console.print(
+            line(
+                console,
                 f"{start}: learned nothing from {asked} queries; untrained weights need {MIN_ROWS} that two agents or more "
                 "answered comparably before they learn: raise --queries",
-                soft_wrap=True,
             )

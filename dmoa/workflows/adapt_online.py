@@ -169,7 +169,6 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
         names, share = [key.query_id for key in replay.key_Q], router.guards.held_back
         open_Q = [q for q, name in enumerate(names) if name == (bare := name.removeprefix(MARK)) or not is_held_back(bare, share)]
         replay = replay.take(np.array(open_Q, np.int64)) if open_Q else None  # gates are judged by the rest of the traffic
-    say = Sayer(options.out.absolute() / LOG)
     return OnlineJob(
         rules=IntakeRules(
             agents=config.agent_names,
@@ -185,7 +184,7 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
         settings=AdaptSettings.parse(options.model_dump(include=set(AdaptSettings.model_fields))),
         open_exchange=partial(SwarmExchange, options.app),
         log=OnlineLog(out=options.out.absolute(), mode=options.track, app=options.app, command=command),
-        say=say,
+        say=partial(_add_line, options.out.absolute() / LOG),
         every=options.every,
         offer_every=options.offer_every,
         cpu_share=options.cpu_share,
@@ -322,17 +321,11 @@ class OnlineLog:
             self._gauges[name].set(value, {"app": self.app})
 
 
-@dataclass(frozen=True, slots=True)
-class Sayer:
-    """Adds lines to the log of the run."""
-
-    path: Path
-
-    def __call__(self, line: str) -> None:
-        """Add a line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+def _add_line(path: Path, line: str) -> None:
+    """Add a line to the log of the run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
 
 class _Tail:

@@ -15,7 +15,7 @@ from dmoa.evaluation.results import Evaluation, EvaluationRow, read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.storage import check_local
-from dmoa.workflows.console import Common, new_table, stdout_console
+from dmoa.workflows.console import Common, line, new_table, stdout_console
 from dmoa.workflows.evaluate import check_ran, expand_policies, has_recorded, opened_ray, run_evaluation
 
 BASELINES = ("self_moa", "self_consistency", "single")
@@ -76,12 +76,12 @@ def print_curve(evaluation: Evaluation) -> None:
     """Print accuracy by policy, defence and number of adversaries."""
     counts = sorted({row.adversaries for row in evaluation.robustness})
     table = new_table("benchmark", "policy", "defence", *map(str, counts), words=("benchmark", "policy", "defence"))
-    for line in figures.curves(evaluation):
-        table.add_row(line.benchmark, line.policy, line.defence, *(line.shown.get(count, "-") for count in counts))
+    for curve in figures.curves(evaluation):
+        table.add_row(curve.benchmark, curve.policy, curve.defence, *(curve.shown.get(count, "-") for count in counts))
     console = stdout_console()
     console.print(table)
     kinds = ", ".join(sorted({row.kind for row in evaluation.robustness}))
-    console.print(f"accuracy, %, by number of agents that work against the swarm ({kinds})", soft_wrap=True)
+    line(console, f"accuracy, %, by number of agents that work against the swarm ({kinds})")
 
 
 def with_baselines(options: CompareOptions, config: Config | None = None) -> tuple[str, ...]:
@@ -117,11 +117,9 @@ def print_matched(evaluation: Evaluation) -> None:
     console.print(table)
     matched = "nothing is matched" if run.match == "none" else f"budgets match {run.match}"
     repeats = f", means of {run.repeats} repeats" if run.repeats > 1 else ""
-    console.print(
-        f"per query{repeats}; {matched}; over 100 %: calls under way when the budget ran out were finished", soft_wrap=True
-    )
+    line(console, f"per query{repeats}; {matched}; over 100 %: calls under way when the budget ran out were finished")
     for remark in remarks(evaluation):
-        console.print(remark, soft_wrap=True)
+        line(console, remark)
 
 
 def remarks(evaluation: Evaluation) -> list[str]:

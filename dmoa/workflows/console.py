@@ -60,6 +60,7 @@ _MOST_ROUTED = 24
 _MAX_FAILURES = 5
 
 P = ParamSpec("P")
+_plain = functools.partial(Console, highlight=False, markup=False, emoji=False)
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 _BAD_INPUT = (ConfigError, RequestError, CheckpointError, TraceError)
@@ -121,10 +122,8 @@ class Screen:
         self._verbosity = verbosity
         self.shows_steps = shows_steps
         """Whether steps are printed; `/steps` in a chat turns it."""
-        self.out = Console(highlight=False, markup=False, emoji=False)
-        if not self.out.is_terminal:
-            self.out = Console(highlight=False, markup=False, emoji=False, width=_QUERY_WIDTH)
-        self.err = Console(file=stderr(), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.out = stdout_console(_QUERY_WIDTH)
+        self.err = _plain(file=stderr(), soft_wrap=True)
         self._live: Status | None = None
         self._coming = ""
         """What has come of the answer while its step is not printed yet."""
@@ -249,7 +248,7 @@ class Bars:
 
     def __init__(self, verbosity: int) -> None:
         self._is_quiet = verbosity < 0
-        self._console = Console(file=stderr(), highlight=False, markup=False, emoji=False)
+        self._console = _plain(file=stderr())
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -304,10 +303,15 @@ class Bars:
             self._console.print(f"dmoa: {stage}: {done} of {total} rows, {text}{left}", soft_wrap=True)
 
 
-def stdout_console() -> Console:
+def stdout_console(pipe_width: int = PIPE_WIDTH) -> Console:
     """Return a console for tables: as wide as the terminal, wide enough in a pipe."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH)
+    console = _plain()
+    return console if console.is_terminal else _plain(width=pipe_width)
+
+
+def line(console: Console, text: str) -> None:
+    """Print a text as one line, which the terminal wraps."""
+    console.print(Text(" ".join(printable(text).split())), soft_wrap=True)
 
 
 def new_table(*columns: str, words: Collection[str]) -> Table:
@@ -353,7 +357,7 @@ def print_selfcheck(found: SelfCheck) -> None:
         for row in check.unscored:
             version = row.version or "not installed"
             reason = " ".join(row.reason.split())[:_REASON_CHARS]
-            console.print(f"unscored: {row.row_id} ({row.group} {version}): {reason}", soft_wrap=True)
+            line(console, f"unscored: {row.row_id} ({row.group} {version}): {reason}")
 
 
 def _selfcheck_lines(check: BenchmarkCheck) -> Iterator[tuple[str, bool, str]]:
@@ -382,14 +386,14 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         _print_paired(evaluation, notes, console)
     untrained = sorted(figures.untrained_policies(evaluation))
     if untrained:
-        _line(console, f"untrained gate, its routing is arbitrary: {', '.join(untrained)}")
+        line(console, f"untrained gate, its routing is arbitrary: {', '.join(untrained)}")
     for note in notes.all():
-        _line(console, f"[{note.mark}] {note.text}")
+        line(console, f"[{note.mark}] {note.text}")
     for failure in evaluation.failures[:_MAX_FAILURES]:
-        _line(console, f"failed: {failure.row_id} ({failure.policy}): {failure.error}")
+        line(console, f"failed: {failure.row_id} ({failure.policy}): {failure.error}")
     hidden = sum(row.failed for row in evaluation.rows) - _MAX_FAILURES
     if hidden > 0:
-        _line(console, f"and {hidden} more failed rows; the HTML report and answers/ have them")
+        line(console, f"and {hidden} more failed rows; the HTML report and answers/ have them")
 
 
 def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
@@ -423,7 +427,7 @@ def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -
         )
         previous = row.benchmark
     console.print(table)
-    _line(console, "acc: failed and unscored rows count as 0; wall: the queries' own times added up, they ran side by side")
+    line(console, "acc: failed and unscored rows count as 0; wall: the queries' own times added up, they ran side by side")
 
 
 def print_overall(evaluation: Evaluation, names: Mapping[str, str], reference: str | None = None) -> None:
@@ -466,7 +470,7 @@ def print_routing(evaluation: Evaluation, console: Console) -> None:
     console.print()
     console.print(table)
     names = figures.names(evaluation)
-    _line(console, f"whom the gate asks, % of its steps: {' > '.join(names[policy] for policy in shares)}")
+    line(console, f"whom the gate asks, % of its steps: {' > '.join(names[policy] for policy in shares)}")
 
 
 def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
@@ -489,14 +493,10 @@ def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) ->
         table.add_row(row.benchmark, row.a, row.b, marks, *(cells if row.n else ("0", "-", "", "", "", "")))
     console.print(table)
     named = ", ".join(f"{chr(ord('A') + number)}: {test}" for number, test in enumerate(tests))
-    _line(
+    line(
         console,
         f"the same rows of both, failed and unscored ones as 0; p two-sided, by Holm corrected within a benchmark; {named}",
     )
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(Text(" ".join(printable(text).split())), soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
