@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import httpx
+from scipy.stats import t
 
 from dmoa.agents.pool import load_pool
 from dmoa.bench.harness import BenchResult, Spread, interleave, record
@@ -87,8 +88,6 @@ def closed_loop(ask: Callable[[str], float], count: int) -> float:
 
 def interval(ratios: Sequence[float]) -> Spread:
     """Return the geometric mean of paired ratios with Student's 95 % interval of their logarithms."""
-    from scipy.stats import t
-
     logs = [math.log(ratio) for ratio in ratios]
     mean, count = statistics.fmean(logs), len(logs)
     half = float(t.ppf(0.975, count - 1)) * statistics.stdev(logs) / math.sqrt(count) if count > 1 else math.inf

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import httpx
+from scipy.stats import linregress
 
 from dmoa.agents.pool import load_pool
 from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, record, spread
@@ -248,8 +249,6 @@ def _percentiles(steps_ms: dict[str, list[list[float]]]) -> list[BenchResult]:
 
 def run_growth(rounds: int = 5) -> list[BenchResult]:
     """Measure how the time of a step grows with the number of agents on one shared deployment."""
-    from scipy.stats import linregress
-
     pools = {f"pool{size}": null_pool(size, placement="shared", mode="select") for size in SIZES}
     with BenchServer(pools, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=120, trust_env=False) as client:
         arms: dict[str, Callable[[], float]] = {

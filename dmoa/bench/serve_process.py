@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from dmoa.bench.child import Child, to_parent
-from dmoa.config import Config
+from dmoa.config import Config, RouterConfig, TracingConfig
+from dmoa.serving.launch import free_port, launch, stop
 from dmoa.types import AgentCall, AgentReply, EntropySum, Message, RouteDecision, RouteRequest, Sampling
+from dmoa.workflows.adapt_online import stand_back
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -89,8 +91,6 @@ def main() -> None:
 
 
 def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: str, apps: list[str]) -> dict[str, str]:
-    from dmoa.serving.launch import free_port, launch
-
     port = free_port()
     urls: dict[str, str] = {}
     for app, text in pools.items():
@@ -114,8 +114,6 @@ def _follow(orders: Iterable[str], answers: TextIO) -> None:
     wanted: list[str | None] = [None]
 
     def offer_often() -> None:
-        from dmoa.workflows.adapt_online import stand_back
-
         stand_back()  # as the learner does, whose part this thread takes
         while True:
             with changed:
@@ -140,7 +138,6 @@ def _follow(orders: Iterable[str], answers: TextIO) -> None:
 def _export_spans(app: str, endpoint: str | None) -> None:
     import ray
 
-    from dmoa.config import RouterConfig, TracingConfig
     from dmoa.serving.actors import NAMESPACE, traces_name
 
     store = ray.get_actor(traces_name(app), namespace=NAMESPACE)
@@ -169,8 +166,6 @@ def _offer(app: str) -> None:
 
 
 def _stop(apps: Sequence[str]) -> None:
-    from dmoa.serving.launch import stop
-
     for number, app in enumerate(reversed(apps), 1):
         stop(app, end_ray=number == len(apps))
 

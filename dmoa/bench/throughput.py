@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from dmoa.agents.agent import LocalAgents
 from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, load_pool
 from dmoa.bench.harness import LABELS, BenchResult, Spread, engines_here, on_engine, ratio, record, spread, warm
@@ -32,6 +34,7 @@ from dmoa.evaluation.run_folder import RunFolder, write_lines
 from dmoa.protocols import Engine
 from dmoa.routing import LocalRouter
 from dmoa.serving.agent_replica import ENGINE_ENV
+from dmoa.serving.launch import start_ray
 from dmoa.swarm import Swarm, limits_for
 from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, collect, width
 from dmoa.training.options import RolloutOptions
@@ -194,8 +197,6 @@ async def _timed(engine: Engine, request: GenerationRequest) -> RecordedCall:
 
 def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
     """Replay a graph on the bare engine, in a fresh process with an engine's environment; `in_flight` None: as a flat list."""
-    import ray
-
     gpus = config.llms[_llm(config)].gpus
     replay = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, runtime_env={"env_vars": dict(ENGINE_ENV)})(_replay)
     window: Window = ray.get(replay.remote(config.model_dump_json(), tuple(graph), in_flight))
@@ -256,10 +257,6 @@ def run(ids: Collection[str], rounds: int | None = None, engine: str | None = No
     P5 runs on every engine that is installed, or on `engine` alone. Raises ConfigError for an engine that is not installed,
     DmoaError if a query failed.
     """
-    import ray
-
-    from dmoa.serving.launch import start_ray
-
     engines = engines_here(engine) if "P5" in ids else ()
     pool = load_pool(None)
     for llm in pool.llms.values():

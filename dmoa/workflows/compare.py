@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import product
 
 from dmoa.agents.adversaries import Adversaries
 from dmoa.config import Config
@@ -50,26 +51,31 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
     """
     from dmoa.evaluation.run import finish_run
 
-    assert options.out is not None
     check_local(options.out, "--out", "with --curve name one and copy it afterwards")
-    folder = RunFolder(options.out.absolute())
+    folder = _folder(options)
     shared = {"call_cache": folder.root / "calls"} if options.has_own_cache else {}
-    for count in dict.fromkeys(options.curve):
-        for defence in options.curve_defences:
-            common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
-            changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)} | shared
-            run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False, rows_of=folder)
+    for count, defence in _curve(options):
+        common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
+        changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)} | shared
+        run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False, rows_of=folder)
     return finish_run(folder)
+
+
+def _folder(options: CompareOptions) -> RunFolder:
+    assert options.out is not None
+    return RunFolder(options.out.absolute())
+
+
+def _curve(options: CompareOptions) -> list[tuple[int, str]]:
+    """Return how many agents work against the swarm in each run of a curve, and what defends it."""
+    return list(product(dict.fromkeys(options.curve), options.curve_defences))
 
 
 def check_curve(options: CompareOptions) -> None:
     """Raise DmoaError where a run with adversaries did not run, as `check_ran`, naming its folder."""
-    assert options.out is not None
-    folder = RunFolder(options.out.absolute())
-    for count in dict.fromkeys(options.curve):
-        for defence in options.curve_defences:
-            part = folder.curve(count, defence)
-            check_ran(read_evaluation(part), f"evaluation in {part.relative_to(folder.root)}")
+    folder = _folder(options)
+    for part in (folder.curve(*run) for run in _curve(options)):
+        check_ran(read_evaluation(part), f"evaluation in {part.relative_to(folder.root)}")
 
 
 def print_curve(evaluation: Evaluation) -> None:

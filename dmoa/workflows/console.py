@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dmoa.dataflow import PassProgress
     from dmoa.evaluation.explain import Explanation
     from dmoa.evaluation.figures import Footnotes
-    from dmoa.evaluation.results import Evaluation
+    from dmoa.evaluation.results import Evaluation, EvaluationRow
     from dmoa.evaluation.selfcheck import BenchmarkCheck, SelfCheck
 
 
@@ -399,32 +399,27 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
     from dmoa.evaluation import figures
 
-    texts = ("benchmark", "policy", "note", "also")
-    has_prices = any(row.price is not None for row in evaluation.rows)
-    figure_names = ("n", "acc %", "95 %", "chance", "unsc.", "failed", "prompt", "cached", "compl.", "steps", "active", "wall")
-    prices = ("price",) if has_prices else ()
-    table = new_table(*texts[:3], *figure_names, *prices, texts[3], words=texts)
+    cells: dict[str, Callable[[EvaluationRow], str]] = {
+        "n": lambda row: str(row.n),
+        "acc %": figures.accuracy,
+        "95 %": figures.accuracy_ends,
+        "chance": figures.chance,
+        "unsc.": lambda row: str(row.unscored),
+        "failed": lambda row: str(row.failed),
+        "prompt": lambda row: figures.count(row.prompt_tokens),
+        "cached": lambda row: figures.count(row.cached_tokens),
+        "compl.": lambda row: figures.count(row.completion_tokens),
+        "steps": lambda row: figures.decimals(row.steps_mean),
+        "active": lambda row: figures.decimals(row.active_mean),
+        "wall": lambda row: figures.duration(row.wall_s),
+    }
+    if any(row.price is not None for row in evaluation.rows):
+        cells["price"] = lambda row: figures.money(row.price)
+    table = new_table("benchmark", "policy", "note", *cells, "also", words=("benchmark", "policy", "note", "also"))
     previous = ""
     for row in evaluation.rows:
-        table.add_row(
-            row.benchmark if row.benchmark != previous else "",
-            row.policy,
-            notes.marks(row),
-            str(row.n),
-            figures.accuracy(row),
-            figures.accuracy_ends(row),
-            figures.chance(row),
-            str(row.unscored),
-            str(row.failed),
-            figures.count(row.prompt_tokens),
-            figures.count(row.cached_tokens),
-            figures.count(row.completion_tokens),
-            figures.decimals(row.steps_mean),
-            figures.decimals(row.active_mean),
-            figures.duration(row.wall_s),
-            *([figures.money(row.price)] if has_prices else []),
-            figures.metrics(row),
-        )
+        name = row.benchmark if row.benchmark != previous else ""
+        table.add_row(name, row.policy, notes.marks(row), *(cell(row) for cell in cells.values()), figures.metrics(row))
         previous = row.benchmark
     console.print(table)
     line(console, "acc: failed and unscored rows count as 0; wall: the queries' own times added up, they ran side by side")
