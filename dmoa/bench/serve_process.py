@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from dmoa.bench.child import Child, to_parent
-from dmoa.config import Config, RouterConfig, TracingConfig
+from dmoa.config import Config
 from dmoa.serving.launch import free_port, launch, stop
 from dmoa.types import AgentCall, AgentReply, EntropySum, Message, RouteDecision, RouteRequest, Sampling
 from dmoa.workflows.adapt_online import stand_back
@@ -138,6 +138,7 @@ def _follow(orders: Iterable[str], answers: TextIO) -> None:
 def _export_spans(app: str, endpoint: str | None) -> None:
     import ray
 
+    from dmoa.config import RouterConfig, TracingConfig
     from dmoa.serving.actors import NAMESPACE, traces_name
 
     store = ray.get_actor(traces_name(app), namespace=NAMESPACE)
