@@ -555,6 +555,10 @@ class Config(Node):
         """Names of the agents in the pool's order."""
         return tuple(agent.name for agent in self.agents)
 
+    def changed(self, section: str, **values: Any) -> Self:
+        """Return the pool with some fields of a section replaced."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+
     def agent(self, name: str) -> AgentConfig:
         """Return the agent called `name`; KeyError if there is none."""
         return {agent.name: agent for agent in self.agents}[name]

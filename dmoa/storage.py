@@ -110,6 +110,15 @@ def unwritable(path: Path, reason: OSError | str) -> ConfigError:
     return ConfigError(f"--out: cannot write {str(path)!r}: {reason}; name a folder that can be written")
 
 
+@contextmanager
+def writing(path: Path, option: str = "--out", what: str = "file") -> Iterator[None]:
+    """Raise ConfigError naming the option where what this block writes cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot write {str(path)!r}: {error}; name a {what} that can be written") from error
+
+
 def is_draft(name: str) -> bool:
     """Tell a file that `write_at` or `replacing` had not finished, by its name."""
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.draft", name, re.DOTALL) is not None

@@ -17,16 +17,17 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import httpx
+from scipy.stats import t
 
 from dmoa.agents.pool import load_pool
 from dmoa.bench.harness import BenchResult, Spread, interleave, record
-from dmoa.bench.latency import ENGINE, QUESTIONS, engine_label, null_pool
+from dmoa.bench.latency import ENGINE, QUESTIONS, ask, engine_label, null_pool
 from dmoa.bench.serve_process import BenchServer
 from dmoa.config import Config
 from dmoa.serving.launch import SERVE_FLAGS
@@ -45,8 +46,7 @@ _THREADS = 64
 def adapting(pool: Config, mode: str) -> Config:
     """Return a pool whose router takes every offer that its guards let through, from queries without a key too."""
     guards = pool.router.guards.model_copy(update={"cooldown_s": 0.0})
-    router = pool.router.model_copy(update={"adaptation": mode, "guards": guards, "feedback_anonymous": True})
-    return pool.model_copy(update={"router": router})
+    return pool.changed("router", adaptation=mode, guards=guards, feedback_anonymous=True)
 
 
 def latency_ms(client: httpx.Client, url: str, model: str, question: str) -> float:
@@ -88,8 +88,6 @@ def closed_loop(ask: Callable[[str], float], count: int) -> float:
 
 def interval(ratios: Sequence[float]) -> Spread:
     """Return the geometric mean of paired ratios with Student's 95 % interval of their logarithms."""
-    from scipy.stats import t
-
     logs = [math.log(ratio) for ratio in ratios]
     mean, count = statistics.fmean(logs), len(logs)
     half = float(t.ppf(0.975, count - 1)) * statistics.stdev(logs) / math.sqrt(count) if count > 1 else math.inf
@@ -107,6 +105,15 @@ class Load:
     turn_s: float
     rounds: int
 
+    @property
+    def id(self) -> str:
+        """The name of its metric."""
+        return "P15" if self.kind == "null" else f"P15.{self.kind}"
+
+    def app(self, mode: str) -> str:
+        """Return the name of its app in a mode."""
+        return f"{self.kind}-{mode}"
+
 
 def loads(rounds: int | None) -> list[Load]:
     """Return the kinds: scripted agents, and the default pool's model with short answers.
@@ -114,10 +121,8 @@ def loads(rounds: int | None) -> list[Load]:
     Between two turns of an app lie two of the other and its closed loop: less than the 30 s after which an idle engine forgets
     its prompts, or one arm alone would compute them anew.
     """
-    null = null_pool(8, placement="shared", mode="select")
-    null = null.model_copy(update={"limits": null.limits.model_copy(update={"max_steps": _STEPS})})
-    real = load_pool(None)
-    real = real.model_copy(update={"limits": real.limits.model_copy(update={"max_steps": 1})})
+    null = null_pool(8, placement="shared", mode="select").changed("limits", max_steps=_STEPS)
+    real = load_pool(None).changed("limits", max_steps=1)
     return [
         Load(kind="null", pool=null, closed=40, turn_s=2.5, rounds=rounds or 26),
         Load(kind="real", pool=real, closed=16, turn_s=10.0, rounds=rounds or 7),
@@ -126,14 +131,13 @@ def loads(rounds: int | None) -> list[Load]:
 
 def _measured(server: BenchServer, client: httpx.Client, load: Load) -> tuple[list[float], str, float]:
     """Return the ratio of p50 latencies of every round, the engine's label, and the median rate of queries a second."""
-    asks = {mode: partial(latency_ms, client, server.urls[app_of(load, mode)], load.pool.name) for mode in MODES}
+    asks = {mode: partial(latency_ms, client, server.urls[load.app(mode)], load.pool.name) for mode in MODES}
     for mode in MODES:
-        server.offer(app_of(load, "on") if mode == "on" else None)  # an offer's modules are loaded at the first
+        server.offer(load.app("on") if mode == "on" else None)  # an offer's modules are loaded at the first
         closed_loop(asks[mode], CONCURRENCY)
     server.offer(None)
     rates: list[float] = []
-    body = {"model": load.pool.name, "messages": [{"role": "user", "content": QUESTIONS[0]}]}
-    told = client.post(f"{server.urls[app_of(load, 'off')]}/v1/chat/completions", json=body).json()["dmoa"]
+    told = ask(client, server.urls[load.app("off")], load.pool.name, QUESTIONS[0])
     turns = iter(range(10_000))
 
     def take(mode: str) -> float:
@@ -141,7 +145,7 @@ def _measured(server: BenchServer, client: httpx.Client, load: Load) -> tuple[li
         if seed == len(rates):  # anew: a machine that slows down would else be overloaded
             rates.append(closed_loop(asks["off"], load.closed))
         moments = arrivals_s(max(4, round(load.turn_s * LOAD * rates[seed])), LOAD * rates[seed], seed)
-        server.offer(app_of(load, "on") if mode == "on" else None)
+        server.offer(load.app("on") if mode == "on" else None)
         try:
             return statistics.median(open_loop(asks[mode], moments))
         finally:
@@ -152,19 +156,10 @@ def _measured(server: BenchServer, client: httpx.Client, load: Load) -> tuple[li
     return [on / off for on, off in zip(found["on"], found["off"], strict=True)], label, statistics.median(rates)
 
 
-def app_of(load: Load, mode: str) -> str:
-    """Return the name of an app."""
-    return f"{load.kind}-{mode}"
-
-
-def id_of(load: Load) -> str:
-    """Return the name of a kind's metric."""
-    return "P15" if load.kind == "null" else f"P15.{load.kind}"
-
-
-def run_p15(kinds: Sequence[Load]) -> list[BenchResult]:
-    """Measure P15 on every kind, all of them on one Ray, one after the other."""
-    pools = {app_of(load, mode): adapting(load.pool, mode) for load in kinds for mode in MODES}
+def run(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
+    """Measure P15, P15.real or both: on one Ray, one after the other."""
+    kinds = [load for load in loads(rounds) if load.id in ids]
+    pools = {load.app(mode): adapting(load.pool, mode) for load in kinds for mode in MODES}
     results = []
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(BenchServer(pools, env=SERVE_FLAGS)).wait()
@@ -177,13 +172,6 @@ def run_p15(kinds: Sequence[Load]) -> list[BenchResult]:
                 "a gate offered as often as the router takes them; spread: Student's 95 % interval over rounds, whose upper "
                 "end has the bar"
             )
-            result = record(id_of(load), found, "x", engine=label, note=note)
+            result = record(load.id, found, "x", engine=label, note=note)
             results.append(result.model_copy(update={"bar": f"high <= {BAR}x", "passed": found.high <= BAR}))
     return results
-
-
-def run(ids: Iterable[str], rounds: int | None = None) -> list[BenchResult]:
-    """Measure P15, P15.real or both."""
-    asked = set(ids)
-    kinds = [load for load in loads(rounds) if id_of(load) in asked]
-    return run_p15(kinds) if kinds else []

@@ -65,6 +65,18 @@ class Child:
             return [own, *own.children(recursive=True)]
         return []
 
+    def suspend(self) -> None:
+        """Freeze all its processes, for as long as another server is measured; a minute would be too long for a Ray."""
+        for process in reversed(self.processes()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    def resume(self) -> None:
+        """Undo `suspend`."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
     def stop(self) -> None:
         """End its input, which is the word to stop, and make sure that no process of its is left."""
         processes = self.processes()  # before it ends: those that outlive it are no children of it then

@@ -10,16 +10,16 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import httpx
+from scipy.stats import linregress
 
 from dmoa.agents.pool import load_pool
-from dmoa.bench import memory as memory_bench
 from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, record, spread
 from dmoa.bench.serve_process import BenchServer
 from dmoa.config import Config
@@ -38,7 +38,7 @@ QUESTIONS = (
 _TRACE_TIMEOUT_S = 30.0
 
 
-def run_p3(rounds: int) -> list[BenchResult]:
+def run_p3(rounds: int = 1) -> list[BenchResult]:
     """Measure P3 on the default pool; a round asks every question once."""
     pool = load_pool(None)
     walls: list[float] = []
@@ -46,10 +46,10 @@ def run_p3(rounds: int) -> list[BenchResult]:
     label = ""
     with BenchServer({"default": pool}, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=300, trust_env=False) as client:
         url = server.urls["default"]
-        _ask(client, url, pool.name, QUESTIONS[0])
+        ask(client, url, pool.name, QUESTIONS[0])
         for _ in range(rounds):
             for question in QUESTIONS:
-                dmoa = _ask(client, url, pool.name, question)
+                dmoa = ask(client, url, pool.name, question)
                 walls.append(_wall_ms(client, url, dmoa["trace_id"]))
                 engines.append(critical_path_ms(dmoa))
                 label = engine_label(dmoa)
@@ -77,7 +77,7 @@ def engine_label(dmoa: Mapping[str, Any]) -> str:
     return ", ".join(sorted({agent["engine"] for step in dmoa["steps"] for agent in step["agents"]} - {""}))
 
 
-def _ask(client: httpx.Client, url: str, model: str, question: str) -> dict[str, Any]:
+def ask(client: httpx.Client, url: str, model: str, question: str) -> dict[str, Any]:
     """Ask one question and return the reply's `dmoa` object."""
     reply = client.post(f"{url}/v1/chat/completions", json={"model": model, "messages": [{"role": "user", "content": question}]})
     reply.raise_for_status()
@@ -144,7 +144,7 @@ class Stage:
         return take()
 
 
-def run_p4(rounds: int) -> list[BenchResult]:
+def run_p4(rounds: int = 8) -> list[BenchResult]:
     """Measure P4: against the bare chain, and the shipped flags against Serve's own."""
     pool = null_pool(NUM_AGENTS, placement="dedicated", mode="llm")
     flags = {"shipped": SERVE_FLAGS, "default": dict.fromkeys(SERVE_FLAGS, "0")}
@@ -176,10 +176,7 @@ def _arms(client: httpx.Client, server: BenchServer) -> dict[str, Callable[[], l
 
 def swarm_steps(client: httpx.Client, url: str) -> list[float]:
     """Ask one question and return the wall time of its steps in ms, as the ingress measured them."""
-    body = {"model": "null", "messages": [{"role": "user", "content": "What is this?"}]}
-    reply = client.post(f"{url}/v1/chat/completions", json=body)
-    reply.raise_for_status()
-    found = [float(step["wall_ms"]) for step in reply.json()["dmoa"]["steps"]]
+    found = [float(step["wall_ms"]) for step in ask(client, url, "null", "What is this?")["steps"]]
     if len(found) != STEPS:
         raise DmoaError(
             f"bench: a query took {len(found)} steps of {STEPS}: the pool ended it early, and the figures mean nothing"
@@ -250,10 +247,8 @@ def _percentiles(steps_ms: dict[str, list[list[float]]]) -> list[BenchResult]:
     return results
 
 
-def run_growth(rounds: int) -> list[BenchResult]:
+def run_growth(rounds: int = 5) -> list[BenchResult]:
     """Measure how the time of a step grows with the number of agents on one shared deployment."""
-    from scipy.stats import linregress
-
     pools = {f"pool{size}": null_pool(size, placement="shared", mode="select") for size in SIZES}
     with BenchServer(pools, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=120, trust_env=False) as client:
         arms: dict[str, Callable[[], float]] = {
@@ -268,18 +263,3 @@ def run_growth(rounds: int) -> list[BenchResult]:
     found = Spread(float(fit.slope), float(fit.slope - half), float(fit.slope + half), rounds)
     note = f"time of a step against A on one shared deployment, K={WIDTH} (2 of 2 at A=2), 95 % interval: {times}"
     return [record("growth", found, "log-log slope", engine=ENGINE, note=note, at_most=GROWTH_BAR)]
-
-
-_BENCHES: dict[str, tuple[Callable[[int], list[BenchResult]], int]] = {
-    "P3": (run_p3, 1),
-    "P4": (run_p4, 8),
-    "P17": (memory_bench.run_p17, 3),
-    "growth": (run_growth, 5),
-}
-"""Metric -> how it is measured, and its rounds unless told otherwise."""
-
-
-def run(ids: Iterable[str], rounds: int | None = None) -> list[BenchResult]:
-    """Measure some of P3, P4, P17 and growth, one after another."""
-    wanted = set(ids)
-    return [result for id_, (bench, usual) in _BENCHES.items() if id_ in wanted for result in bench(rounds or usual)]

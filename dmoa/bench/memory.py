@@ -7,6 +7,7 @@ the same libraries with the same others. Where vLLM is installed it is measured,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -18,16 +19,20 @@ from typing import TextIO
 
 import psutil
 
+from dmoa.agents.pool import build_local
+from dmoa.agents.prompts import agent_messages
 from dmoa.bench.child import Child, to_parent
 from dmoa.bench.harness import LABELS, BenchResult, engines_here, on_engine, record, spread
+from dmoa.config import Config
 from dmoa.errors import DmoaError
+from dmoa.types import AgentCall, Query, Sampling
 
 BAR = 0.02
 FEW, MANY = 1, 9
 STOP_TIMEOUT_S = 20.0
 
 
-def run_p17(rounds: int) -> list[BenchResult]:
+def run(rounds: int = 3) -> list[BenchResult]:
     """Measure P17; a round is one process of each size, side by side, for each engine."""
     return [_measure(engine, rounds) for engine in engines_here()]
 
@@ -75,17 +80,10 @@ def _pss_of(pid: int) -> int:
 
 def main() -> None:
     """Run the child's side: host so many agents, ask each once, then print the PSS for every line that comes in."""
-    import asyncio
-
     asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), to_parent()))
 
 
 async def _serve(engine: str, num_agents: int, answers: TextIO) -> None:
-    from dmoa.agents.pool import build_local
-    from dmoa.agents.prompts import agent_messages
-    from dmoa.config import Config
-    from dmoa.types import AgentCall, Query, Sampling
-
     names = [f"role-{i}" for i in range(num_agents)]
     config = Config.model_validate(
         {

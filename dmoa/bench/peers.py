@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -80,21 +80,11 @@ def peers_pool(endpoint: str, num_agents: int = 8, decide: str = "router") -> Co
 
 
 class Peer(Child):
-    """One of `peer_servers`, which can be frozen as a `BenchServer` can."""
+    """One of `peer_servers`."""
 
     def __init__(self, python: str, kind: str, *args: str) -> None:
         super().__init__(str(_SERVERS), kind, *args, env=os.environ, stop_timeout_s=5.0, python=python)
         self.url = f"http://127.0.0.1:{self.hear()}/v1"
-
-    def suspend(self) -> None:
-        """Freeze it."""
-        for process in self.processes():
-            process.suspend()
-
-    def resume(self) -> None:
-        """Undo `suspend`."""
-        for process in self.processes():
-            process.resume()
 
 
 class Caller:
@@ -189,8 +179,8 @@ def _questions(*, are_new: bool) -> Iterator[str]:
         yield f"A farmer has {number} boxes with twelve apples each and sells five apples. How many apples are left over?"
 
 
-def run_peers(rounds: int) -> list[BenchResult]:
-    """Measure all arms in turns."""
+def run(rounds: int = 5) -> list[BenchResult]:
+    """Measure all arms in turns. A round takes some half a minute on two cores."""
     python = environment()
     fetch("minilm")
     rows: dict[str, list[Taken]] = {}
@@ -252,8 +242,3 @@ def _parts_note(taken: Sequence[Taken]) -> str:
     medians = {name: statistics.median(one.parts.get(name, 0.0) for one in taken) for name in names}
     largest = sorted(medians.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {ms:.1f}" for name, ms in largest if ms >= 0.05)
-
-
-def run(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
-    """Measure peers. A round takes some half a minute on two cores."""
-    return run_peers(rounds or 5) if "peers" in ids else []

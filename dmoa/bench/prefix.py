@@ -92,10 +92,6 @@ def _arm(name: str) -> Iterator[Arm]:
             runner.run(engine.close())
 
 
-def _request(name: str, messages: Sequence[Message], *, max_tokens: int) -> GenerationRequest:
-    return GenerationRequest(request_id=name, call_id=name, messages=tuple(messages), sampling=Sampling(max_tokens=max_tokens))
-
-
 def step_of(
     salt: int, step: int, *, num_agents: int, max_tokens: int, sentences: int = 6, role_first: bool = False
 ) -> list[GenerationRequest]:
@@ -112,7 +108,9 @@ def step_of(
         if role_first:
             system = Message(role="system", content=f"Your role: {profile} {COMMON_SYSTEM}")
             messages = (system, *(replace(m, content=m.content.replace(f" Your role: {profile}", "")) for m in messages[1:]))
-        requests.append(_request(f"{salt}/{step}/{number}/{role_first}", messages, max_tokens=max_tokens))
+        name = f"{salt}/{step}/{number}/{role_first}"
+        sampling = Sampling(max_tokens=max_tokens)
+        requests.append(GenerationRequest(request_id=name, call_id=name, messages=tuple(messages), sampling=sampling))
     return requests
 
 

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-import psutil
 
 from dmoa.bench.child import Child, to_parent
 from dmoa.config import Config
+from dmoa.serving.launch import free_port, launch, stop
 from dmoa.types import AgentCall, AgentReply, EntropySum, Message, RouteDecision, RouteRequest, Sampling
+from dmoa.workflows.adapt_online import stand_back
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -69,18 +70,6 @@ class BenchServer(Child):
         self.say({"app": app, "endpoint": endpoint})
         self.hear()
 
-    def suspend(self) -> None:
-        """Freeze every process of the Ray, for as long as another server is measured; a minute would be too long for Ray."""
-        for process in reversed(self.processes()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.suspend()
-
-    def resume(self) -> None:
-        """Undo `suspend`."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.resume()
-
     def stop(self) -> None:
         """End the apps and their Ray, frozen or not."""
         self.resume()
@@ -102,16 +91,14 @@ def main() -> None:
 
 
 def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: str, apps: list[str]) -> dict[str, str]:
-    from dmoa.serving.launch import free_port, launch
-
     port = free_port()
     urls: dict[str, str] = {}
     for app, text in pools.items():
         config = Config.model_validate_json(text)
-        router = config.router.model_copy(update={"state_uri": f"file://{state_dir}/{app}"})
+        config = config.changed("router", state_uri=f"file://{state_dir}/{app}")
+        if chain or len(pools) > 1:
+            config = config.changed("server", listener="proxy")  # which apps share
         apps.append(app)
-        server = config.server.model_copy(update={"listener": "proxy"} if chain or len(pools) > 1 else {})  # apps share the proxy
-        config = config.model_copy(update={"router": router, "server": server})
         urls[app] = launch(config, port=port, app=app, route_prefix=f"/{app}").url
     if chain is not None:
         from ray import serve
@@ -127,8 +114,6 @@ def _follow(orders: Iterable[str], answers: TextIO) -> None:
     wanted: list[str | None] = [None]
 
     def offer_often() -> None:
-        from dmoa.workflows.adapt_online import stand_back
-
         stand_back()  # as the learner does, whose part this thread takes
         while True:
             with changed:
@@ -182,8 +167,6 @@ def _offer(app: str) -> None:
 
 
 def _stop(apps: Sequence[str]) -> None:
-    from dmoa.serving.launch import stop
-
     for number, app in enumerate(reversed(apps), 1):
         stop(app, end_ray=number == len(apps))
 

@@ -12,14 +12,16 @@ import pickle
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dmoa import __version__
+import ray
+
 from dmoa.agents.agent import LocalAgents
-from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, fingerprint, load_pool
+from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, load_pool
 from dmoa.bench.harness import LABELS, BenchResult, Spread, engines_here, on_engine, ratio, record, spread, warm
 from dmoa.config import Config, callable_agents
 from dmoa.dataflow import OVERCOMMIT
@@ -29,12 +31,17 @@ from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.pipeline import AnswerWorkers, answer_all
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.run_folder import RunFolder, write_lines
-from dmoa.protocols import Encoder, Engine, SwarmClient
+from dmoa.protocols import Engine
 from dmoa.routing import LocalRouter
+from dmoa.serving.agent_replica import ENGINE_ENV
+from dmoa.serving.launch import start_ray
 from dmoa.swarm import Swarm, limits_for
-from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, ExploringSwarm, RolloutAsking, collect, width
-from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery
+from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, collect, width
+from dmoa.training.options import RolloutOptions
+from dmoa.training.rollouts import RolloutFolder, RolloutQuery
 from dmoa.types import Generation, GenerationRequest, Limits, TextDelta
+from dmoa.workflows.backends import OpenCollectingPool
+from dmoa.workflows.collect import new_manifest
 
 Chain = tuple[GenerationRequest, ...]
 """One agent's calls in one step, each after the one before."""
@@ -53,6 +60,12 @@ class RecordedCall:
     """time.perf_counter() at the engine's accept, as `ended_s` at its last token: one clock for the whole machine."""
     ended_s: float
     completion_tokens: int
+
+    @classmethod
+    def ended(cls, request: GenerationRequest, began_s: float, generation: Generation) -> RecordedCall:
+        """Return a call that ends now."""
+        tokens = generation.usage.completion_tokens
+        return cls(request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=tokens)
 
 
 class RecordingEngine:
@@ -100,9 +113,7 @@ class RecordingEngine:
                 self._before = None
 
     def _note(self, request: GenerationRequest, began_s: float, generation: Generation) -> None:
-        call = RecordedCall(
-            request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.usage.completion_tokens
-        )
+        call = RecordedCall.ended(request, began_s, generation)
         with self._path.open("ab", buffering=0) as file:
             file.write(pickle.dumps(call))
 
@@ -181,31 +192,11 @@ async def replay_flat(engine: Engine, graph: Sequence[QueryCalls]) -> Window:
 
 async def _timed(engine: Engine, request: GenerationRequest) -> RecordedCall:
     began_s = time.perf_counter()
-    generation = await engine.generate(request)
-    return RecordedCall(
-        request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.usage.completion_tokens
-    )
-
-
-def recorded_swarm(config: Config, calls: Path) -> Swarm:
-    """Return a pool's swarm, warm, whose engine notes every call in a file; blocks while models load."""
-    gate, record = build_pool_gate(config)
-    router = LocalRouter()
-    router.install(record.version, gate)
-    encoder = build_encoder(config)
-    asyncio.run(_touch(encoder))
-    name = _llm(config)
-    engine = RecordingEngine(build_engine(config, name, callable_agents(config, name)), calls, before=warm)
-    agents = LocalAgents(build_agents(config, name, engine))
-    return Swarm(config, agents=agents, router=router, encoder=encoder, engines=(engine,))
+    return RecordedCall.ended(request, began_s, await engine.generate(request))
 
 
 def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
     """Replay a graph on the bare engine, in a fresh process with an engine's environment; `in_flight` None: as a flat list."""
-    import ray
-
-    from dmoa.serving.agent_replica import ENGINE_ENV
-
     gpus = config.llms[_llm(config)].gpus
     replay = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, runtime_env={"env_vars": dict(ENGINE_ENV)})(_replay)
     window: Window = ray.get(replay.remote(config.model_dump_json(), tuple(graph), in_flight))
@@ -225,10 +216,6 @@ def _replay(config_json: str, graph: Sequence[QueryCalls], in_flight: int | None
             await engine.close()
 
     return asyncio.run(run())
-
-
-async def _touch(encoder: Encoder) -> None:
-    await encoder.embed(["A first text."])
 
 
 def _llm(config: Config) -> str:
@@ -270,10 +257,6 @@ def run(ids: Collection[str], rounds: int | None = None, engine: str | None = No
     P5 runs on every engine that is installed, or on `engine` alone. Raises ConfigError for an engine that is not installed,
     DmoaError if a query failed.
     """
-    import ray
-
-    from dmoa.serving.launch import start_ray
-
     engines = engines_here(engine) if "P5" in ids else ()
     pool = load_pool(None)
     for llm in pool.llms.values():
@@ -422,12 +405,10 @@ def _places(config: Config) -> int:
 
 def _answer(config: Config, in_flight: int, scratch: Path) -> None:
     """Ask the rows through the evaluation pipeline. Raises DmoaError if a query failed."""
-    from dmoa.serving.agent_replica import ENGINE_ENV
-
     folder = RunFolder(scratch)
     rows = SUITES[_SUITE].generate("test", _PIPELINE_QUERIES[in_flight], 0)
     write_lines(folder.tasks(_SUITE), (row.task for row in rows))
-    limits = limits_for(config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": _MAX_STEPS})}))
+    limits = limits_for(config.changed("limits", max_steps=_MAX_STEPS))
     workers = AnswerWorkers(
         open_swarm=OpenRecorded(config_json=config.model_dump_json(), calls=scratch / "calls"),
         places=in_flight * _width(config),
@@ -451,35 +432,19 @@ def _collect(config: Config, mode: str, scratch: Path) -> None:
 
 def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSession:
     """Return what `dmoa rollouts` would put together, on a recording engine."""
-    from contextlib import nullcontext
-
-    from dmoa.serving.agent_replica import ENGINE_ENV
-
-    epsilon, preset, own = MODES[mode], config.gate.preset, fingerprint(config)
+    epsilon, preset = MODES[mode], config.gate.preset
+    options = RolloutOptions.parse({"out": root, "benchmarks": _SUITE, "epsilon": epsilon})
+    manifest = new_manifest(options, config, "", "dmoa bench")
+    recording = OpenRecorded(config_json=config.model_dump_json(), calls=calls)
     rows = SUITES[_SUITE].generate("train", _ROLLOUT_QUERIES[mode], 0)
     queries = [RolloutQuery(query_id=row.task.row_id, source=_SUITE, split="train", text=row.task.text) for row in rows]
     return CollectSession(
         folder=RolloutFolder(root),
-        manifest=Manifest(
-            pool=config.name,
-            pool_fingerprint=own,
-            agents=list(config.agent_names),
-            gate_version="",
-            preset=preset,
-            engines=[],
-            sources=[],
-            mode="dense" if epsilon is None else "epsilon",
-            epsilon=epsilon,
-            seed=0,
-            options={},
-            config={},
-            dmoa_version=__version__,
-            started_unix_s=time.time(),
-        ),
+        manifest=manifest,
         prepare=lambda: CollectedQueries(queries=queries, sources=[]),
-        asking=RolloutAsking(seed=0, round=0, limits=_LIMITS, preset=preset, fingerprint=own),
+        asking=RolloutAsking(seed=0, round=0, limits=_LIMITS, preset=preset, fingerprint=manifest.pool_fingerprint),
         workers=CollectWorkers(
-            open_swarm=OpenRecorded(config_json=config.model_dump_json(), calls=calls, explores=True, epsilon=epsilon),
+            open_swarm=OpenCollectingPool(pool=recording, epsilon=epsilon),
             places=_places(config),
             width=width(config, epsilon),
             env=ENGINE_ENV,
@@ -496,12 +461,17 @@ class OpenRecorded:
 
     config_json: str
     calls: Path
-    explores: bool = False
-    """Whether it is asked for rollouts."""
-    epsilon: float | None = None
-    """Of rollouts, as in `ExploringPolicy`."""
+    """File of the notes."""
 
-    def __call__(self) -> SwarmClient:
+    def __call__(self) -> Swarm:
         """Return the swarm, warm; blocks while models load."""
-        swarm = recorded_swarm(Config.model_validate_json(self.config_json), self.calls)
-        return ExploringSwarm(swarm, self.epsilon) if self.explores else swarm
+        config = Config.model_validate_json(self.config_json)
+        gate, record = build_pool_gate(config)
+        router = LocalRouter()
+        router.install(record.version, gate)
+        encoder = build_encoder(config)
+        asyncio.run(encoder.embed(["A first text."]))
+        name = _llm(config)
+        engine = RecordingEngine(build_engine(config, name, callable_agents(config, name)), self.calls, before=warm)
+        agents = LocalAgents(build_agents(config, name, engine))
+        return Swarm(config, agents=agents, router=router, encoder=encoder, engines=(engine,))

@@ -12,7 +12,7 @@ import asyncio
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,13 +96,8 @@ def off_cost_s(calls: int = _OFF_CALLS) -> float:
     return asyncio.run(measured())
 
 
-def run(ids: Iterable[str], rounds: int | None = None) -> list[BenchResult]:
-    """Measure otlp."""
-    return run_otlp(rounds or ROUNDS) if "otlp" in set(ids) else []
-
-
-def run_otlp(rounds: int) -> list[BenchResult]:
-    """Measure a step with spans against one without, and what remains of it while they are off."""
+def run(rounds: int = ROUNDS) -> list[BenchResult]:
+    """Measure otlp: a step with spans against one without, and what remains of it while they are off."""
     pool = null_pool(NUM_AGENTS, placement="dedicated", mode="llm")
     turns: dict[str, list[list[float]]] = {"off": [], "on": []}
     with (

@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor
 
@@ -43,8 +44,6 @@ _ETA = 1.0
 
 def run(rounds: int = 7) -> list[BenchResult]:
     """Return P14 and the figures beside it. Takes some twenty seconds a round; starts a Ray of its own unless one runs."""
-    import ray
-
     is_own = not ray.is_initialized()
     if is_own:
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)

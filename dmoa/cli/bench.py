@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from dmoa.errors import ConfigError
+from dmoa.provenance import machine
 from dmoa.validation import did_you_mean
 from dmoa.workflows.console import EXIT_FAILED, Common, new_table, refuse_together, stdout_console, with_common
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Metric(NamedTuple):
-    """One metric: the module that measures it, imported when asked for, what it measures, and its bar."""
+    """One metric: the module and function of `dmoa.bench` that measure it, imported when asked for; what it measures; its bar."""
 
     home: str
     measures: str
@@ -26,65 +27,63 @@ class _Metric(NamedTuple):
 
 _METRICS = {
     "P1": _Metric(
-        "dmoa.bench.gate",
+        "gate:run",
         "one gate decision (16 agents, one thread), against the bare matrix products of its sizes",
         "<= 1.5 x",
     ),
     "P3": _Metric(
-        "dmoa.bench.latency",
+        "latency:run_p3",
         "share of a query's time that is not the engines', one query at a time, real model",
         "<= 3 %",
     ),
     "P4": _Metric(
-        "dmoa.bench.latency",
+        "latency:run_p4",
         "a step through Serve with agents that take no time, against a bare Serve chain of the same hops",
         "<= 1.3 x",
     ),
     "P5": _Metric(
-        "dmoa.bench.throughput",
+        "throughput:run",
         "how full `dmoa evaluate` keeps an engine, against the same calls on the bare engine",
         ">= 0.9",
     ),
-    "P6": _Metric("dmoa.bench.prefix", "a step with 3 agents on one engine, against a step with 1", "reported"),
+    "P6": _Metric("prefix:run", "a step with 3 agents on one engine, against a step with 1", "reported"),
     "P7": _Metric(
-        "dmoa.bench.prefix",
+        "prefix:run",
         "prefilled prompt tokens, against the least that whole blocks allow; time to the first token, against role-first prompts",
         "<= 1.15 x; <= 0.5 x",
     ),
     "P8": _Metric(
-        "dmoa.bench.engine",
+        "engine:run",
         "exact entropy: error against a float64 softmax; share of a decode step",
         "<= 1e-3 nat; <= 3 %",
     ),
     "P13": _Metric(
-        "dmoa.bench.throughput",
+        "throughput:run",
         "how full `dmoa rollouts` keeps an engine, dense and exploring, measured as P5 is",
         ">= 0.9",
     ),
-    "P14": _Metric("dmoa.bench.training", "gate updates/s under Ray Train, against a plain torch loop", ">= 0.95"),
-    "P15": _Metric("dmoa.bench.adaptation", "p50 latency while gates are offered and tried, over that without", "<= 1.05 x"),
-    "P15.real": _Metric("dmoa.bench.adaptation", "the same with a real model", "<= 1.05 x"),
-    "P17": _Metric("dmoa.bench.latency", "memory of one more role in `shared` placement, against an engine", "<= 2 %"),
-    "P18": _Metric("dmoa.bench.engine", "tokens/s of the `transformers` engine, against plain batched `generate`", ">= 0.9"),
+    "P14": _Metric("training:run", "gate updates/s under Ray Train, against a plain torch loop", ">= 0.95"),
+    "P15": _Metric("adaptation:run", "p50 latency while gates are offered and tried, over that without", "<= 1.05 x"),
+    "P15.real": _Metric("adaptation:run", "the same with a real model", "<= 1.05 x"),
+    "P17": _Metric("memory:run", "memory of one more role in `shared` placement, against an engine", "<= 2 %"),
+    "P18": _Metric("engine:run", "tokens/s of the `transformers` engine, against plain batched `generate`", ">= 0.9"),
     "peers": _Metric(
-        "dmoa.bench.peers",
+        "peers:run",
         "CPU a query, queries/s and p50 beside the model calls, against LangGraph behind FastAPI (installed apart, once)",
         "<= 1.0 x; >= 1.0 x; <= 1.5 x",
     ),
-    "growth": _Metric("dmoa.bench.latency", "log-log slope of the time per step over the number of agents, to 1,024", "<= 0.2"),
+    "growth": _Metric("latency:run_growth", "log-log slope of the time per step over the number of agents, to 1,024", "<= 0.2"),
     "otlp": _Metric(
-        "dmoa.bench.tracing",
+        "tracing:run",
         "a step of P4 while spans go to a collector, over one without; what spans take of a query while they are off",
         "<= 1.05 x; <= 1 %",
     ),
     "prefill": _Metric(
-        "dmoa.bench.prefix",
+        "prefix:run",
         "log-log slope of all prefilled tokens over the steps of a query, up to 20",
         "<= 1.1",
     ),
 }
-_ALONE = ("dmoa.bench.gate", "dmoa.bench.training")
-"""The modules with a single metric: their `run` takes no ids."""
 _BOTH_ENGINES = ("P5", "P6", "P7", "prefill")
 """The metrics that are measured on every engine that is installed, or on one."""
 
@@ -115,15 +114,14 @@ def bench(
         _list(common, group(only))
         return
     from dmoa.bench.harness import BenchReport
-    from dmoa.provenance import machine
 
     results: list[BenchResult] = []
     groups = group(only)
     refuse_engine(engine, [name for ids in groups.values() for name in ids])
     try:
-        for module, ids in groups.items():
+        for home, ids in groups.items():
             common.say(f"measuring {', '.join(ids)}")
-            found = _measure(module, ids, rounds, engine)
+            found = _measure(home, ids, rounds, engine)
             results += found
             for result in found:
                 common.say(f"{result.id}: {result.value:.4g} {result.unit}")
@@ -145,7 +143,7 @@ def _list(common: Common, groups: Mapping[str, Sequence[str]]) -> None:
 
 
 def group(only: str | None) -> dict[str, list[str]]:
-    """Return the metrics that were asked for, by the module that measures them. Raises ConfigError for unknown ones."""
+    """Return the metrics that were asked for, by what measures them. Raises ConfigError for unknown ones."""
     asked = [name.strip() for name in only.split(",") if name.strip()] if only is not None else list(_METRICS)
     unknown = [name for name in asked if name not in _METRICS]
     if unknown or not asked:
@@ -166,11 +164,13 @@ def refuse_engine(engine: str | None, ids: Collection[str]) -> None:
         raise ConfigError(f"--engine: {engine!r} stands beside {', '.join(others)}; give it with --only of {both}")
 
 
-def _measure(module: str, ids: Sequence[str], rounds: int | None, engine: str | None) -> list[BenchResult]:
-    run: Callable[..., list[BenchResult]] = import_module(module).run
-    asked: dict[str, int | str | None] = {"rounds": rounds, "engine": engine}
-    more = {name: value for name, value in asked.items() if value is not None}
-    return run(**more) if module in _ALONE else run(ids, **more)
+def _measure(home: str, ids: Sequence[str], rounds: int | None, engine: str | None) -> list[BenchResult]:
+    """Measure metrics of one home; a function that measures several is told which."""
+    module, name = home.split(":")
+    run: Callable[..., list[BenchResult]] = getattr(import_module(f"dmoa.bench.{module}"), name)
+    is_shared = sum(metric.home == home for metric in _METRICS.values()) > 1
+    asked = {"ids": ids if is_shared else None, "rounds": rounds, "engine": engine}
+    return run(**{key: value for key, value in asked.items() if value is not None})
 
 
 def print_results(results: Sequence[BenchResult]) -> None:

@@ -18,11 +18,20 @@ import numpy as np
 import psutil
 import typer
 
+from dmoa.agents.pool import build_pool_gate
+from dmoa.cli.run import ask_once, replay_traces
+from dmoa.cli.serve import announce
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.evaluation.records import Reply, Row
+from dmoa.evaluation.records import EvaluateOptions, Reply, Row
 from dmoa.evaluation.registry import SKILLS, SUITES
+from dmoa.protocols import Encoder
+from dmoa.storage import unwritable, write_whole
+from dmoa.trace import read_traces
+from dmoa.training.options import RolloutOptions, TrainOptions
+from dmoa.types import FloatArray
 from dmoa.workflows.console import EXIT_FAILED, Common, print_overall, print_routing, stdout_console, with_common
+from dmoa.workflows.train import run_train
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
@@ -30,10 +39,8 @@ if TYPE_CHECKING:
     from dmoa.evaluation.figures import Overall
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run_folder import RunFolder
-    from dmoa.protocols import Encoder
     from dmoa.training.probe import ProbeReport
     from dmoa.training.trainer import TrainResult
-    from dmoa.types import FloatArray
 
 POOL = "specialists"
 APP = "dmoa-demo"
@@ -76,8 +83,7 @@ def demo(
     config = common.load()
     begin_anew(out)
     # A router takes up what was installed before: the demo begins with an untrained gate every time.
-    place = config.router.model_copy(update={"state_uri": (out / "router").absolute().as_uri()})
-    config = config.model_copy(update={"router": place})
+    config = config.changed("router", state_uri=(out / "router").absolute().as_uri())
     started = time.monotonic()
     record, commands = tell(common, config, out, port, (questions, queries, held_out, seed))
     seconds = time.monotonic() - started
@@ -94,8 +100,6 @@ def demo(
 
 def begin_anew(out: Path) -> None:
     """Remove what an earlier demo left in a folder. Raises ConfigError where something else made what lies there."""
-    from dmoa.storage import unwritable, write_whole
-
     found = [name for name in _OWN if (out / name).exists()]
     if found and out != _OUT and not (out / _MARK).exists():
         raise ConfigError(
@@ -117,7 +121,6 @@ def tell(
 
     `counts`: questions shown, queries to learn from, held-out rows of each suite; and the seed of all three.
     """
-    from dmoa.cli.serve import announce
     from dmoa.serving.encoder import ServeEncoder
     from dmoa.serving.ending import Ending
     from dmoa.serving.handles import reach
@@ -136,7 +139,7 @@ def tell(
             before, is_same = ask_and_replay(common, config, launched.url, rows, out / "before")
             # Learning and comparing take one step a question, for everybody: agents that disagree are else asked all over again.
             once = replace(common, overrides=(*common.overrides, "limits.max_steps=1"))
-            briefly = config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
+            briefly = config.changed("limits", max_steps=1)
             probe, result, commands = learn(once, briefly, out, counts[1], counts[3])
             common.say(f"5 of 7: the same again, gate {result.record.version}")
             trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={result.checkpoint}"))
@@ -215,9 +218,6 @@ def ask_and_replay(common: Common, config: Config, url: str, rows: Sequence[Row]
 
     Returns what `--json` says of every question, and whether every routing decision was repeated.
     """
-    from dmoa.cli.run import replay_traces
-    from dmoa.trace import read_traces
-
     is_small = any(llm.model == "embedded:smollm2-135m" for llm in config.llms.values())
     if is_small and not any(agent.adapter for agent in config.agents):
         typer.echo(
@@ -233,7 +233,6 @@ def ask_and_replay(common: Common, config: Config, url: str, rows: Sequence[Row]
 
 def _ask(common: Common, url: str, row: Row, trace: Path, place: str) -> dict[str, Any]:
     """Ask one question, show how it is answered, and judge the answer by the suite's own scorer."""
-    from dmoa.cli.run import ask_once
     from dmoa.workflows.backends import AskOptions, Backend, open_client
 
     options = AskOptions(max_steps=_MAX_STEPS, max_tokens=_MAX_TOKENS, keeps_trace=True)
@@ -270,10 +269,8 @@ def learn(common: Common, config: Config, out: Path, queries: int, seed: int) ->
     Raises DmoaError where a part fails.
     """
     from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
-    from dmoa.training.options import RolloutOptions, TrainOptions
     from dmoa.workflows.collect import run_rollouts
     from dmoa.workflows.probe import probe_rollouts
-    from dmoa.workflows.train import run_train
 
     rollouts, gate = out / "rollouts", out / "gate"
     sources = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": seed + 1, "out": rollouts, "workers": workers()}
@@ -301,7 +298,6 @@ def compare(
     """
     from dmoa.evaluation.answer_matrix import add_oracle, matrix_policies
     from dmoa.evaluation.figures import overall
-    from dmoa.evaluation.records import EvaluateOptions
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.workflows.evaluate import run_evaluation
 
@@ -370,13 +366,11 @@ def first_steps(config: Config, folder: RunFolder, checkpoint: Path, encoder: En
     Raises ConfigError where an agent has not answered every row.
     """
     from dmoa import checkpoint as checkpoints
-    from dmoa.agents.pool import build_pool_gate
     from dmoa.evaluation.answer_matrix import read_matrix
 
     matrices = [read_matrix(folder, suite, config.agent_names) for suite in DEMO_SUITES]
     embedded = [np.stack(asyncio.run(encoder.embed([task.text for task in matrix.tasks]))) for matrix in matrices]
-    seeds = (config.gate.model_copy(update={"seed": seed, "checkpoint": None}) for seed in range(NUM_UNTRAINED))
-    untrained = [build_pool_gate(config.model_copy(update={"gate": gate}))[0] for gate in seeds]
+    untrained = [build_pool_gate(config.changed("gate", seed=seed, checkpoint=None))[0] for seed in range(NUM_UNTRAINED)]
     return {
         UNTRAINED: replay_first(untrained, matrices, embedded),
         "trained gate, first step": replay_first([checkpoints.load(checkpoint)[0]], matrices, embedded),

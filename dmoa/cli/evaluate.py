@@ -11,11 +11,15 @@ import typer
 
 from dmoa.cli.options import takes_options, this_command
 from dmoa.evaluation.records import CompareOptions, EvaluateOptions
+from dmoa.evaluation.registry import expand_names
 from dmoa.workflows.console import (
     EXIT_FAILED,
+    Bars,
     CheckpointOption,
     Common,
     print_evaluation,
+    print_explanation,
+    print_selfcheck,
     refuse_together,
     stdout_console,
     with_common,
@@ -75,11 +79,7 @@ def evaluate(
         return
     from dmoa.workflows.evaluate import check_ran, run_evaluation
 
-    if options.url is not None:
-        given: dict[str, object] = {"--config": common.config, "--set": common.overrides}
-        given |= {"--checkpoint": checkpoint, "--workers": options.workers > 1}
-        refuse_together(given, "with --url: the server has its own pool")
-    config = None if options.url else common.load(checkpoint)
+    config = common.load_without(options.url, checkpoint, workers=options.workers > 1)
     evaluation = run_evaluation(_with_folder(options), config, common, this_command())
     common.write_json(evaluation.model_dump(mode="json"))
     check_ran(evaluation)
@@ -122,8 +122,6 @@ def _explain(common: Common, options: EvaluateOptions, row_id: str | None, reply
     unused |= {"--selfcheck or --ablations": is_mixed, "--config": common.config, "--set": common.overrides}
     refuse_together(unused, "with --explain, which asks no agent")
     from dmoa.evaluation.explain import explain
-    from dmoa.evaluation.registry import expand_names
-    from dmoa.workflows.console import print_explanation
 
     expand_names(options.benchmarks)  # those of files are known from here on
     found = explain(
@@ -140,8 +138,6 @@ def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None
     unused |= {"--checkpoint": checkpoint, "--config": common.config, "--set": common.overrides}
     refuse_together(unused, "with --selfcheck, which asks no agent")
     from dmoa.evaluation import selfcheck
-    from dmoa.evaluation.registry import expand_names
-    from dmoa.workflows.console import Bars, print_selfcheck
 
     with Bars(common.verbosity) as bars:
         found = selfcheck.run_selfcheck(
@@ -172,11 +168,8 @@ def compare(common: Common, options: CompareOptions, checkpoint: CheckpointOptio
     from dmoa.workflows.compare import check_curve, run_comparison
     from dmoa.workflows.evaluate import check_ran
 
-    if options.url is not None:
-        given: dict[str, object] = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint}
-        refuse_together(given, "with --url: the server has its own pool")
     options = _with_folder(options, "compare")
-    evaluation = run_comparison(options, None if options.url else common.load(checkpoint), common, this_command())
+    evaluation = run_comparison(options, common.load_without(options.url, checkpoint), common, this_command())
     common.write_json(evaluation.model_dump(mode="json"))
     check_ran(evaluation)
     check_curve(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,11 +11,18 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from dmoa.agents.pool import load_pool
 from dmoa.config import Config, from_tree
-from dmoa.errors import ConfigError, DmoaError
+from dmoa.errors import ConfigError
+from dmoa.evaluation.records import EvaluateOptions
+from dmoa.storage import uri_of
+from dmoa.training.options import AdaptOptions, OnlineOptions, RolloutOptions, TrainOptions
 from dmoa.validation import redact, redact_command, short
-from dmoa.workflows.console import Common, fail, suggesting, with_common
-from dmoa.workflows.terminal import closed, never_join_by_accident, warn
+from dmoa.workflows.adapt import run_adapt
+from dmoa.workflows.adapt_online import run_online_adaptation
+from dmoa.workflows.console import Common, OneMessage, run_app, with_common
+from dmoa.workflows.terminal import warn
+from dmoa.workflows.train import run_train
 from dmoa.yaml_tree import parse_yaml, read, set_value
 
 JOB, POOL = "job", "pool"
@@ -24,28 +30,15 @@ _COPIES = "working_dir_files"
 """Folder of a Ray under which the folders lie that were submitted with jobs."""
 
 
-class _Job(TyperCommand):
-    """A command whose errors, where they are ours, are one message and never a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return closed(partial(super().invoke, ctx))
-        except DmoaError as error:
-            fail(error)
-
-    def make_context(self, *args: Any, **extra: Any) -> Any:
-        with suggesting():
-            return super().make_context(*args, **extra)
+class _Job(OneMessage, TyperCommand):
+    """The one command of a script."""
 
 
 def run_job(command: Callable[..., None]) -> None:
     """Run a job's command to the end of the process; errors become exit codes as in `dmoa`."""
-    # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    never_join_by_accident()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(cls=_Job)(command)
-    app()
+    run_app(app)
 
 
 def job(command: Callable[[Common], None]) -> Callable[[], None]:
@@ -60,7 +53,6 @@ def evaluate_job(common: Common) -> None:
     \b
     python jobs/evaluate.py --config jobs/evaluate.yaml --set job.limit=20
     """
-    from dmoa.evaluation.records import EvaluateOptions
     from dmoa.workflows.evaluate import check_ran, run_evaluation
 
     config, values = read_job(common)
@@ -79,7 +71,6 @@ def collect_rollouts_job(common: Common) -> None:
     \b
     python jobs/collect_rollouts.py --config jobs/collect_rollouts.yaml --set job.limit=20
     """
-    from dmoa.training.options import RolloutOptions
     from dmoa.workflows.collect import run_rollouts
 
     config, values = read_job(common)
@@ -107,9 +98,6 @@ def train_gate_job(common: Common) -> None:
     \b
     python jobs/train_gate.py --config jobs/train_gate.yaml --set job.preset=full
     """
-    from dmoa.training.options import TrainOptions
-    from dmoa.workflows.train import run_train
-
     config, values = read_job(common)
     result = run_train(TrainOptions.parse(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
@@ -136,9 +124,6 @@ def adapt_job(common: Common) -> None:
     \b
     python jobs/adapt.py --config jobs/adapt.yaml --set job.queries=30
     """
-    from dmoa.training.options import AdaptOptions
-    from dmoa.workflows.adapt import run_adapt
-
     config, values = read_job(common)
     options = AdaptOptions.parse(values)
     checkpoint = None if options.zero_shot or not config.gate.checkpoint else Path(config.gate.checkpoint)
@@ -152,9 +137,6 @@ def adapt_online_job(common: Common) -> None:
     \b
     python jobs/adapt.py --online --config jobs/adapt_online.yaml --set job.app=dmoa
     """
-    from dmoa.training.options import OnlineOptions
-    from dmoa.workflows.adapt_online import run_online_adaptation
-
     _, values = read_job(common)
     run_online_adaptation(OnlineOptions.parse(values), common, _command())
 
@@ -192,8 +174,6 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
 
 def _warn_of_copy(values: dict[str, Any]) -> None:
     """Say where results would go into a job's own folder, which Ray removes."""
-    from dmoa.storage import uri_of
-
     out = values.get("out")
     if isinstance(out, str) and _COPIES in Path.cwd().parts and not Path(out).is_absolute() and uri_of(out) is None:
         warn(
@@ -203,8 +183,6 @@ def _warn_of_copy(values: dict[str, Any]) -> None:
 
 
 def _named_pool(tree: dict[str, Any], source: str, overrides: list[str]) -> Config:
-    from dmoa.agents.pool import load_pool
-
     pool = tree.pop(POOL, None)
     if pool is not None and not isinstance(pool, str):
         raise ConfigError(

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -14,32 +12,17 @@ from typer.core import TyperGroup
 
 from dmoa import __version__
 from dmoa.cli import bench, demo, evaluate, router, run, serve, system, train
-from dmoa.errors import DmoaError
-from dmoa.workflows.console import fail, suggesting
-from dmoa.workflows.terminal import closed, never_join_by_accident
+from dmoa.workflows.console import OneMessage, run_app
 
 
-class Commands(TyperGroup):
-    """The group of all commands; an error of ours is one message, never a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the chosen command and turn a DmoaError or a signal into an exit code."""
-        try:
-            with suggesting():
-                return closed(partial(super().invoke, ctx))
-        except DmoaError as error:
-            fail(error)
+class Commands(OneMessage, TyperGroup):
+    """The group of all commands."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that is asked for: `adapt --online` is one of its own, with other flags."""
         if args[:1] == ["adapt"] and "--online" in args:
             args = ["adapt-online", *(arg for arg in args[1:] if arg != "--online")]
         return super().resolve_command(ctx, args)
-
-    def make_context(self, *args: Any, **extra: Any) -> Any:
-        """Parse the options before the command's name."""
-        with suggesting():
-            return super().make_context(*args, **extra)
 
 
 app = typer.Typer(
@@ -102,10 +85,7 @@ app.command("bench")(bench.bench)
 
 def main() -> None:
     """Run the command line; the console script `dmoa`."""
-    # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    never_join_by_accident()
-    app()
+    run_app(app)
 
 
 if __name__ == "__main__":

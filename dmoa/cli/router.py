@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmoa.storage import local_copy
 from dmoa.workflows.console import Common, printable, untrained_note, with_common
 from dmoa.workflows.terminal import tell
 
@@ -62,7 +63,6 @@ def install(
     The gate is checked first, and let decide the last inputs in the shadow; one that is refused changes nothing.
     """
     from dmoa.serving.router.admin import checkpoint_files
-    from dmoa.storage import local_copy
 
     with local_copy(folder, "DIR") as here:
         files = checkpoint_files(here)

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmoa.agents.pool import build_pool_gate, check_files
+from dmoa.config import Config
 from dmoa.errors import DmoaError, RequestError, TraceError
+from dmoa.plugins import names_file
+from dmoa.trace import Trace, read_traces
 from dmoa.types import Message
 from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.console import (
@@ -23,18 +27,19 @@ from dmoa.workflows.console import (
     DeadlineOption,
     MaxStepsOption,
     PolicyOption,
+    QueryResult,
+    Screen,
     UrlOption,
+    printable,
     refuse_together,
+    untrained_note,
     with_common,
 )
 from dmoa.workflows.terminal import tell
 
 if TYPE_CHECKING:
-    from dmoa.config import Config
     from dmoa.replay import Replay
-    from dmoa.trace import Trace
     from dmoa.workflows.backends import AskOptions, Backend
-    from dmoa.workflows.console import QueryResult, Screen
 
 
 @with_common
@@ -84,7 +89,6 @@ def run(
 
 def _policy(asked: str | None, url: str | None) -> str | None:
     """Return the name of the policy that `--policy` means; one of a file is loaded. Raises ConfigError, RequestError."""
-    from dmoa.plugins import names_file
     from dmoa.policies.registry import POLICIES
 
     if asked is None or not names_file(asked):
@@ -100,17 +104,13 @@ def open_backend(
 
     What can be checked is checked before a model loads. Raises ConfigError, RequestError, CheckpointError.
     """
-    from dmoa.workflows.backends import Backend, build_local_swarm, check_ask_options, check_question
+    from dmoa.workflows.backends import Backend, build_local_swarm, check_ask_options, check_question, open_client
 
     if question is not None:
         check_question(question)
-    if url is not None:
-        from dmoa.workflows.backends import open_client
-
-        given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint}
-        refuse_together(given, "with --url: the server has its own pool")
-        return Backend(open_client(url))
-    config = common.load(checkpoint)
+    config = common.load_without(url, checkpoint)
+    if config is None:
+        return Backend(open_client(str(url)))
     check_ask_options(config, wish)
     return Backend(build_local_swarm(config, common.say))
 
@@ -118,7 +118,6 @@ def open_backend(
 async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Common, trace: Path | None) -> QueryResult:
     """Ask one question, show how it is answered, append its trace to a file, and close the backend. Raises DmoaError."""
     from dmoa.workflows.backends import append_line
-    from dmoa.workflows.console import Screen
 
     screen = Screen(common.verbosity)
     try:
@@ -133,8 +132,6 @@ async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Co
 
 
 def _replay(common: Common, path: Path, checkpoint: Path | None) -> None:
-    from dmoa.trace import read_traces
-
     traces = read_traces(path)
     if not traces:
         raise TraceError(f"trace {str(path)!r}: it is empty; give a file of JSON lines that dmoa wrote")
@@ -159,19 +156,11 @@ def replay_traces(config: Config, traces: Sequence[Trace]) -> list[Replay]:
 
     Raises TraceError, CheckpointError.
     """
-    from dmoa.agents.pool import build_pool_gate, check_files
     from dmoa.replay import replay_routing
 
     check_files(config)
     gate, record = build_pool_gate(config)
     results = replay_routing(traces, gate, record.version)
-    _show_replay(traces, results)
-    return results
-
-
-def _show_replay(traces: Sequence[Trace], results: Sequence[Replay]) -> None:
-    from dmoa.workflows.console import printable, untrained_note
-
     for trace, result in zip(traces, results, strict=True):
         count = f"{len(result.decisions)} decision{'' if len(result.decisions) == 1 else 's'}"
         if not result.differences:
@@ -188,6 +177,7 @@ def _show_replay(traces: Sequence[Trace], results: Sequence[Replay]) -> None:
     versions = {route.gate_version for trace in traces for route in trace.routes}
     for note in filter(None, map(untrained_note, sorted(versions))):
         print(note)
+    return results
 
 
 _HELP = (
@@ -214,7 +204,6 @@ def chat(
     /help lists what else can be typed: /quit, /steps, /policy NAME, /agent NAME, /history, /clear
     """
     from dmoa.workflows.backends import AskOptions
-    from dmoa.workflows.console import Screen
 
     wish = AskOptions(policy=_policy(policy, url), agent=agent, max_steps=max_steps, deadline_s=deadline_s)
     backend = open_backend(common, url, checkpoint, wish)

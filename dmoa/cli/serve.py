@@ -15,18 +15,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.serving.capacity import gib
+from dmoa.serving.capacity import DryRun, Memory, dry_run, gib
+from dmoa.serving.placement import Deployment
+from dmoa.storage import is_held, place_of
 from dmoa.workflows.console import EXIT_FAILED, CheckpointOption, Common, stdout_console, untrained_note, with_common
 from dmoa.workflows.terminal import tell, terminal_descriptor, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmoa.config import Config
-    from dmoa.serving.capacity import DryRun, Memory
     from dmoa.serving.launch import Launched
-    from dmoa.serving.placement import Deployment
 
 
 _MAX_AGENTS = 4
@@ -38,8 +38,6 @@ _CAVEAT = (
 
 def show_plan(common: Common, config: Config, address: str | None) -> None:
     """Print the plan of a pool, write it where `--json` says, and raise ConfigError with every fault if it cannot work."""
-    from dmoa.serving.capacity import dry_run
-
     found = dry_run(config, address)
     _print(stdout_console(), found, quiet=common.verbosity < 0)
     common.write_json(found.to_json())
@@ -286,7 +284,6 @@ def learner_folder(config: Config, app: str) -> Path:
     The latter also where the state is on another machine. Not one that the learner of another cluster's app writes to.
     """
     from dmoa.serving.actors import default_state_uri
-    from dmoa.storage import is_held, place_of
 
     uris = [uri for uri in (config.router.state_uri,) if uri is not None and uri.startswith("file:")]
     folders = [Path(place_of(uri, "router.state_uri")[1]) for uri in (*uris, default_state_uri(app))]

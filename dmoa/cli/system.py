@@ -11,20 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from dmoa.agents.pool import installed_version, vllm_builds
+from dmoa import sandbox
+from dmoa.agents.pool import build_pool_gate, check_corpus, check_files, check_vllm, installed_version, vllm_builds
+from dmoa.config import Config, ServerConfig
 from dmoa.engines import models
 from dmoa.errors import ConfigError, DmoaError, ModelFetchError
 from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.console import EXIT_FAILED, Common, with_common
 from dmoa.yaml_tree import parse_yaml
-
-if TYPE_CHECKING:
-    from dmoa.config import Config
-
 
 Status = Literal["ok", "warn", "fail"]
 _PYTHONS = ((3, 11), (3, 12), (3, 13))
@@ -123,8 +121,6 @@ def _compute() -> Iterator[Check]:
 
 def _sandbox() -> Check:
     """Say how programs that models wrote are contained here, tried out with one."""
-    from dmoa import sandbox
-
     found = sandbox.probe_levels()
     is_trusted = found.level in sandbox.TRUSTED_LEVELS
     advice = "" if is_trusted else "; the `python` tool and the benchmarks that run code refuse"
@@ -166,17 +162,13 @@ def port_check(host: str, port: int) -> Check:
 
 
 def _models() -> Iterator[Check]:
-    from dmoa.engines.models import EMBEDDED, path
-
-    for name in EMBEDDED:
-        folder = path(name)
+    for name in models.EMBEDDED:
+        folder = models.path(name)
         detail = str(folder) if folder else f"not in the cache; `dmoa models fetch {name}` (the first run does it too)"
         yield Check(name=f"model {name}", status="ok" if folder else "warn", detail=detail)
 
 
 def _pool(config: Config, version_of: Callable[[str], str | None]) -> Iterator[Check]:
-    from dmoa.agents.pool import check_corpus, check_files, check_vllm
-
     try:
         check_files(config)
         check_corpus(config)
@@ -190,8 +182,6 @@ def _pool(config: Config, version_of: Callable[[str], str | None]) -> Iterator[C
     if folder is None:
         yield Check(name="gate", status="warn", detail="untrained: routing is arbitrary until it is trained")
         return
-    from dmoa.agents.pool import build_pool_gate
-
     try:
         _, record = build_pool_gate(config)
     except DmoaError as error:
@@ -364,7 +354,6 @@ def schema(
 
 def _api() -> dict[str, Any]:
     """Return the document that a server with API keys gives at /openapi.json."""
-    from dmoa.config import ServerConfig
     from dmoa.serving.http.routes import create_app
     from dmoa.serving.http.service import SwarmService
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from dmoa.cli.options import takes_options, this_command
+from dmoa.config import Config
 from dmoa.errors import ConfigError
+from dmoa.storage import display_path
 from dmoa.training.options import (
     ADAPT_JOB_ONLY,
     JOB_ONLY,
@@ -22,11 +24,10 @@ from dmoa.training.options import (
     RolloutOptions,
     TrainOptions,
 )
-from dmoa.workflows.console import CheckpointOption, Common, with_common
+from dmoa.workflows.console import CheckpointOption, Common, new_table, stdout_console, with_common
 from dmoa.workflows.train import run_train
 
 if TYPE_CHECKING:
-    from dmoa.config import Config
     from dmoa.training.probe import ProbeReport
 
 _BY_PRESET = {name: f"{value:g}; preset full: {PRESETS['full'][name]:g}" for name, value in PRESETS["few-shot"].items()}
@@ -44,8 +45,6 @@ def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOpti
     dmoa rollouts --from-traffic running --out out/traffic
     dmoa rollouts --queries prompts.jsonl --epsilon 0.2 --checkpoint out/gate/checkpoint --round 1 --out out/rollouts-1
     """
-    from dmoa.storage import display_path
-
     if options.from_traffic == "running":
         from dmoa.serving.launch import AUTO, ray_address
 
@@ -182,7 +181,6 @@ def print_probe(report: ProbeReport, config: Config) -> None:
     from dmoa.evaluation.figures import money
     from dmoa.training.probe import gains_nothing
     from dmoa.training.probe_answers import is_guess
-    from dmoa.workflows.console import new_table, stdout_console
 
     console = stdout_console()
     words = {

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from dmoa.agents.pool import build_encoder
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.workflows.console import Common
+from dmoa.evaluation.answer_matrix import add_derived, add_oracle, matrix_policies
+from dmoa.evaluation.records import EvaluateOptions
+from dmoa.evaluation.registry import expand_names
+from dmoa.evaluation.results import Evaluation
+from dmoa.evaluation.run import finish_run
+from dmoa.evaluation.run_folder import RunFolder
+from dmoa.protocols import Encoder
+from dmoa.storage import check_local
+from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
+from dmoa.training.cluster_router import fit_rival
+from dmoa.training.rollouts import read_manifest, read_table
+from dmoa.training.trainer import TrainContext
+from dmoa.workflows.console import Common, line, print_overall, stdout_console
+from dmoa.workflows.evaluate import run_evaluation
 from dmoa.workflows.terminal import goes_on
-
-if TYPE_CHECKING:
-    from dmoa.evaluation.records import EvaluateOptions
-    from dmoa.evaluation.results import Evaluation
-    from dmoa.evaluation.run_folder import RunFolder
-    from dmoa.protocols import Encoder
-
 
 KMEANS = "kmeans"
 REFERENCE = "dmoa:default"
@@ -32,13 +39,6 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
 
     The same command with --resume goes on. Raises ConfigError for bad input, DmoaError where it stops.
     """
-    from dmoa.evaluation.answer_matrix import add_derived, add_oracle, matrix_policies
-    from dmoa.evaluation.registry import expand_names
-    from dmoa.evaluation.run import finish_run
-    from dmoa.evaluation.run_folder import RunFolder
-    from dmoa.storage import check_local
-    from dmoa.workflows.evaluate import run_evaluation
-
     if rollouts is None:
         raise ConfigError("--rollouts: missing; --ablations trains on them: name a folder that `dmoa rollouts` wrote, dense")
     assert options.out is not None
@@ -67,9 +67,6 @@ def train_all(
 
     `train`: in place of `train_ablation`.
     """
-    from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
-    from dmoa.training.trainer import TrainContext
-
     found: dict[str, Path] = {}
     skipped = left_out(config)
     if skipped:
@@ -90,10 +87,6 @@ def cluster_choices(
     encoder: Encoder | None = None,
 ) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
     """Return whom k-means over embeddings + the surest agent of each cluster, fitted on the rollouts, would ask."""
-    from dmoa.agents.pool import build_encoder
-    from dmoa.training.cluster_router import fit_rival
-    from dmoa.training.rollouts import read_manifest, read_table
-
     preset = read_manifest(rollouts).preset
     router = fit_rival(read_table(rollouts), config.agent_names, preset, num_clusters=_CLUSTERS, seed=seed)
     encoder = encoder or build_encoder(config)
@@ -103,13 +96,10 @@ def cluster_choices(
 
 def print_table(evaluation: Evaluation) -> None:
     """Print one line per ablation and rival: accuracy by benchmark, and the difference from the default."""
-    from dmoa.training.ablations import ABLATIONS
-    from dmoa.workflows.console import print_overall, stdout_console
-
     print_overall(evaluation, {policy: policy for policy in evaluation.config.all_policies}, REFERENCE)
     console = stdout_console()
     for name, ablation in ABLATIONS.items():
         if f"dmoa:{name}" in evaluation.config.policies:
-            console.print(f"dmoa:{name}: {ablation.summary}", soft_wrap=True)
-    console.print(f"{KMEANS}: k-means over embeddings, the surest agent of the cluster; oracle: knows the labels", soft_wrap=True)
-    console.print("paired tests of every two policies on every benchmark are in the report and in --json", soft_wrap=True)
+            line(console, f"dmoa:{name}: {ablation.summary}")
+    line(console, f"{KMEANS}: k-means over embeddings, the surest agent of the cluster; oracle: knows the labels")
+    line(console, "paired tests of every two policies on every benchmark are in the report and in --json")

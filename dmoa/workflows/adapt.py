@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -17,22 +16,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel
 
+from dmoa import tracking
+from dmoa.agents.pool import fingerprint
+from dmoa.config import Config
+from dmoa.core.label_model import MIN_ROWS
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
 from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, unanswered
+from dmoa.evaluation.benchmarks.base import BENCHMARKS
+from dmoa.evaluation.data import hash_files, prepare_rows
 from dmoa.evaluation.records import Answered, EvaluateOptions, Task
+from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines, read_record
 from dmoa.reading import offsets, read_bounded, read_json
-from dmoa.storage import write_whole
+from dmoa.storage import display_path, localized, only_one, write_whole
+from dmoa.swarm import limits_for
+from dmoa.training.options import AdaptOptions, AdaptSettings, share_out
+from dmoa.training.outcomes import Outcome, no_outcome_fits, read_outcomes
+from dmoa.training.queries import take_turns
 from dmoa.training.rollouts import RolloutQuery, part_of, read_part
+from dmoa.workflows.backends import build_local_swarm
+from dmoa.workflows.console import Bars, Common, line, new_table, stdout_console
+from dmoa.workflows.terminal import goes_on
 
 if TYPE_CHECKING:
-    from dmoa.config import Config
     from dmoa.evaluation.report import Stream
     from dmoa.evaluation.run import Session
-    from dmoa.training.options import AdaptOptions
-    from dmoa.training.outcomes import Outcome
     from dmoa.training.prequential import AdaptingSwarm, Counted, StreamJob, StreamUpdate
-    from dmoa.workflows.console import Bars, Common
 
 ADAPTED = "-ttt"
 """What the name of a start ends with once it has adapted."""
@@ -81,10 +90,8 @@ class OpenAdaptingPool:
 
     def __call__(self) -> AdaptingSwarm:
         """Return the swarm; blocks while models load. Raises ConfigError, ModelFetchError."""
-        from dmoa.config import Config
         from dmoa.routing import LocalRouter
         from dmoa.training.prequential import AdaptingSwarm
-        from dmoa.workflows.backends import build_local_swarm
 
         swarm = build_local_swarm(Config.model_validate_json(self.config_json), lambda text: None, self.call_cache)
         assert isinstance(swarm.router, LocalRouter)
@@ -172,11 +179,6 @@ def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, co
 
     Raises ConfigError, CheckpointError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
-    from dmoa.evaluation.registry import expand_names
-    from dmoa.storage import display_path, localized, only_one
-    from dmoa.workflows.console import Bars
-    from dmoa.workflows.terminal import goes_on
-
     names = expand_names(options.benchmark, "--benchmark")
     starts: dict[str, Path | None] = {ZERO: None} | ({} if checkpoint is None else {FEW: checkpoint.absolute()})
     advice = f"the same command with --out {display_path(options.out)} goes on from here"
@@ -192,11 +194,6 @@ def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, co
 
 def check_same(options: AdaptOptions, config: Config, starts: Mapping[str, Path | None]) -> None:
     """Note what a run is, or raise ConfigError where the folder holds answers of another one, naming what differs."""
-    from dmoa.agents.pool import fingerprint
-    from dmoa.evaluation.benchmarks.base import BENCHMARKS
-    from dmoa.evaluation.data import hash_files
-    from dmoa.evaluation.registry import expand_names
-
     now: dict[str, Any] = {"pool": fingerprint(config), "starts": {name: str(folder) for name, folder in starts.items()}}
     now |= options.model_dump(mode="json", exclude={"out", "workers", "address", "track"})
     now |= {"limits": config.limits.model_dump(mode="json")}
@@ -271,13 +268,28 @@ def run_first(
 
     Raises ConfigError, CheckpointError for bad input, DmoaError where it stops, or all queries of a benchmark failed.
     """
+    import torch
+
+    from dmoa.training.distributed import SingleWorker
+    from dmoa.training.prequential import adapt_on_ray, run_streams
     from dmoa.workflows.evaluate import opened_ray
 
     first = _prepared(options, folder, names)
     job = _job(options, config, folder, first, starts)
     ways = "Ray Train" if options.workers else "this process"
     say(f"{len(first)} queries of {', '.join(names)}, asked of everybody; an update every {options.every}, in {ways}")
-    run_job(job, options.workers, partial(opened_ray, options.address), partial(_show, job, bars))
+    stage = Stage(folder.root)
+
+    def show() -> None:
+        done = sum(len(update["queries"]) for start in starts for update in _trees(stage.updates(start)))
+        bars.count("adapting", done, len(first) * len(starts))
+
+    if options.workers:
+        with opened_ray(options.address):
+            adapt_on_ray(job, options.workers, show)
+        show()
+    else:
+        run_streams(job, SingleWorker(torch.device("cpu")), show)
     tasks = [task for task, _ in first]
     _check_answered(folder, tasks, starts)
     return tasks
@@ -300,8 +312,6 @@ def log_stream(report: AdaptReport, root: Path, options: AdaptOptions) -> None:
 
     Nothing where the same is logged already.
     """
-    from dmoa import tracking
-
     columns = list(AdaptRow.model_fields)
     rows = [list(row.model_dump().values()) for row in report.rows]
     if tracking.is_logged(root, "table", name="adaptation", rows=rows):
@@ -330,10 +340,6 @@ def _evaluation(options: AdaptOptions, names: Sequence[str]) -> EvaluateOptions:
 
 def _prepared(options: AdaptOptions, folder: RunFolder, names: Sequence[str]) -> list[tuple[Task, RolloutQuery]]:
     """Write the rows of all benchmarks and return the first queries, the benchmarks in turns, without their labels."""
-    from dmoa.evaluation.data import prepare_rows
-    from dmoa.training.options import share_out
-    from dmoa.training.queries import take_turns
-
     asked = _evaluation(options, names)
     for name in names:
         prepare_rows(folder, name, asked)
@@ -353,9 +359,6 @@ def _job(
     first: Sequence[tuple[Task, RolloutQuery]],
     starts: Mapping[str, Path | None],
 ) -> StreamJob:
-    from dmoa.agents.pool import fingerprint
-    from dmoa.swarm import limits_for
-    from dmoa.training.options import AdaptSettings
     from dmoa.training.prequential import StreamJob
 
     stage = Stage(folder.root, {task.row_id: task for task, _ in first})
@@ -381,38 +384,10 @@ def _job(
 
 def _fitting(path: Path, queries: Collection[str]) -> tuple[Outcome, ...]:
     """Return the outcomes of a file. Raises ConfigError for a file of which nothing is of these queries."""
-    from dmoa.training.outcomes import no_outcome_fits, read_outcomes
-
     found = read_outcomes(path)
     if not any(one.query_id in queries for one in found):
         raise no_outcome_fits(len(found), "the first queries", "take more of them (--queries)")
     return found
-
-
-def run_job(job: StreamJob, workers: int, open_ray: Any, tick: Any) -> None:
-    """Run the streams in Ray Train workers, or with 0 of them in this process."""
-    if workers:
-        from dmoa.training.prequential import adapt_on_ray
-
-        with open_ray():
-            adapt_on_ray(job, workers, tick)
-        tick()
-        return
-    import torch
-
-    from dmoa.training.distributed import SingleWorker
-    from dmoa.training.prequential import run_streams
-
-    run_streams(job, SingleWorker(torch.device("cpu")), tick)
-
-
-def _show(job: StreamJob, bars: Bars) -> None:
-    """Show how many queries the streams have learnt from."""
-    stage = Stage(job.out)
-    done = 0
-    for start in job.starts:
-        done += sum(len(update["queries"]) for update in _trees(stage.updates(start)))
-    bars.count("adapting", done, len(job.queries) * len(job.starts))
 
 
 def _report(options: AdaptOptions, session: Session, first: Sequence[Task]) -> AdaptReport:
@@ -470,9 +445,6 @@ def _point(line: Answered, right: Mapping[str, float]) -> dict[str, Any]:
 
 def print_adaptation(report: AdaptReport) -> None:
     """Print the table: starts, and what adaptation made of them."""
-    from dmoa.core.label_model import MIN_ROWS
-    from dmoa.workflows.console import new_table, stdout_console
-
     console = stdout_console()
     table = new_table("benchmark", "gate", "first queries", "rows after", "agents", "tokens", words=("benchmark", "gate"))
     for row in report.rows:
@@ -480,16 +452,16 @@ def print_adaptation(report: AdaptReport) -> None:
         shares = ["" if share is None else f"{share:.1%} of {count}" for share, count in parts]
         table.add_row(row.benchmark, row.gate, *shares, f"{row.agents:.2f}", f"{row.tokens:.0f}")
     console.print(table)
-    console.print(
+    line(
+        console,
         "first queries: prequential for -ttt, every counted answer given before the update on it, everybody asked beside it; "
         "rows after: the gate frozen",
-        soft_wrap=True,
     )
     for start, updates in report.updates.items():
         if updates and all(update["loss"] is None for update in updates):
             asked = sum(len(update["queries"]) for update in updates)
-            console.print(
+            line(
+                console,
                 f"{start}: learned nothing from {asked} queries; untrained weights need {MIN_ROWS} that two agents or more "
                 "answered comparably before they learn: raise --queries",
-                soft_wrap=True,
             )

@@ -16,17 +16,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import ConfigError
+from dmoa.feedback import MARK, is_held_back, read_feedback, tenants_of
+from dmoa.serving.launch import AUTO, ray_address
+from dmoa.serving.rollover import pool_version
+from dmoa.serving.router.admin import RouterAdmin, running_apps
+from dmoa.storage import check_local, only_one
+from dmoa.tracking import Mode, Tracker, open_tracker
+from dmoa.training.options import OnlineOptions
+from dmoa.workflows.console import Common, refuse_together
+from dmoa.workflows.terminal import goes_on
+from dmoa.workflows.traffic import traffic_of
 
 if TYPE_CHECKING:
-    from dmoa.serving.router.admin import RouterAdmin
     from dmoa.serving.router.state import Memory
-    from dmoa.tracking import Mode, Tracker
     from dmoa.training.dataset import Episodes
     from dmoa.training.online import Exchange, OnlineJob, Pulled
-    from dmoa.training.options import OnlineOptions
-    from dmoa.workflows.console import Common
 
 LOG = "adapt.log"
 """Lines for a person, in the run's folder."""
@@ -47,15 +56,10 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
 
     The same command goes on: from the gate that is current then, and what the feedback holds.
     """
-    from dmoa.serving.launch import AUTO, ray_address
-    from dmoa.workflows.console import refuse_together
-
     refuse_together({"--json": common.json_path}, "on a learner, which ends with no result; its curves lie in --out")
     address = ray_address(options.address) or AUTO  # before Ray is imported: it reads then whether to send its token
     from dmoa.serving.actors import ClusterMemory
-    from dmoa.storage import check_local, only_one
     from dmoa.workflows.evaluate import opened_ray
-    from dmoa.workflows.terminal import goes_on
 
     check_local(options.out, "--out", "where a Ray has several machines, name a folder that they share")
     out = options.out.absolute()
@@ -137,8 +141,6 @@ def served_config(app: str) -> Config:
     """Return the configuration that an app on the Ray that is joined serves now. Raises ConfigError where there is none."""
     from ray.experimental.internal_kv import _internal_kv_get
 
-    from dmoa.serving.router.admin import running_apps
-
     found = _internal_kv_get(f"dmoa/config/{app}".encode())
     if not found or app not in running_apps():
         running = ", ".join(running_apps()) or "none"
@@ -153,12 +155,7 @@ def served_config(app: str) -> Config:
 
 def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob:
     """Return what the workers need. Raises ConfigError for rollouts of another pool."""
-    import numpy as np
-
-    from dmoa.agents.pool import fingerprint
     from dmoa.core.gate import GateSpec
-    from dmoa.feedback import MARK, is_held_back, tenants_of
-    from dmoa.serving.rollover import pool_version
     from dmoa.training.dataset import read_episodes, read_manifests
     from dmoa.training.intake import IntakeRules
     from dmoa.training.online import OnlineJob
@@ -172,7 +169,6 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
         names, share = [key.query_id for key in replay.key_Q], router.guards.held_back
         open_Q = [q for q, name in enumerate(names) if name == (bare := name.removeprefix(MARK)) or not is_held_back(bare, share)]
         replay = replay.take(np.array(open_Q, np.int64)) if open_Q else None  # gates are judged by the rest of the traffic
-    say = Sayer(options.out.absolute() / LOG)
     return OnlineJob(
         rules=IntakeRules(
             agents=config.agent_names,
@@ -188,7 +184,7 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
         settings=options,
         open_exchange=partial(SwarmExchange, options.app),
         log=OnlineLog(out=options.out.absolute(), mode=options.track, app=options.app, command=command),
-        say=say,
+        say=partial(_add_line, options.out.absolute() / LOG),
         explore_after_shift=router.explore_after_shift,
         replay=replay,
         pool_version=pool_version(config),
@@ -200,17 +196,13 @@ class SwarmExchange:
 
     def __init__(self, app: str) -> None:
         """Find the app on the Ray that this process is part of."""
-        from dmoa.serving.router.admin import RouterAdmin
-
         self._app = app
-        self._admin: RouterAdmin = RouterAdmin(app)
+        self._admin = RouterAdmin(app)
         self._heard = ("", 0)
 
     def pull(self) -> Pulled:
         """Return what came since."""
-        from dmoa.feedback import read_feedback
         from dmoa.training.online import Pulled
-        from dmoa.workflows.traffic import traffic_of
 
         status = self._admin.status()
         life, count, data, state = self._admin.feedback_since(*self._heard)
@@ -313,8 +305,6 @@ class OnlineLog:
         """Log the numbers of an update."""
         from ray.util import metrics
 
-        from dmoa.tracking import open_tracker
-
         if self._tracker is None:
             self.out.mkdir(parents=True, exist_ok=True)
             name = f"adapt-{self.app}"
@@ -327,17 +317,11 @@ class OnlineLog:
             self._gauges[name].set(value, {"app": self.app})
 
 
-@dataclass(frozen=True, slots=True)
-class Sayer:
-    """Adds lines to the log of the run."""
-
-    path: Path
-
-    def __call__(self, line: str) -> None:
-        """Add a line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+def _add_line(path: Path, line: str) -> None:
+    """Add a line to the log of the run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
 
 class _Tail:

@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +21,22 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from dmoa.agents.adversaries import AdversarialAgents, Adversaries
-from dmoa.agents.pool import fingerprint
+from dmoa.agents.call_cache import CachedAgents, CallStore, call_identities
+from dmoa.agents.pool import (
+    build_encoder,
+    build_local,
+    build_other_gate,
+    build_pool_gate,
+    check_corpus,
+    check_files,
+    fingerprint,
+)
 from dmoa.config import Config
-from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError, RequestError
-from dmoa.policies.registry import POLICIES, check_words, split_policy
-from dmoa.protocols import SwarmClient
-from dmoa.storage import check_local
+from dmoa.engines.models import fetch, resolve_model
+from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
+from dmoa.policies.registry import POLICIES, NamedGate, check_words, split_policy
+from dmoa.protocols import AgentClient, SwarmClient
+from dmoa.storage import check_local, writing
 from dmoa.swarm import Swarm, limits_for
 from dmoa.trace import AnsweredQuery, ReplyDmoa, Trace, answer_of_reply, answer_of_trace
 from dmoa.types import Answer, Event, Limits, Message, Query, StepRecord, TextDelta
@@ -34,9 +44,6 @@ from dmoa.validation import describe, did_you_mean
 from dmoa.workflows.console import QueryResult, Screen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from dmoa.protocols import AgentClient
     from dmoa.serving.client import RemoteReply, ServerClient
     from dmoa.training.collect import ExploringSwarm
 
@@ -65,8 +72,7 @@ def unpacked(config_json: str, gates: Mapping[str, Path], packed: Carried) -> It
                 (where[folder] / name).write_bytes(data)
         own = config.gate.checkpoint
         if own in where:
-            gate = config.gate.model_copy(update={"checkpoint": str(where[own])})
-            config = config.model_copy(update={"gate": gate})
+            config = config.changed("gate", checkpoint=str(where[own]))
         yield config, {name: where.get(str(folder), folder) for name, folder in gates.items()}
 
 
@@ -94,21 +100,17 @@ class OpenPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenCollectingPool:
-    """Loads a pool as `OpenPool` does, to be asked with exploration."""
+    """Opens a pool to be asked with exploration."""
 
-    config_json: str
+    pool: Callable[[], Swarm]
     epsilon: float | None
     """As in `ExploringPolicy`."""
-    call_cache: Path | None = None
-    carried: Carried = field(default_factory=dict, repr=False)
-    """As in `OpenPool`."""
 
     def __call__(self) -> ExploringSwarm:
-        """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
+        """Return the swarm. Raises as `pool`."""
         from dmoa.training.collect import ExploringSwarm
 
-        with unpacked(self.config_json, {}, self.carried) as (config, _):
-            return ExploringSwarm(build_local_swarm(config, lambda text: None, self.call_cache), self.epsilon)
+        return ExploringSwarm(self.pool(), self.epsilon)
 
 
 BUSY_PATIENCE_S = 600.0
@@ -414,8 +416,6 @@ def new_query(question: str, turns: Sequence[Message], wish: AskOptions, limits:
 
 def fetch_models(config: Config, say: Callable[[str], None]) -> None:
     """Fetch what a pool's engines and encoder load, saying what is under way. Raises ModelFetchError, ConfigError."""
-    from dmoa.engines.models import fetch, resolve_model
-
     for name, llm in config.llms.items():
         if llm.engine_entry.loads_weights:
             say(f"loading {name} ({llm.model})")
@@ -437,9 +437,6 @@ def build_local_swarm(
     pool's own, for the policies `dmoa:NAME`. Blocks while models load; the first use fetches and converts the embedded
     ones. Raises ConfigError, CheckpointError, ModelFetchError.
     """
-    from dmoa.agents.call_cache import CachedAgents, CallStore, call_identities
-    from dmoa.agents.pool import build_encoder, build_local, build_other_gate, build_pool_gate, check_corpus, check_files
-    from dmoa.policies.registry import NamedGate
     from dmoa.routing import LocalRouter
 
     check_files(config)
@@ -465,7 +462,7 @@ def build_local_swarm(
 def append_line(path: Path, line: bytes = b"") -> None:
     """Append a line to a file, made where it is not there. Raises ConfigError if that cannot be written."""
     check_local(path, "--trace")
-    try:
+    with writing(path, "--trace"):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_torn = False  # what a killed run left of a line stays a line of its own
         if path.is_file() and path.stat().st_size:
@@ -473,8 +470,6 @@ def append_line(path: Path, line: bytes = b"") -> None:
                 is_torn = file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
         with path.open("ab") as file:
             file.write(b"\n" * is_torn + line if line else b"")
-    except OSError as error:
-        raise ConfigError(f"--trace: cannot write {str(path)!r}: {error}; name a file that can be written") from error
 
 
 _TRACE_PATIENCE_S = 10.0

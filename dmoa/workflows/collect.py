@@ -15,11 +15,18 @@ from functools import partial
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dmoa import __version__
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dmoa import __version__, tracking
+from dmoa.agents.call_cache import cache_folder
+from dmoa.agents.pool import build_pool_gate, check_files, fingerprint
 from dmoa.config import Config
 from dmoa.dataflow import OVERCOMMIT
+from dmoa.engines.gpus import pool_gpus
 from dmoa.engines.recorded import replies_files
 from dmoa.errors import ConfigError
 from dmoa.evaluation.data import SUITE_ROWS, load_disjoint
@@ -28,23 +35,18 @@ from dmoa.evaluation.registry import SUITES, expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.provenance import code_revision
 from dmoa.reading import hash_file, read_json, regular
-from dmoa.storage import check_local, display_path, localized, write_whole
+from dmoa.storage import check_local, display_path, localized, write_whole, writing
 from dmoa.swarm import limits_for
-from dmoa.training.collect import CollectedQueries
+from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, collect, silent_agents, width
 from dmoa.training.options import RolloutOptions, Weighted, share_out
 from dmoa.training.queries import names_two_texts, read_queries, sample_queries, take_turns
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo, part_paths
 from dmoa.validation import did_you_mean, redact_text
-from dmoa.workflows.backends import OpenCollectingServer, fetch_models
-from dmoa.workflows.console import Bars
+from dmoa.workflows.backends import OpenCollectingPool, OpenCollectingServer, OpenPool, carried, fetch_models, open_client
+from dmoa.workflows.console import Bars, Common
 from dmoa.workflows.evaluate import log_gates, opened_ray
 from dmoa.workflows.terminal import goes_on, warn
-
-if TYPE_CHECKING:
-    from dmoa.tracking import Tracker
-    from dmoa.training.collect import CollectSession, CollectWorkers
-    from dmoa.workflows.console import Common
-
+from dmoa.workflows.traffic import read_traffic, rollouts_of_traffic
 
 Asked = tuple[RolloutQuery, Label | None]
 """A query, and its label where it has one."""
@@ -207,11 +209,8 @@ def _write_labels(folder: Path, taken: list[list[Asked]]) -> None:
     """Write a line per label, keyed by query_id. Raises ConfigError where that cannot be done."""
     labels = [label for source in taken for _, label in source if label is not None]
     lines = [json.dumps({"query_id": label.row_id, "benchmark": label.benchmark, "gold": label.gold}) for label in labels]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / LABELS, "".join(f"{line}\n" for line in lines).encode())
-    except OSError as error:
-        raise ConfigError(f"--labels: cannot write {str(folder)!r}: {error}; name a folder that can be written") from error
+    with writing(folder, "--labels", "folder"):
+        write_whole(folder / LABELS, "".join(f"{line}\n" for line in lines))
 
 
 def read_labels(folder: Path) -> Iterator[Label]:
@@ -244,8 +243,6 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
 
 def _collected(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
-    from dmoa.training.collect import collect, silent_agents
-
     with Bars(common.verbosity) as bars:
         session = build_collection(options, config, common, bars, command)
         manifest = collect(session)
@@ -261,9 +258,6 @@ def _collected(options: RolloutOptions, config: Config, common: Common, command:
 
 def build_collection(options: RolloutOptions, config: Config, common: Common, bars: Bars, command: str) -> CollectSession:
     """Return the session of a collection. Raises ConfigError, CheckpointError, ModelFetchError."""
-    from dmoa.agents.pool import build_pool_gate, check_files
-    from dmoa.training.collect import CollectSession, RolloutAsking
-
     check_names(options)
     check_files(config)
     if options.url is None:
@@ -296,8 +290,6 @@ def _prepared(options: RolloutOptions, workers: CollectWorkers, say: Callable[[s
 
 def new_manifest(options: RolloutOptions, config: Config, gate_version: str, command: str) -> Manifest:
     """Return the manifest that a collection of a pool begins with."""
-    from dmoa.agents.pool import fingerprint
-
     return Manifest(
         pool=config.name,
         pool_fingerprint=fingerprint(config),
@@ -320,8 +312,6 @@ def new_manifest(options: RolloutOptions, config: Config, gate_version: str, com
 
 
 def _taken_from_traffic(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
-    from dmoa.workflows.traffic import read_traffic, rollouts_of_traffic
-
     state = None if options.from_traffic == "running" else options.from_traffic
     traffic = read_traffic(common, options.app, options.address, state)
     manifest = rollouts_of_traffic(traffic, new_manifest(options, config, "", command), options.out)
@@ -336,17 +326,12 @@ def _taken_from_traffic(options: RolloutOptions, config: Config, common: Common,
 
 def _workers(options: RolloutOptions, config: Config) -> CollectWorkers:
     """Return how the asking is spread: every worker has all engines, and as many places as they decode at once."""
-    from dmoa.agents.call_cache import cache_folder
-    from dmoa.engines.gpus import pool_gpus
     from dmoa.serving.agent_replica import ENGINE_ENV
-    from dmoa.training.collect import CollectWorkers, width
-    from dmoa.workflows.backends import OpenCollectingPool, carried
 
-    call_cache = cache_folder(options.call_cache)
     used = {agent.llm for agent in config.agents}
-    text, gates = config.model_dump_json(), carried(config)
+    pool = OpenPool(config_json=config.model_dump_json(), call_cache=cache_folder(options.call_cache), carried=carried(config))
     return CollectWorkers(
-        open_swarm=OpenCollectingPool(config_json=text, epsilon=options.epsilon, call_cache=call_cache, carried=gates),
+        open_swarm=OpenCollectingPool(pool=pool, epsilon=options.epsilon),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
         width=width(config, options.epsilon),
@@ -360,10 +345,6 @@ def _remote_workers(options: RolloutOptions, config: Config) -> CollectWorkers:
 
     Of replicas those are counted that are there in any case.
     """
-    from dmoa.agents.pool import fingerprint
-    from dmoa.training.collect import CollectWorkers, width
-    from dmoa.workflows.backends import open_client
-
     url = str(options.url)
     open_client(url)  # a URL that is none is refused before Ray starts
     hosts = {agent.name if config.llms[agent.llm].placement == "dedicated" else agent.llm: agent for agent in config.agents}
@@ -388,15 +369,11 @@ _MAX_SAMPLES = 500
 _BINS, _MAX_NATS = 30, 3.0
 
 
-def _log_samples(tracker: Tracker, folder: RolloutFolder) -> None:
+def _log_samples(tracker: tracking.Tracker, folder: RolloutFolder) -> None:
     """Log a table of the first rows, and how the replies of each agent are spread over mean entropy in nats per token.
 
     Part by part: texts are read of the first rows alone.
     """
-    import numpy as np
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     rows: list[dict[str, Any]] = []
     counts: dict[str, Any] = {}
     edges = np.linspace(0.0, _MAX_NATS, _BINS + 1)
@@ -420,8 +397,6 @@ def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) ->
 
     Nothing where the same is logged already: the command has collected no more.
     """
-    from dmoa import tracking
-
     if options.track == "none":
         return
     name = folder.root.name

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from itertools import product
 
 from dmoa.agents.adversaries import Adversaries
+from dmoa.config import Config
 from dmoa.engines.gpus import pool_gpus
 from dmoa.errors import ConfigError
 from dmoa.evaluation import figures
+from dmoa.evaluation.records import CompareOptions
 from dmoa.evaluation.registry import expand_names
-from dmoa.evaluation.results import read_evaluation
+from dmoa.evaluation.results import Evaluation, EvaluationRow, read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, split_policy
-from dmoa.workflows.console import new_table, stdout_console
+from dmoa.storage import check_local
+from dmoa.workflows.console import Common, line, new_table, stdout_console
 from dmoa.workflows.evaluate import check_ran, expand_policies, has_recorded, opened_ray, run_evaluation
-
-if TYPE_CHECKING:
-    from dmoa.config import Config
-    from dmoa.evaluation.records import CompareOptions
-    from dmoa.evaluation.results import Evaluation, EvaluationRow
-    from dmoa.workflows.console import Common
 
 BASELINES = ("self_moa", "self_consistency", "single")
 """What a claim of being better has to beat at equal budgets."""
@@ -53,40 +50,44 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
     Raises ConfigError where the pool has fewer agents, or the folder is none of this machine.
     """
     from dmoa.evaluation.run import finish_run
-    from dmoa.storage import check_local
 
-    assert options.out is not None
     check_local(options.out, "--out", "with --curve name one and copy it afterwards")
-    folder = RunFolder(options.out.absolute())
+    folder = _folder(options)
     shared = {"call_cache": folder.root / "calls"} if options.has_own_cache else {}
-    for count in dict.fromkeys(options.curve):
-        for defence in options.curve_defences:
-            common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
-            changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)} | shared
-            run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False, rows_of=folder)
+    for count, defence in _curve(options):
+        common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
+        changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)} | shared
+        run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False, rows_of=folder)
     return finish_run(folder)
+
+
+def _folder(options: CompareOptions) -> RunFolder:
+    assert options.out is not None
+    return RunFolder(options.out.absolute())
+
+
+def _curve(options: CompareOptions) -> list[tuple[int, str]]:
+    """Return how many agents work against the swarm in each run of a curve, and what defends it."""
+    return list(product(dict.fromkeys(options.curve), options.curve_defences))
 
 
 def check_curve(options: CompareOptions) -> None:
     """Raise DmoaError where a run with adversaries did not run, as `check_ran`, naming its folder."""
-    assert options.out is not None
-    folder = RunFolder(options.out.absolute())
-    for count in dict.fromkeys(options.curve):
-        for defence in options.curve_defences:
-            part = folder.curve(count, defence)
-            check_ran(read_evaluation(part), f"evaluation in {part.relative_to(folder.root)}")
+    folder = _folder(options)
+    for part in (folder.curve(*run) for run in _curve(options)):
+        check_ran(read_evaluation(part), f"evaluation in {part.relative_to(folder.root)}")
 
 
 def print_curve(evaluation: Evaluation) -> None:
     """Print accuracy by policy, defence and number of adversaries."""
     counts = sorted({row.adversaries for row in evaluation.robustness})
     table = new_table("benchmark", "policy", "defence", *map(str, counts), words=("benchmark", "policy", "defence"))
-    for line in figures.curves(evaluation):
-        table.add_row(line.benchmark, line.policy, line.defence, *(line.shown.get(count, "-") for count in counts))
+    for curve in figures.curves(evaluation):
+        table.add_row(curve.benchmark, curve.policy, curve.defence, *(curve.shown.get(count, "-") for count in counts))
     console = stdout_console()
     console.print(table)
     kinds = ", ".join(sorted({row.kind for row in evaluation.robustness}))
-    console.print(f"accuracy, %, by number of agents that work against the swarm ({kinds})", soft_wrap=True)
+    line(console, f"accuracy, %, by number of agents that work against the swarm ({kinds})")
 
 
 def with_baselines(options: CompareOptions, config: Config | None = None) -> tuple[str, ...]:
@@ -122,11 +123,9 @@ def print_matched(evaluation: Evaluation) -> None:
     console.print(table)
     matched = "nothing is matched" if run.match == "none" else f"budgets match {run.match}"
     repeats = f", means of {run.repeats} repeats" if run.repeats > 1 else ""
-    console.print(
-        f"per query{repeats}; {matched}; over 100 %: calls under way when the budget ran out were finished", soft_wrap=True
-    )
+    line(console, f"per query{repeats}; {matched}; over 100 %: calls under way when the budget ran out were finished")
     for remark in remarks(evaluation):
-        console.print(remark, soft_wrap=True)
+        line(console, remark)
 
 
 def remarks(evaluation: Evaluation) -> list[str]:

@@ -27,20 +27,21 @@ from rich.table import Table
 from rich.text import Text
 from typer.exceptions import TyperException
 
+from dmoa.agents.pool import load_pool
+from dmoa.config import Config
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
-from dmoa.trace import ReplyAgent, ReplyStep, reply_dmoa, reply_step
+from dmoa.storage import check_local, uri_of, write_whole
+from dmoa.trace import ReplyAgent, ReplyStep, Trace, reply_dmoa, reply_step
 from dmoa.types import Answer, StepRecord, is_untrained
 from dmoa.validation import did_you_mean, redact_text
-from dmoa.workflows.terminal import libraries_apart, stderr, tell
+from dmoa.workflows.terminal import closed, libraries_apart, never_join_by_accident, stderr, tell
 
 if TYPE_CHECKING:
-    from dmoa.config import Config
     from dmoa.dataflow import PassProgress
     from dmoa.evaluation.explain import Explanation
     from dmoa.evaluation.figures import Footnotes
-    from dmoa.evaluation.results import Evaluation
+    from dmoa.evaluation.results import Evaluation, EvaluationRow
     from dmoa.evaluation.selfcheck import BenchmarkCheck, SelfCheck
-    from dmoa.trace import Trace
 
 
 _BAR_CELLS = 20
@@ -59,6 +60,7 @@ _MOST_ROUTED = 24
 _MAX_FAILURES = 5
 
 P = ParamSpec("P")
+_plain = functools.partial(Console, highlight=False, markup=False, emoji=False)
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 _BAD_INPUT = (ConfigError, RequestError, CheckpointError, TraceError)
@@ -120,10 +122,8 @@ class Screen:
         self._verbosity = verbosity
         self.shows_steps = shows_steps
         """Whether steps are printed; `/steps` in a chat turns it."""
-        self.out = Console(highlight=False, markup=False, emoji=False)
-        if not self.out.is_terminal:
-            self.out = Console(highlight=False, markup=False, emoji=False, width=_QUERY_WIDTH)
-        self.err = Console(file=stderr(), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.out = stdout_console(_QUERY_WIDTH)
+        self.err = _plain(file=stderr(), soft_wrap=True)
         self._live: Status | None = None
         self._coming = ""
         """What has come of the answer while its step is not printed yet."""
@@ -248,7 +248,7 @@ class Bars:
 
     def __init__(self, verbosity: int) -> None:
         self._is_quiet = verbosity < 0
-        self._console = Console(file=stderr(), highlight=False, markup=False, emoji=False)
+        self._console = _plain(file=stderr())
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -303,10 +303,15 @@ class Bars:
             self._console.print(f"dmoa: {stage}: {done} of {total} rows, {text}{left}", soft_wrap=True)
 
 
-def stdout_console() -> Console:
+def stdout_console(pipe_width: int = PIPE_WIDTH) -> Console:
     """Return a console for tables: as wide as the terminal, wide enough in a pipe."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH)
+    console = _plain()
+    return console if console.is_terminal else _plain(width=pipe_width)
+
+
+def line(console: Console, text: str) -> None:
+    """Print a text as one line, which the terminal wraps."""
+    console.print(Text(" ".join(printable(text).split())), soft_wrap=True)
 
 
 def new_table(*columns: str, words: Collection[str]) -> Table:
@@ -352,7 +357,7 @@ def print_selfcheck(found: SelfCheck) -> None:
         for row in check.unscored:
             version = row.version or "not installed"
             reason = " ".join(row.reason.split())[:_REASON_CHARS]
-            console.print(f"unscored: {row.row_id} ({row.group} {version}): {reason}", soft_wrap=True)
+            line(console, f"unscored: {row.row_id} ({row.group} {version}): {reason}")
 
 
 def _selfcheck_lines(check: BenchmarkCheck) -> Iterator[tuple[str, bool, str]]:
@@ -381,48 +386,43 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         _print_paired(evaluation, notes, console)
     untrained = sorted(figures.untrained_policies(evaluation))
     if untrained:
-        _line(console, f"untrained gate, its routing is arbitrary: {', '.join(untrained)}")
+        line(console, f"untrained gate, its routing is arbitrary: {', '.join(untrained)}")
     for note in notes.all():
-        _line(console, f"[{note.mark}] {note.text}")
+        line(console, f"[{note.mark}] {note.text}")
     for failure in evaluation.failures[:_MAX_FAILURES]:
-        _line(console, f"failed: {failure.row_id} ({failure.policy}): {failure.error}")
+        line(console, f"failed: {failure.row_id} ({failure.policy}): {failure.error}")
     hidden = sum(row.failed for row in evaluation.rows) - _MAX_FAILURES
     if hidden > 0:
-        _line(console, f"and {hidden} more failed rows; the HTML report and answers/ have them")
+        line(console, f"and {hidden} more failed rows; the HTML report and answers/ have them")
 
 
 def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
     from dmoa.evaluation import figures
 
-    texts = ("benchmark", "policy", "note", "also")
-    has_prices = any(row.price is not None for row in evaluation.rows)
-    figure_names = ("n", "acc %", "95 %", "chance", "unsc.", "failed", "prompt", "cached", "compl.", "steps", "active", "wall")
-    prices = ("price",) if has_prices else ()
-    table = new_table(*texts[:3], *figure_names, *prices, texts[3], words=texts)
+    cells: dict[str, Callable[[EvaluationRow], str]] = {
+        "n": lambda row: str(row.n),
+        "acc %": figures.accuracy,
+        "95 %": figures.accuracy_ends,
+        "chance": figures.chance,
+        "unsc.": lambda row: str(row.unscored),
+        "failed": lambda row: str(row.failed),
+        "prompt": lambda row: figures.count(row.prompt_tokens),
+        "cached": lambda row: figures.count(row.cached_tokens),
+        "compl.": lambda row: figures.count(row.completion_tokens),
+        "steps": lambda row: figures.decimals(row.steps_mean),
+        "active": lambda row: figures.decimals(row.active_mean),
+        "wall": lambda row: figures.duration(row.wall_s),
+    }
+    if any(row.price is not None for row in evaluation.rows):
+        cells["price"] = lambda row: figures.money(row.price)
+    table = new_table("benchmark", "policy", "note", *cells, "also", words=("benchmark", "policy", "note", "also"))
     previous = ""
     for row in evaluation.rows:
-        table.add_row(
-            row.benchmark if row.benchmark != previous else "",
-            row.policy,
-            notes.marks(row),
-            str(row.n),
-            figures.accuracy(row),
-            figures.accuracy_ends(row),
-            figures.chance(row),
-            str(row.unscored),
-            str(row.failed),
-            figures.count(row.prompt_tokens),
-            figures.count(row.cached_tokens),
-            figures.count(row.completion_tokens),
-            figures.decimals(row.steps_mean),
-            figures.decimals(row.active_mean),
-            figures.duration(row.wall_s),
-            *([figures.money(row.price)] if has_prices else []),
-            figures.metrics(row),
-        )
+        name = row.benchmark if row.benchmark != previous else ""
+        table.add_row(name, row.policy, notes.marks(row), *(cell(row) for cell in cells.values()), figures.metrics(row))
         previous = row.benchmark
     console.print(table)
-    _line(console, "acc: failed and unscored rows count as 0; wall: the queries' own times added up, they ran side by side")
+    line(console, "acc: failed and unscored rows count as 0; wall: the queries' own times added up, they ran side by side")
 
 
 def print_overall(evaluation: Evaluation, names: Mapping[str, str], reference: str | None = None) -> None:
@@ -465,7 +465,7 @@ def print_routing(evaluation: Evaluation, console: Console) -> None:
     console.print()
     console.print(table)
     names = figures.names(evaluation)
-    _line(console, f"whom the gate asks, % of its steps: {' > '.join(names[policy] for policy in shares)}")
+    line(console, f"whom the gate asks, % of its steps: {' > '.join(names[policy] for policy in shares)}")
 
 
 def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
@@ -488,14 +488,10 @@ def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) ->
         table.add_row(row.benchmark, row.a, row.b, marks, *(cells if row.n else ("0", "-", "", "", "", "")))
     console.print(table)
     named = ", ".join(f"{chr(ord('A') + number)}: {test}" for number, test in enumerate(tests))
-    _line(
+    line(
         console,
         f"the same rows of both, failed and unscored ones as 0; p two-sided, by Holm corrected within a benchmark; {named}",
     )
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(Text(" ".join(printable(text).split())), soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -513,14 +509,21 @@ class Common:
 
     def load(self, checkpoint: Path | None = None) -> Config:
         """Return the pool that the options name; `checkpoint` replaces its gate. Raises ConfigError."""
-        from dmoa.agents.pool import load_pool
-        from dmoa.storage import uri_of
-
         config = load_pool(self.config or os.environ.get("DMOA_CONFIG") or None, self.overrides)
         if checkpoint is None:
             return config
-        gate = config.gate.model_copy(update={"checkpoint": uri_of(checkpoint) or str(checkpoint.absolute())})
-        return config.model_copy(update={"gate": gate})
+        return config.changed("gate", checkpoint=uri_of(checkpoint) or str(checkpoint.absolute()))
+
+    def load_without(self, url: str | None, checkpoint: Path | None, **more: object) -> Config | None:
+        """Return the pool, or None where a server at `url` has its own. Raises ConfigError for options that have no effect there.
+
+        `more`: other such options that were given, by name.
+        """
+        if url is None:
+            return self.load(checkpoint)
+        given = {"config": self.config, "set": self.overrides, "checkpoint": checkpoint} | more
+        refuse_together({f"--{name}": value for name, value in given.items()}, "with --url: the server has its own pool")
+        return None
 
     def say(self, text: str) -> None:
         """Tell progress on stderr, unless quiet."""
@@ -529,8 +532,6 @@ class Common:
 
     def write_json(self, value: Any) -> None:
         """Write the command's result whole where `--json` says, if it does. Raises ConfigError if that cannot be written."""
-        from dmoa.storage import write_whole
-
         if self.json_path is None:
             return
         try:
@@ -544,8 +545,6 @@ class Common:
         path = self.json_path
         if path is None:
             return
-        from dmoa.storage import check_local
-
         check_local(path, "--json")
         if path == Path("-"):
             raise ConfigError("--json is '-'; expected a file, as stdout has the result as text; name one")
@@ -566,39 +565,24 @@ def _unwritable_json(path: Path, reason: OSError | str) -> ConfigError:
     return ConfigError(f"--json: cannot write {str(path)!r}: {reason}; name a file that can be written")
 
 
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-_COMMON = (
-    _option(
-        "config",
-        Annotated[
-            Path | None,
-            typer.Option(
-                "--config", metavar="FILE", help="Pool file, - for standard input [DMOA_CONFIG, else the default pool]."
-            ),
-        ],
-        None,
-    ),
-    _option(
-        "overrides",
-        Annotated[
-            list[str] | None,
-            typer.Option(
-                "--set", metavar="A.B=C", help="Change one field of the pool, such as gate.temperature=0.2; repeatable."
-            ),
-        ],
-        None,
-    ),
-    _option(
-        "json_path",
-        Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.", dir_okay=False)],
-        None,
-    ),
-    _option("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Results only, no progress.")], False),
-    _option("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Details, and all logs on stderr.")], False),
-)
+def _common(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Pool file, - for standard input [DMOA_CONFIG, else the default pool]."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Change one field of the pool, such as gate.temperature=0.2; repeatable."),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.", dir_okay=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results only, no progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Details, and all logs on stderr.")] = False,
+) -> Common:
+    """Return the common options of a command; the parameters are its flags."""
+    verbosity = int(verbose) - int(quiet)
+    return Common(config=config, overrides=tuple(overrides or ()), json_path=json_path, verbosity=verbosity)
 
 
 def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bool = True) -> Callable[..., None]:
@@ -606,27 +590,21 @@ def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bo
 
     A command that `has_pool` False looks at no pool, and has no options for one.
     """
-    signature = inspect.signature(command, eval_str=True)
-    options = _COMMON if has_pool else [option for option in _COMMON if option.name not in ("config", "overrides")]
-    parameters = [*list(signature.parameters.values())[1:], *options]
+    flags = dict(inspect.signature(_common, eval_str=True).parameters)
+    if not has_pool:
+        del flags["config"], flags["overrides"]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        overrides, quiet, verbose = values.pop("overrides", None), values.pop("quiet"), values.pop("verbose")
-        common = Common(
-            config=values.pop("config", None),
-            overrides=tuple(overrides or ()),
-            json_path=values.pop("json_path"),
-            verbosity=int(verbose) - int(quiet),
-        )
+        common = _common(**{name: values.pop(name) for name in flags})
         common.check_json([one for value in values.values() for one in (value if isinstance(value, list) else [value])])
         _start_logging(common.verbosity)
         with libraries_apart(command.__name__.removesuffix("_job"), verbosity=common.verbosity):
             command(common, **values)  # type: ignore[call-arg]
 
-    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    )
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *flags.values())]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
 
@@ -670,6 +648,31 @@ def suggesting() -> Iterator[None]:
             seen, more = error.message, more + did_you_mean(option, known)
         tell(f"dmoa: {redact_text(seen + more)}")
         raise typer.Exit(EXIT_BAD_INPUT) from error
+
+
+class OneMessage:
+    """Mixed into a command or a group of them: an error of ours is one message and an exit code, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command and turn a DmoaError or a signal into an exit code."""
+        try:
+            with suggesting():
+                return closed(functools.partial(super().invoke, ctx))  # type: ignore[misc]
+        except DmoaError as error:
+            fail(error)
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Parse the options."""
+        with suggesting():
+            return super().make_context(*args, **extra)  # type: ignore[misc]
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line to the end of the process."""
+    # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    never_join_by_accident()
+    app()
 
 
 def refuse_together(given: Mapping[str, object], because: str) -> None:

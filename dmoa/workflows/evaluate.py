@@ -14,28 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from dmoa import tracking
+from dmoa.agents.adversaries import Adversaries
+from dmoa.agents.call_cache import cache_folder
+from dmoa.agents.pool import build_other_gate, build_pool_gate, check_files, fingerprint
 from dmoa.config import Config, is_name
 from dmoa.dataflow import OVERCOMMIT
+from dmoa.engines.gpus import pool_gpus
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking
-from dmoa.evaluation.records import EvaluateOptions
+from dmoa.evaluation.explain import ROW_COLUMNS, table_of_rows
+from dmoa.evaluation.pipeline import AnswerWorkers
+from dmoa.evaluation.records import CompareOptions, EvaluateOptions, PoolInfo
 from dmoa.evaluation.registry import STAGED, expand_names
+from dmoa.evaluation.results import Evaluation, not_run
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, can_do_stages, check_words, needs_labels, split_policy, width_of
+from dmoa.serving.launch import start_ray
+from dmoa.storage import display_path, localized
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
 from dmoa.validation import did_you_mean
-from dmoa.workflows.backends import fetch_models
-from dmoa.workflows.console import Bars, print_evaluation, stdout_console
+from dmoa.workflows.backends import OpenPool, OpenServer, carried, fetch_models, open_client
+from dmoa.workflows.console import Bars, Common, print_evaluation, stdout_console
 from dmoa.workflows.terminal import end_on_sigterm, goes_on, never_join_by_accident
 
 if TYPE_CHECKING:
-    from dmoa.evaluation.pipeline import AnswerWorkers
-    from dmoa.evaluation.records import PoolInfo
-    from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run import Session
-    from dmoa.tracking import Tracker
-    from dmoa.workflows.console import Common
 
 
 _REMOTE_PLACES = 32
@@ -49,8 +54,6 @@ def run_evaluation(
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
-    from dmoa.storage import display_path, localized
-
     names = expand_names(options.benchmarks)  # unknown ones are refused first
     policies = POLICIES.resolve(expand_policies(options.policies, config, names), "--policies")
     options = options.model_copy(update={"policies": policies})
@@ -59,8 +62,7 @@ def run_evaluation(
     if config is not None and not (options.address or os.environ.get("RAY_ADDRESS")):  # else they lie where the workers are
         check_labels(options.policies, config)
     if config is not None and options.defence is not None:
-        summarizer = config.summarizer.model_copy(update={"defence": options.defence})
-        config = config.model_copy(update={"summarizer": summarizer})
+        config = config.changed("summarizer", defence=options.defence)
     assert options.out is not None
     advice = f"the same command with --out {display_path(options.out)} --resume goes on from here"
     with goes_on(advice), localized(options, common.say, writes=("out",)) as here:
@@ -70,9 +72,7 @@ def run_evaluation(
 def _evaluated(
     options: EvaluateOptions, config: Config | None, common: Common, command: str, *, shows_result: bool, **parts: Any
 ) -> Evaluation:
-    from dmoa.evaluation.records import CompareOptions
     from dmoa.evaluation.repeats import evaluate_repeatedly
-    from dmoa.storage import display_path
 
     assert options.out is not None
     folder, names = RunFolder(options.out.absolute()), expand_names(options.benchmarks)
@@ -93,8 +93,6 @@ def _evaluated(
 
 def check_ran(evaluation: Evaluation, what: str = "evaluation") -> None:
     """Raise DmoaError where a policy did not run on a benchmark, every query of it failed, or where code is wrong."""
-    from dmoa.evaluation.results import not_run
-
     rows = not_run(evaluation)
     bugs = [f"{row.policy} on {row.benchmark} ({row.bugs})" for row in evaluation.rows if row.bugs]
     if bugs and not rows:
@@ -117,8 +115,6 @@ def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
 
     Raises ConfigError where none answers, or where our own has fewer GPUs than the answering asks for.
     """
-    from dmoa.serving.launch import start_ray
-
     # Ray logs as an error that Ray Data keeps its actors' arguments in the object store, which it always does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     never_join_by_accident()
@@ -222,16 +218,12 @@ def build_evaluation(
     command: str,
 ) -> Session:
     """Return the session of a pool in Ray, or of a server."""
-    from dmoa.evaluation.records import CompareOptions
     from dmoa.evaluation.run import Session
 
     if config is None:
         pool, workers, pool_limits = _server(options)
         gate_version, gates, engines = None, {}, []
     else:
-        from dmoa.agents.pool import build_other_gate, build_pool_gate, check_files, fingerprint
-        from dmoa.evaluation.records import PoolInfo
-
         check_files(config)
         fetch_models(config, common.say)
         gate_version = build_pool_gate(config)[1].version
@@ -260,12 +252,7 @@ def build_evaluation(
 
 def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
-    from dmoa.agents.adversaries import Adversaries
-    from dmoa.agents.call_cache import cache_folder
-    from dmoa.engines.gpus import pool_gpus
-    from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.serving.agent_replica import ENGINE_ENV
-    from dmoa.workflows.backends import OpenPool, carried
 
     adversaries = Adversaries(count=options.adversaries, kind=options.kind) if options.adversaries else None
     if adversaries is not None:
@@ -293,10 +280,6 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
 
 def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     """Ask a server for its pool. Raises RequestError for a bad URL, DmoaError where it cannot be reached."""
-    from dmoa.evaluation.pipeline import AnswerWorkers
-    from dmoa.evaluation.records import PoolInfo
-    from dmoa.workflows.backends import OpenServer, open_client
-
     url = str(options.url)
     staged = [name for name in expand_names(options.benchmarks) if name in STAGED]
     if staged:
@@ -334,9 +317,6 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
 
     Nothing where the same is logged already: the command has found nothing new.
     """
-    from dmoa import tracking
-    from dmoa.evaluation.explain import ROW_COLUMNS, table_of_rows
-
     root = folder.root
     records: dict[str, Sequence[BaseModel]] = {"evaluation": evaluation.rows, "paired": evaluation.paired}
     trees = {name: [row.model_dump(mode="json") for row in rows] for name, rows in records.items() if rows}
@@ -361,7 +341,7 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     tracker.finish()
 
 
-def log_gates(tracker: Tracker, folders: Sequence[str | Path | None]) -> None:
+def log_gates(tracker: tracking.Tracker, folders: Sequence[str | Path | None]) -> None:
     """Log the checkpoints that a run was made with as its inputs; None and folders that cannot be read any more are left out."""
     from dmoa import checkpoint
 

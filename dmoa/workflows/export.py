@@ -13,11 +13,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from dmoa.errors import ConfigError, TraceError
+from dmoa.errors import TraceError
 from dmoa.evaluation.records import Answered
 from dmoa.evaluation.results import read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.storage import json_line, replacing
+from dmoa.storage import json_line, replacing, writing
 from dmoa.trace import ReplyAgent, ReplyStep, Trace, read_traces
 from dmoa.training.options import ExportOptions
 from dmoa.validation import short, without_known_shapes
@@ -40,11 +40,8 @@ def export(options: ExportOptions) -> int:
     else:
         assert options.run is not None
         found = list(of_run(options.run, is_dpo=options.format == "dpo"))
-    try:
-        with replacing(options.out) as file:
-            file.writelines(map(json_line, found))
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(options.out)!r}: {error}; name a file that can be written") from error
+    with writing(options.out), replacing(options.out) as file:
+        file.writelines(map(json_line, found))
     return len(found)
 
 

@@ -23,7 +23,7 @@ from dmoa.engines.openai_replies import listed_logprobs
 from dmoa.engines.recorded import RecordedReply, agent_name, read_lines
 from dmoa.errors import ConfigError
 from dmoa.reading import read_bounded, read_json
-from dmoa.storage import replacing, write_whole
+from dmoa.storage import replacing, write_whole, writing
 from dmoa.training.options import ImportOptions
 from dmoa.validation import describe, did_you_mean, short
 from dmoa.yaml_tree import parse_yaml
@@ -79,34 +79,31 @@ def import_logs(options: ImportOptions, say: Callable[[str], None]) -> ImportRep
     _check_columns(options.columns)
     requests = _batch_requests(options.logs)
     read, tabled, skipped, seen, spelt = 0, 0, Counter[str](), defaultdict[str, set[str]](set), dict[str, str]()
-    try:
-        with ExitStack() as stack:
-            file = stack.enter_context(replacing(options.out))
-            is_packed = options.out.suffix == ".gz"
-            out = stack.enter_context(gzip.GzipFile(fileobj=file, mode="wb", mtime=0)) if is_packed else file
-            for record in _all_records(options.logs):
-                read += 1
-                tabled += isinstance(record, _TableRow)
-                if read % _TOLD_EVERY == 0:
-                    say(f"{read} records read, {sum(map(len, seen.values()))} replies so far")
-                try:
-                    reply = reply_of(record, requests, options)
-                    spelling = spelt.setdefault(agent_name(reply.agent), reply.agent)  # GPT-4o and gpt-4o are one agent
-                    line = reply.model_copy(update={"agent": spelling}).model_dump_json(exclude_none=True).encode()
-                    _admit(reply, seen)
-                except (SkippedError, PydanticSerializationError) as reason:
-                    skipped[str(reason) if isinstance(reason, SkippedError) else _NO_UNICODE] += 1
-                    continue
-                out.write(line + b"\n")
-            if options.columns and not tabled:
-                raise ConfigError(
-                    "--columns: no effect: none of the logs is a W&B table (a JSON file with columns and data); leave it out"
-                )
-            if not seen:
-                reasons = "; ".join(f"{count}: {reason}" for reason, count in skipped.most_common(3)) or "there is no record"
-                raise ConfigError(f"import-logs: no reply was found in {read} records ({reasons}); name other files")
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(options.out)!r}: {error}; name a file that can be written") from error
+    with writing(options.out), ExitStack() as stack:
+        file = stack.enter_context(replacing(options.out))
+        is_packed = options.out.suffix == ".gz"
+        out = stack.enter_context(gzip.GzipFile(fileobj=file, mode="wb", mtime=0)) if is_packed else file
+        for record in _all_records(options.logs):
+            read += 1
+            tabled += isinstance(record, _TableRow)
+            if read % _TOLD_EVERY == 0:
+                say(f"{read} records read, {sum(map(len, seen.values()))} replies so far")
+            try:
+                reply = reply_of(record, requests, options)
+                spelling = spelt.setdefault(agent_name(reply.agent), reply.agent)  # GPT-4o and gpt-4o are one agent
+                line = reply.model_copy(update={"agent": spelling}).model_dump_json(exclude_none=True).encode()
+                _admit(reply, seen)
+            except (SkippedError, PydanticSerializationError) as reason:
+                skipped[str(reason) if isinstance(reason, SkippedError) else _NO_UNICODE] += 1
+                continue
+            out.write(line + b"\n")
+        if options.columns and not tabled:
+            raise ConfigError(
+                "--columns: no effect: none of the logs is a W&B table (a JSON file with columns and data); leave it out"
+            )
+        if not seen:
+            reasons = "; ".join(f"{count}: {reason}" for reason, count in skipped.most_common(3)) or "there is no record"
+            raise ConfigError(f"import-logs: no reply was found in {read} records ({reasons}); name other files")
     report = _report(read, skipped, seen)
     if options.pool is not None:
         _write_pool(options, report)
@@ -383,7 +380,5 @@ def _write_pool(options: ImportOptions, report: ImportReport) -> None:
     }
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     from_tree(parse_yaml(text, str(pool)), source=f"--pool: {pool}")
-    try:
+    with writing(pool, "--pool"):
         write_whole(pool, text)
-    except OSError as error:
-        raise ConfigError(f"--pool: cannot write {str(pool)!r}: {error}; name a file that can be written") from error

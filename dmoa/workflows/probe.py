@@ -8,30 +8,32 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+
+from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.core.features import Preset
 from dmoa.engine_options import RecordedOptions
 from dmoa.engines.recorded import RecordedReply, agent_name, read_replies, replies_files
 from dmoa.errors import ConfigError
+from dmoa.evaluation.records import Reply
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.reading import offsets
-from dmoa.storage import check_local, localized, write_whole
+from dmoa.storage import check_local, localized, write_whole, writing
 from dmoa.training.cluster_router import ProbeSample, sample_of
+from dmoa.training.options import ProbeOptions, RolloutOptions
+from dmoa.training.outcomes import credit_replies, no_outcome_fits, read_outcomes
 from dmoa.training.probe import ProbeReport, one_agent, probe_pool
 from dmoa.training.queries import sample_queries
-from dmoa.training.rollouts import RolloutFolder, RolloutQuery
+from dmoa.training.rollouts import RolloutFolder, RolloutQuery, check_rollout_pool, read_manifest, read_table
 from dmoa.types import Price
 from dmoa.validation import did_you_mean
+from dmoa.workflows.collect import read_labels, run_rollouts
 from dmoa.workflows.console import Common
+from dmoa.workflows.evaluate import opened_ray
 from dmoa.workflows.terminal import goes_on
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from dmoa.training.options import ProbeOptions
-
 
 DEFAULT_SUITES = ",".join(suite.name for suite in SKILLS)
 STAGED = ("chain", "relay")
@@ -47,14 +49,6 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
     Raises ConfigError, DmoaError as `dmoa rollouts` does.
     """
     check_local(options.out, "--out")
-    with localized(options, common.say, reads=("rollouts",)) as here:
-        return _probed(here, config, common, command)
-
-
-def _probed(options: ProbeOptions, config: Config, common: Common, command: str) -> ProbeReport:
-    from dmoa.training.outcomes import read_outcomes
-    from dmoa.workflows.evaluate import opened_ray
-
     if len(config.agents) < 2:
         raise one_agent(config.agents[0].name)
     if options.outcomes is not None:
@@ -70,7 +64,9 @@ def _probed(options: ProbeOptions, config: Config, common: Common, command: str)
     out = options.out or Path("out") / time.strftime("probe-%Y%m%d-%H%M%S")
     collect = partial(_collect, config=config, common=common, options=options, command=command)
     if options.rollouts is not None:
-        return _look(options.rollouts, out, config, common, options, collect)
+        with localized(options, common.say, reads=("rollouts",)) as here:
+            assert here.rollouts is not None
+            return _look(here.rollouts, out, config, common, options, collect)
     sources = sources_of(options, config, out, common)
     with goes_on(f"the same command with --out {out} goes on from here"), opened_ray(options.address):
         collect(sources, out / "dense")
@@ -92,10 +88,8 @@ def _recorded_queries(config: Config, out: Path, common: Common, options: ProbeO
     found, whole = common_queries(places, options.limit, options.seed)
     num_agents = sum(len(agents) for named in places.values() for agents in named.values())
     common.say(f"asking {len(found)} of the recorded queries; all {num_agents} recorded agents replied to {whole} of them")
-    try:
+    with writing(out, what="folder"):
         write_whole(out / RECORDED, "".join(json.dumps(line) + "\n" for line in found))
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(out)!r}: {error}; name a folder that can be written") from error
     return [{"name": str(out / RECORDED)}]
 
 
@@ -163,8 +157,6 @@ def _look(
     collect: Callable[[dict[str, Any], Path], None],
 ) -> ProbeReport:
     """Look at rollouts that are there, and at rows with known answers, judged, where some are wanted."""
-    from dmoa.training.rollouts import read_table
-
     sample = _unlabelled_sample(folder, config, options.outcomes)
     if not options.known_answers:
         return probe_pool(sample, seed=options.seed)
@@ -172,7 +164,7 @@ def _look(
     labels = out / "known-labels"
     collect({"benchmarks": options.known_answers, "limit": options.known_limit, "labels": labels}, out / "known")
     table = read_table(out / "known")
-    judged = _judged(table, labels)
+    judged = judged_replies(table, labels)
     write_whole(out / KNOWN_ANSWERS, known_answers(table, judged, config.gate.preset))
     known = sample_of(table, config.agent_names, config.gate.preset, judged)
     return probe_pool(sample, known=known, seed=options.seed)
@@ -184,10 +176,6 @@ def probe_rollouts(folder: Path, config: Config, *, seed: int = 0) -> ProbeRepor
 
 
 def _unlabelled_sample(folder: Path, config: Config, outcomes: Path | None = None) -> ProbeSample:
-    from dmoa.agents.pool import fingerprint
-    from dmoa.training.outcomes import credit_replies, no_outcome_fits, read_outcomes
-    from dmoa.training.rollouts import check_rollout_pool, read_manifest, read_table
-
     manifest = read_manifest(folder)
     check_rollout_pool(manifest, fingerprint=fingerprint(config), agents=config.agent_names)
     table, credit = read_table(folder), None
@@ -215,11 +203,8 @@ def _asked(folder: Path) -> dict[str, str]:
     return {query.query_id: (query.stages and query.stages[0].part) or query.text for query in queries}
 
 
-def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
+def judged_replies(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
     """Return the score of every reply to the first step, by query and agent."""
-    from dmoa.evaluation.records import Reply
-    from dmoa.workflows.collect import read_labels
-
     label_of = {label.row_id: label for label in read_labels(labels)}
     rows = table.select(("query_id", "step", "source", "agent", "text")).to_pylist()
     return {
@@ -241,9 +226,6 @@ def known_answers(table: pa.Table, judged: Mapping[tuple[str, str], float], pres
 
 
 def _collect(sources: dict[str, Any], out: Path, *, config: Config, common: Common, options: ProbeOptions, command: str) -> None:
-    from dmoa.training.options import RolloutOptions
-    from dmoa.workflows.collect import run_rollouts
-
     shared = options.model_dump(include={"difficulty", "seed", "call_cache", "address"})
     fixed = {"out": out, "dense": True, "max_steps": 1, "track": "none"}
     run_rollouts(RolloutOptions.parse({**shared, **sources, **fixed}), config, common, command)

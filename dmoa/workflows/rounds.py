@@ -14,11 +14,15 @@ from pydantic import Field
 
 from dmoa.config import Address, Config, Options
 from dmoa.errors import ConfigError
+from dmoa.storage import localized, under
+from dmoa.training.options import RolloutOptions, TrainOptions
+from dmoa.workflows.collect import run_rollouts
 from dmoa.workflows.console import Common
+from dmoa.workflows.evaluate import opened_ray
 from dmoa.workflows.terminal import goes_on
+from dmoa.workflows.train import run_train
 
 if TYPE_CHECKING:
-    from dmoa.training.options import RolloutOptions, TrainOptions
     from dmoa.training.trainer import TrainResult
 
 _SET_HERE = ("out", "round", "rollouts", "start_from", "address")
@@ -62,57 +66,33 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
     The first round explores everyone, later ones as `rollouts` says; every training begins with the round's gate and learns
     from the rollouts of all rounds so far. Raises ConfigError, CheckpointError, DmoaError; what was written is kept.
     """
-    from dmoa.storage import localized
-
     for number in (0, 1)[: options.rounds]:  # now, and not after hours of collecting
         collecting = collection_of(options, number)
         training_of(options, config, [collecting.out], collecting.out.parent / "gate")
-    with goes_on("the same command goes on from here"), localized(options, common.say, writes=("out",)) as here:
-        return _rounds(here, config, common, command)
-
-
-def _rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
-    from dmoa.workflows.collect import run_rollouts
-    from dmoa.workflows.evaluate import opened_ray
-    from dmoa.workflows.train import run_train
-
-    result: TrainResult | None = None
     collected: list[Path] = []
-    with opened_ray(options.address):
+    way_on = goes_on("the same command goes on from here")
+    with way_on, localized(options, common.say, writes=("out",)) as here, opened_ray(options.address):
         for number in range(options.rounds):
             common.say(f"round {number + 1} of {options.rounds}")
-            collecting = collection_of(options, number)
-            config = _with_gate(config, result)
+            collecting = collection_of(here, number)
             run_rollouts(collecting, config, common, command)
             collected.append(collecting.out)
-            result = run_train(training_of(options, config, collected, collecting.out.parent / "gate"), config, common, command)
-    assert result is not None
+            result = run_train(training_of(here, config, collected, collecting.out.parent / "gate"), config, common, command)
+            config = config.changed("gate", checkpoint=str(result.checkpoint))
     return result
 
 
 def collection_of(options: RoundsOptions, number: int) -> RolloutOptions:
     """Return the options of a round's collection."""
-    from dmoa.training.options import RolloutOptions
-
     values = {**options.rollouts, "out": options.out / f"round-{number}" / "rollouts", "round": number}
     return RolloutOptions.parse(values | ({} if number else {"epsilon": None, "dense": True}))
 
 
 def training_of(options: RoundsOptions, config: Config, collected: Sequence[Path], out: Path) -> TrainOptions:
     """Return the options of a round's training, which begins with the gate of `config`, untrained weights where it has none."""
-    from dmoa.storage import under
-    from dmoa.training.options import TrainOptions
-
     values = {**options.train, "rollouts": tuple(collected), "out": out}
     if values.get("storage_path") is not None:
         values["storage_path"] = under(str(values["storage_path"]), out.parent.name)  # each round has a state of its own
     if config.gate.checkpoint is not None:
         values["start_from"] = config.gate.checkpoint
     return TrainOptions.parse(values)
-
-
-def _with_gate(config: Config, result: TrainResult | None) -> Config:
-    if result is None:
-        return config
-    gate = config.gate.model_copy(update={"checkpoint": str(result.checkpoint)})
-    return config.model_copy(update={"gate": gate})

@@ -24,17 +24,20 @@ from dmoa.agents.prompts import agent_messages
 from dmoa.config import Address, Name, Options
 from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import model_id, resolve_model
+from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
 from dmoa.protocols import Engine
-from dmoa.storage import uri_of
-from dmoa.training.lora import LoraSettings, TrainingRow
-from dmoa.training.specialists import Schedule, TrainedAdapter
+from dmoa.provenance import code_revision
+from dmoa.storage import only_one, uri_of
+from dmoa.training.lora import LoraSettings, TrainingRow, write_training_rows
+from dmoa.training.specialists import LoraJob, Schedule, TrainedAdapter, train_adapter
 from dmoa.types import GenerationRequest, Message, Query, Sampling
 from dmoa.validation import did_you_mean
 from dmoa.workflows.console import Common
+from dmoa.workflows.evaluate import opened_ray
 from dmoa.workflows.terminal import goes_on, on_terminal
 
 HELD_OUT_SEED = 1
@@ -225,8 +228,6 @@ def write_card(trained: TrainedAdapter, options: SpecialistOptions, command: str
 
 async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Return by suite how the adapter did on held-out rows."""
-    from dmoa.engines.transformers.engine import TransformersEngine
-
     engine = TransformersEngine(
         resolve_model(options.model), TransformersOptions(threads=recipe.threads), adapters={options.name: folder}
     )
@@ -269,51 +270,40 @@ def train_specialist(options: SpecialistOptions, common: Common, command: str) -
 
     Raises ConfigError for bad input, CheckpointError where the folder holds a run with other settings.
     """
-    from dmoa.storage import only_one
-
     run_dir = (options.out / options.name).absolute()
     with only_one(run_dir, "training", "train"):
-        return _trained(options, run_dir, common, command)
-
-
-def _trained(options: SpecialistOptions, run_dir: Path, common: Common, command: str) -> dict[str, Any]:
-    from dmoa.provenance import code_revision
-    from dmoa.training.lora import write_training_rows
-    from dmoa.training.specialists import LoraJob, train_adapter
-    from dmoa.workflows.evaluate import opened_ray
-
-    recipe = options.recipe
-    rows, held_out = training_rows(recipe), held_out_rows(recipe)
-    common.say(f"{options.name}: {len(rows)} rows to train on, {len(held_out)} held out; the run lies in {run_dir}")
-    job = LoraJob(
-        name=options.name,
-        model=options.model,
-        settings=recipe.adapter,
-        schedule=recipe.schedule,
-        rows=tuple(rows),
-        held_out=tuple(held_out),
-        run_dir=run_dir,
-        track=options.track,
-        threads=recipe.threads,
-    )
-    gpus = float(options.workers if options.use_gpu else 0)
-    # Without workers the training tells its steps itself, on stderr.
-    surroundings = opened_ray(options.address, gpus) if options.workers else on_terminal()
-    with goes_on("the same command goes on from the last state"), surroundings:
-        trained = train_adapter(
-            job,
-            out=run_dir / "adapter",
-            workers=options.workers,
-            storage_path=options.storage_path,
-            use_gpu=options.use_gpu,
+        recipe = options.recipe
+        rows, held_out = training_rows(recipe), held_out_rows(recipe)
+        common.say(f"{options.name}: {len(rows)} rows to train on, {len(held_out)} held out; the run lies in {run_dir}")
+        job = LoraJob(
+            name=options.name,
+            model=options.model,
+            settings=recipe.adapter,
+            schedule=recipe.schedule,
+            rows=tuple(rows),
+            held_out=tuple(held_out),
+            run_dir=run_dir,
+            track=options.track,
+            threads=recipe.threads,
         )
-    # Now: a run with other rows is refused there, and those of the run in the folder stay.
-    write_training_rows(run_dir / "rows.jsonl", rows)
-    write_training_rows(run_dir / "held_out.jsonl", held_out)
-    common.say(f"{options.name}: {trained.steps} steps; {trained.folder}")
-    if options.card_rows == 0:
-        return {"name": options.name, "steps_made": trained.steps, "curve": trained.curve}
-    card = write_card(trained, options, command, code_revision=code_revision())
-    for suite, found in card["held_out"].items():
-        common.say(f"{suite}: accuracy {found['accuracy']:.3f}, entropy {found['entropy_nats']:.3f} nats/token")
-    return card
+        gpus = float(options.workers if options.use_gpu else 0)
+        # Without workers the training tells its steps itself, on stderr.
+        surroundings = opened_ray(options.address, gpus) if options.workers else on_terminal()
+        with goes_on("the same command goes on from the last state"), surroundings:
+            trained = train_adapter(
+                job,
+                out=run_dir / "adapter",
+                workers=options.workers,
+                storage_path=options.storage_path,
+                use_gpu=options.use_gpu,
+            )
+        # Now: a run with other rows is refused there, and those of the run in the folder stay.
+        write_training_rows(run_dir / "rows.jsonl", rows)
+        write_training_rows(run_dir / "held_out.jsonl", held_out)
+        common.say(f"{options.name}: {trained.steps} steps; {trained.folder}")
+        if options.card_rows == 0:
+            return {"name": options.name, "steps_made": trained.steps, "curve": trained.curve}
+        card = write_card(trained, options, command, code_revision=code_revision())
+        for suite, found in card["held_out"].items():
+            common.say(f"{suite}: accuracy {found['accuracy']:.3f}, entropy {found['entropy_nats']:.3f} nats/token")
+        return card

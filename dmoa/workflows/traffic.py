@@ -9,18 +9,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK, Feedback, read_feedback
-from dmoa.storage import write_whole
+from dmoa.serving.feedback_buffer import KeptOutcome, read_state
+from dmoa.serving.router.admin import RouterAdmin
+from dmoa.storage import write_whole, writing
 from dmoa.training.outcomes import Outcome, authors
 from dmoa.training.rollouts import Counts, Manifest, RolloutFolder, RolloutQuery, SourceInfo, part_of, table_of
 from dmoa.types import StepRecord
-
-if TYPE_CHECKING:
-    from dmoa.serving.feedback_buffer import KeptOutcome
-    from dmoa.workflows.console import Common
+from dmoa.workflows.console import Common
 
 OUTCOMES = "outcomes.jsonl"
 """Outcomes of the queries of a folder of rollouts, in the folder."""
@@ -49,8 +47,6 @@ def read_traffic(common: Common, app: str, address: str | None, state: str | Non
         if found is None:
             raise ConfigError(f"{store.place}: no feedback lies there; name the router.state_uri of a swarm that keeps some")
         return traffic_of(*found)
-    from dmoa.serving.router.admin import RouterAdmin
-
     admin = RouterAdmin(app, address=address)
     common.say(f"asking the Ray at {admin.address}")
     records, tenants = admin.feedback()
@@ -59,8 +55,6 @@ def read_traffic(common: Common, app: str, address: str | None, state: str | Non
 
 def traffic_of(records: list[Feedback], state: bytes) -> Traffic:
     """Return records and the state of a feedback as traffic. Raises ConfigError for a state that cannot be read."""
-    from dmoa.serving.feedback_buffer import read_state
-
     kept = [one for _, _, outcomes in read_state(state) for one in outcomes]
     by_trace = {record.answer.trace_id: record for record in records}
     return Traffic(records=records, outcomes=[one for said in kept for one in _outcomes(said, by_trace.get(said.trace_id))])
@@ -77,10 +71,8 @@ def _outcomes(said: KeptOutcome, record: Feedback | None) -> list[Outcome]:
 def write_outcomes(path: Path, traffic: Traffic) -> None:
     """Write a file that `dmoa train --outcomes` reads. Raises ConfigError where that cannot be done."""
     lines = [one.model_dump_json(exclude_none=True) + "\n" for one in traffic.outcomes]
-    try:
+    with writing(path):
         write_whole(path, "".join(lines))
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(path)!r}: {error}; name a file that can be written") from error
 
 
 def rollouts_of_traffic(traffic: Traffic, manifest: Manifest, root: Path) -> Manifest:
@@ -116,14 +108,12 @@ def rollouts_of_traffic(traffic: Traffic, manifest: Manifest, root: Path) -> Man
             "ended_unix_s": max(one.created_unix_s for one in mine),
         }
     )
-    try:
+    with writing(root, what="folder"):
         write_whole(folder.queries, "".join(query.model_dump_json() + "\n" for query in queries))
         if traffic.outcomes:
             write_outcomes(root / OUTCOMES, traffic)
         write_whole(folder.parts / "part-000000.parquet", part_of(tables))
         write_whole(folder.manifest, manifest.model_dump_json(indent=2) + "\n")  # last: what has one is whole
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(root)!r}: {error}; name a folder that can be written") from error
     return manifest
 
 

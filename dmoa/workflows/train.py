@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from dmoa.config import Config
+from dmoa.provenance import code_revision
+from dmoa.storage import display_path, localized, only_one, under, uri_of
+from dmoa.training.options import TrainOptions
 from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import goes_on, warn
 
 if TYPE_CHECKING:
-    from dmoa.config import Config
-    from dmoa.training.options import TrainOptions
     from dmoa.training.state import EpochRecord
     from dmoa.training.trainer import TrainReport, TrainResult
 
@@ -27,8 +29,6 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
 
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops.
     """
-    from dmoa.provenance import code_revision
-    from dmoa.storage import display_path, localized, only_one, under, uri_of
     from dmoa.training.trainer import TrainContext, run_training
     from dmoa.workflows.evaluate import opened_ray
 

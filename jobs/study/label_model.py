@@ -12,7 +12,7 @@ import argparse
 import gzip
 import json
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,14 @@ def load(folder: Path, name: str, encoder: MiniLmEncoder, only: tuple[str, ...] 
 
 def joined(parts: list[Material]) -> Material:
     """Return the queries of several suites of the same agents as one stream."""
-    names = ("answer_RA", "doubt_RA", "length_RA", "outcome_RA", "embedding_RD")
-    arrays = {name: np.concatenate([getattr(part.witnesses, name) for part in parts]) for name in names}
     right_RA = np.concatenate([part.right_RA for part in parts])
-    return Material(agents=parts[0].agents, witnesses=Witnesses(**arrays), right_RA=right_RA)
+    return Material(agents=parts[0].agents, witnesses=joined_witnesses([part.witnesses for part in parts]), right_RA=right_RA)
+
+
+def joined_witnesses(parts: list[Witnesses]) -> Witnesses:
+    """Return the queries of all parts, one after the other."""
+    names = [item.name for item in fields(Witnesses)]
+    return Witnesses(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def answer(model: LabelModel, material: Material, rows: Ints, price: float) -> tuple[Answers, Bools]:
@@ -159,13 +163,11 @@ def while_answering(model: LabelModel, material: Material, train: Ints, test: In
     """Answer and learn: every few queries the model is fitted again, on the training queries and the replies asked for since."""
     parts: list[Answers] = []
     known = material.witnesses.rows(train)
-    names = ("answer_RA", "doubt_RA", "length_RA", "outcome_RA", "embedding_RD")
     for start in range(0, len(test), REFIT):
         rows = test[start : start + REFIT]
         answers, asked_RA = answer(model, material, rows, price)
         parts.append(answers)
-        seen = material.witnesses.rows(rows).only(asked_RA)
-        known = Witnesses(**{name: np.concatenate([getattr(known, name), getattr(seen, name)]) for name in names})
+        known = joined_witnesses([known, material.witnesses.rows(rows).only(asked_RA)])
         model = fit_label_model(known, seed=seed)
     return Answers(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in ("right", "calls", "probability")})
 

@@ -52,16 +52,14 @@ from dmoa.evaluation.answer_matrix import (
     replay_choices,
     row_oracle,
 )
-from dmoa.evaluation.records import Reply
-from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.run_folder import write_whole
 from dmoa.evaluation.statistics import Comparison, compare_crossed, holm, wilson
 from dmoa.training.cluster_router import KMeansRouter, sample_of
 from dmoa.training.probe import probe_pool
 from dmoa.training.rollouts import read_table
-from dmoa.workflows.collect import read_labels
 from dmoa.workflows.console import Common, with_common
 from dmoa.workflows.evaluate import opened_ray
+from dmoa.workflows.probe import judged_replies
 
 LIAR = "liar-constant"
 JUDGED = ("1 home", "3 memory", "5 liar")
@@ -174,15 +172,6 @@ def material(
     )
 
 
-def judged(study: Study, name: str, source: Path, table: pa.Table) -> dict[tuple[str, str], float]:
-    """Return the score of every reply of single-step rollouts, by query and agent; opens their labels."""
-    labels = {label.row_id: label for label in read_labels(study.out / "labels" / name / source.name)}
-    return {
-        (row["query_id"], row["agent"]): SUITES[row["source"]].score(labels[row["query_id"]], Reply(text=row["text"])).value
-        for row in table.select(("query_id", "source", "agent", "text")).to_pylist()
-    }
-
-
 def sure_and_wrong(study: Study) -> dict[str, list[str]]:
     """Return whom `dmoa probe --known-answers` names in the pool with `liar-wrong`, and on which suites.
 
@@ -195,7 +184,7 @@ def sure_and_wrong(study: Study) -> dict[str, list[str]]:
         table = read_table(source)
         known = {query for query, _ in values}
         table = table.filter(pa.array([query not in known for query in table["query_id"].to_pylist()]))
-        values |= judged(study, WRONG, source, table)
+        values |= judged_replies(table, study.out / "labels" / WRONG / source.name)
         tables.append(table)
     known_sample = sample_of(pa.concat_tables(tables), agents, "default", values)
     report = probe_pool(sample_of(tables[0], agents, "default"), known=known_sample)

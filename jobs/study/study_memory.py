@@ -81,8 +81,7 @@ def _relay_hits(study: Study, seed: int, arm: str, trained: Path, version: str) 
     """Run test rows of `relay` with a gate and return, card by scored card, whether it was sent home."""
     name = f"{arm}-{seed}-{version[:VERSION_CHARS]}"
     out, labels = study.out / "relay-test" / name, study.out / "labels" / "relay-test" / name
-    config = pool(POOL)
-    config = config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(trained)})})
+    config = pool(POOL).changed("gate", checkpoint=str(trained))
     # epsilon: next to nobody is asked only to learn from.
     asked = {"benchmarks": "relay", "split": "test", "limit": study.relay_test, "seed": study.seed, "epsilon": 1e-9}
     collected(study, out, config, {**asked, "labels": labels})

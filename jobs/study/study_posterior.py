@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from study_replies import Replies, Values, everyone, first_step, replies, rows_of, write_rollouts
+from study_replies import Replies, Values, everyone, replies, rows_of, write_rollouts
 
 from dmoa import checkpoint
 from dmoa.agents.pool import load_pool
@@ -73,7 +73,7 @@ def with_random_liar(found: Replies) -> Replies:
 
 def config_of(name: str) -> Config:
     """Return a pool of the study."""
-    config = first_step(load_pool(name if name in POOLS else POOLS[0]))
+    config = load_pool(name if name in POOLS else POOLS[0]).changed("limits", max_steps=1)
     agents = config.agents
     if name == WITHOUT:
         agents = tuple(agent for agent in agents if agent.name != "words")

@@ -38,14 +38,9 @@ IN_FLIGHT = 12
 Values = np.ndarray[Any, Any]
 
 
-def first_step(config: Config) -> Config:
-    """Return a pool that answers in one step."""
-    return config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
-
-
 def everyone(names: Sequence[str]) -> Config:
     """Return the pool of all agents of some packaged pools, each once."""
-    pools = [first_step(load_pool(name)) for name in names]
+    pools = [load_pool(name).changed("limits", max_steps=1) for name in names]
     agents = {agent.name: agent for pool in pools for agent in pool.agents}
     llms = {name: llm for pool in pools for name, llm in pool.llms.items()}
     return pools[0].model_copy(update={"name": "everyone", "agents": tuple(agents.values()), "llms": llms})

@@ -86,8 +86,7 @@ class Study:
 
 def pool(name: str) -> Config:
     """Return a packaged pool that answers in one step."""
-    config = load_pool(name)
-    return config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
+    return load_pool(name).changed("limits", max_steps=1)
 
 
 def everyone() -> Config:

@@ -51,7 +51,7 @@ async def test_a_worker_needs_no_folder_of_a_gate(pool: Path, tmp_path: Path, mo
     text, gates = config.model_dump_json(), {"paper": tmp_path / "paper"}
     packed = carried(config, gates)
     opened = OpenPool(config_json=text, gates=gates, carried=packed)
-    collecting = OpenCollectingPool(config_json=text, epsilon=None, carried=packed)
+    collecting = OpenCollectingPool(pool=OpenPool(config_json=text, carried=packed), epsilon=None)
     for name in ("own", "paper"):
         shutil.rmtree(tmp_path / name)
     query = Query(trace_id="a", text="What is 2 + 2?")

@@ -25,7 +25,7 @@ from dmoa.training.collect import RolloutAsking, query_of_rollout
 from dmoa.training.outcomes import credit_replies, read_outcomes
 from dmoa.training.rollouts import RolloutQuery, read_manifest, read_table, table_of
 from dmoa.types import AgentReply, Answer, EntropySum, Limits, Query, RouteRequest, StepRecord, SummarizerRecord
-from dmoa.workflows.backends import OpenCollectingPool, OpenCollectingServer
+from dmoa.workflows.backends import OpenCollectingPool, OpenCollectingServer, OpenPool
 from tests.unit.cli.conftest import Invoke
 
 pytestmark = pytest.mark.contract
@@ -183,7 +183,8 @@ async def test_a_server_gives_the_rollouts_that_its_pool_gives_here(url: str, po
     name = fingerprint(config)
     asking = RolloutAsking(seed=0, round=0, limits=Limits(max_steps=2, max_agents=1), preset="default", fingerprint=name)
     opened = OpenCollectingServer(url=url, pool=config.name, fingerprint=name, epsilon=epsilon)
-    here, there = OpenCollectingPool(config_json=config.model_dump_json(), epsilon=epsilon)(), opened()
+    local = OpenPool(config_json=config.model_dump_json())
+    here, there = OpenCollectingPool(pool=local, epsilon=epsilon)(), opened()
     for query in asked:
         rows, found = [], []
         for swarm, kept in ((here, rows), (there, found)):

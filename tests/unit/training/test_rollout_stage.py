@@ -15,7 +15,7 @@ from dmoa.config import Config, loads
 from dmoa.training.collect import Collected, CollectStage, RolloutAsking, query_of_rollout
 from dmoa.training.rollouts import RolloutQuery
 from dmoa.types import Limits, Stage
-from dmoa.workflows.backends import OpenCollectingPool
+from dmoa.workflows.backends import OpenCollectingPool, OpenPool
 from tests.unit.training.rollout_samples import asked
 
 POOL = """
@@ -54,7 +54,8 @@ def pool(failing: str = "[]", **gate: Any) -> Config:
 def collected(config: Config, *, epsilon: float | None = None, number: int = 6) -> list[Collected]:
     """Run one shard through a stage of the pool."""
     writer = Writer()
-    stage = CollectStage(OpenCollectingPool(config_json=config.model_dump_json(), epsilon=epsilon), ASKING, writer, 6, 3)
+    opened = OpenCollectingPool(pool=OpenPool(config_json=config.model_dump_json()), epsilon=epsilon)
+    stage = CollectStage(opened, ASKING, writer, 6, 3)
     block = pa.table({"query": [asked(n).model_dump_json() for n in range(number)]})
     assert stage(block).to_pydict() == {"queries": [number]}
     return sorted(writer.taken, key=lambda query: query.query_id)
