@@ -78,22 +78,24 @@ def exposition(status: RouterStatus | None) -> str:
         Gauge("dmoa_router_cold_agents", "Agents scaled to zero.", registry=registry).set(len(status.cold))
         gate = Gauge("dmoa_router_gate", "1 for the current gate version.", ["version", "pool"], registry=registry)
         gate.labels(version=status.gate_version, pool=status.pool).set(1)
-        _count("activations", "How often each agent was activated.", "agent", status.activations, registry)
+        active = Counter("dmoa_router_activations", "How often each agent was activated.", ["agent"], registry=registry)
+        _count(active, status.activations)
         if status.adaptation.get("mode", "off") != "off":
             _adaptation(status.adaptation, registry)
     return generate_latest(_Undated(registry)).decode()
 
 
-def _count(name: str, words: str, label: str, counts: Mapping[str, float], registry: CollectorRegistry) -> None:
-    counter = Counter(f"dmoa_router_{name}", words, [label], registry=registry)
-    for value, times in counts.items():
-        counter.labels(value).inc(times)
+def _count(counter: Counter, times: Mapping[str, float]) -> None:
+    for label, count in times.items():
+        counter.labels(label).inc(count)
 
 
 def _adaptation(told: dict[str, Any], registry: CollectorRegistry) -> None:
     """Say what learning while serving comes to. These counters are kept with the router's state and outlive it."""
-    _count("offers", "Offered gates, and trials, by what became of them.", "state", told["counts"], registry)
-    _count("guard", "How often each guard refused, or signal ended a trial.", "guard", told["failures"], registry)
+    offers = Counter("dmoa_router_offers", "Offered gates, and trials, by what became of them.", ["state"], registry=registry)
+    _count(offers, told["counts"])
+    stopped = Counter("dmoa_router_guard", "How often each guard refused, or signal ended a trial.", ["guard"], registry=registry)
+    _count(stopped, told["failures"])
     gauges = {
         "ledger": ("Number of the last update that was judged.", told["ledger"]),
         "frozen": ("1 while no offer is taken.", told["frozen"] is not None),
