@@ -58,9 +58,9 @@ HOMES: dict[str, tuple[str, ...]] = {
 MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = 60
 SMALL_FILE_LINES = 60
-MAX_FILES = 278
+MAX_FILES = 275
 MEDIAN_LINES = (130, 250)
-MAX_LINES = 69_600
+MAX_LINES = 67_700
 """Of dmoa/ and jobs/, with room for the features under way; lowered to the next full hundred above what is left."""
 MAX_README_LINES = 180
 LOADED_BY_NAME = ("dmoa.__main__", "dmoa.serving.deploy", "dmoa.bench.vllm_timed")
