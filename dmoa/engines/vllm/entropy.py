@@ -39,7 +39,8 @@ class EntropyProcessor(LogitsProcessor):
         for index in batch_update.removed:
             self.store.remove(index)
         for index, params, _, outputs in batch_update.added:
-            self.store.add(index, (params.extra_args or {}).get(KEY), outputs)
+            key = (params.extra_args or {}).get(KEY)
+            self.store.add(index, key if isinstance(key, str) else None, outputs)
         for source, target, direction in batch_update.moved:
             self.store.move(source, target, swaps=direction == MoveDirectionality.SWAP)
 
