@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from study_posterior import SURE_NATS, changed, matrix_of, trained
-from study_replies import Replies, first_step, replies, rows_of
+from study_replies import Replies, replies, rows_of
 
 from dmoa.agents.adversaries import KINDS, Adversaries, corrupted
 from dmoa.agents.pool import load_pool
@@ -56,8 +56,8 @@ class Attack:
 def attacked_pool(name: str) -> Config:
     """Return a pool of six agents, whose last ones become adversaries."""
     if name == POOLS[0]:
-        return first_step(load_pool(name))
-    config = first_step(load_pool("specialists-generalist"))
+        return load_pool(name).changed("limits", max_steps=1)
+    config = load_pool("specialists-generalist").changed("limits", max_steps=1)
     by_name = {agent.name: agent for agent in config.agents}
     agents = tuple(by_name[agent] for agent in (GENERALIST, *config.agent_names[: SIX - 1]))
     return config.model_copy(update={"name": name, "agents": agents})

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from study_posterior import matrix_of, trained
-from study_replies import Replies, first_step, replies, rows_of
+from study_replies import Replies, replies, rows_of
 
 from dmoa.agents.pool import load_pool
 from dmoa.config import Config
@@ -133,7 +133,7 @@ def measured_policies(
     folder: Path, name: str, per_suite: int, longer_rows: int, only: Sequence[str]
 ) -> Iterator[tuple[str, Measured]]:
     """Yield the policies with what they did, `dmoa` first; those that a file in the folder has are not asked again."""
-    config = first_step(load_pool(name))
+    config = load_pool(name).changed("limits", max_steps=1)
     test = replies(rows_of(TEST[0], per_suite, TEST[1]), config, folder, f"{name}-{TEST[0]}-{TEST[1]}-{per_suite}")
     learnt = [
         replies(rows_of("gate", LEARN, seed), config, folder, f"{name}-gate-{seed}-{LEARN}")
