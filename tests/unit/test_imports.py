@@ -17,6 +17,8 @@ import dmoa
 
 ROOT = Path(dmoa.__file__).parent
 JOBS = ROOT.parent / "jobs"
+SCRIPTS = (JOBS, ROOT.parent / "tests" / "accept")
+"""What no other test imports."""
 HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 
 # Floors from the bottom up; a module may import from its own floor and from those below it.
@@ -144,6 +146,52 @@ def floor(name: str) -> int:
         if name in names:
             return number
     raise AssertionError(f"{name} is on no floor: add it to FLOORS")
+
+
+def file_of(module: str, beside: Path) -> Path | None:
+    """The file of a module of the repository, as scripts import it: by its whole name, or of their own folder or `jobs/study`."""
+    tail = Path(*module.split("."))
+    homes = (ROOT.parent,) if "." in module or module == "dmoa" else (beside, JOBS / "study")
+    found = [home / name for home in homes for name in (tail.with_suffix(".py"), tail / "__init__.py") if (home / name).is_file()]
+    return found[0] if found else None
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """The names that a module has once it is imported."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def missing(tree: ast.Module, beside: Path) -> list[str]:
+    """The names that a script imports from files of the repository which have no such name."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and (path := file_of(node.module, beside)):
+            there = defined(tree_of(path))
+            found += [
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if alias.name not in there and file_of(f"{node.module}.{alias.name}", beside) is None
+            ]
+    return found
+
+
+def test_scripts_that_no_test_runs_import_what_there_is() -> None:
+    paths = [path for folder in SCRIPTS for path in sorted(folder.rglob("*.py"))]
+    assert len(paths) > 40
+    assert {path.name: names for path in paths if (names := missing(tree_of(path), path.parent))} == {}
+
+
+def test_a_name_that_is_gone_would_be_noticed() -> None:
+    code = "from study_replies import Replies, gone\nfrom dmoa.core import gate, lost\nfrom dmoa.core.gate import Gate, torch"
+    assert missing(ast.parse(code), JOBS / "study") == ["study_replies.gone", "dmoa.core.lost"]
 
 
 def test_imports_point_one_way() -> None:
