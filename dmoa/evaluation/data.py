@@ -188,7 +188,7 @@ def _read_file(
         name = f"{spec.name}/{path.name}"
         sources, lines = {name: _digest(path)}, read_lines(path)
     bad: list[BadRow] = []
-    number = 0
+    has_usable = False
     for number, line in lines:
         try:
             fields = line if isinstance(line, dict) else parse_line(line)
@@ -200,9 +200,10 @@ def _read_file(
                 raise ConfigError(f"{name}, line {number}, {error}. {advice}") from None
             bad.append(BadRow(file=name, line=number, field=error.field, reason=str(error)))
             continue
+        has_usable = True
         for split, part in parts.items():
             part.add(spec, split, parsed, row_hash)
-    if number == len(bad):
+    if not has_usable:
         raise ConfigError(f"{name} holds no usable row ({len(bad)} bad ones); expected one {spec.name} row a line as JSON")
     return sources, bad
 
