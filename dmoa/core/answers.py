@@ -230,8 +230,8 @@ def _json_value(text: str, start: int) -> tuple[str, int]:
 
 
 def _with_latex(value: str) -> str:
-    """Give LaTeX its backslash back where one was written and JSON read it as an escape: of frac, beta, text, times."""
-    value = value.replace("\x0c", "\\f").replace("\x08", "\\b")
+    """Give LaTeX its backslash back where JSON read it as an escape: of frac, beta, text, times. Half a character becomes `?`."""
+    value = value.encode("utf-8", "replace").decode().replace("\x0c", "\\f").replace("\x08", "\\b")
     return re.sub(r"\t(?=ext|imes|heta|an\b)", r"\\t", value)
 
 

@@ -120,8 +120,8 @@ def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) 
     return Scored(
         **answer.model_dump(include={"row_id", "benchmark", "policy", "group"}),
         value=0.0 if is_failed else judged.value,
-        extracted=None if is_failed else judged.extracted,
-        reason=answer.error or "failed" if is_failed else reason,
+        extracted=None if is_failed or judged.extracted is None else storable(judged.extracted),
+        reason=answer.error or "failed" if is_failed else storable(reason),
         is_scored=judged.is_scored and not is_failed,
         is_left_out=judged.is_left_out,
         is_failed=is_failed,

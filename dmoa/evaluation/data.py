@@ -188,21 +188,21 @@ def _read_file(
         name = f"{spec.name}/{path.name}"
         sources, lines = {name: _digest(path)}, read_lines(path)
     bad: list[BadRow] = []
-    number = 0
+    has_usable = False
     for number, line in lines:
         try:
             fields = line if isinstance(line, dict) else parse_line(line)
             parsed = run_own(spec.name, f"{name}, line {number}: reading the row", spec.parse, fields, definitions)
             row_hash = hash_content(parsed.content)
+            for split, part in parts.items():
+                part.add(spec, split, parsed, row_hash)
+            has_usable = True
         except RowError as error:
             if not skip_bad_rows:
                 advice = "Correct the row, or leave such rows out and count them with --skip-bad-rows."
                 raise ConfigError(f"{name}, line {number}, {error}. {advice}") from None
             bad.append(BadRow(file=name, line=number, field=error.field, reason=str(error)))
-            continue
-        for split, part in parts.items():
-            part.add(spec, split, parsed, row_hash)
-    if number == len(bad):
+    if not has_usable:
         raise ConfigError(f"{name} holds no usable row ({len(bad)} bad ones); expected one {spec.name} row a line as JSON")
     return sources, bad
 

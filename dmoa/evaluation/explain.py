@@ -23,6 +23,7 @@ from dmoa.evaluation.results import Evaluation, read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.flat import flat
 from dmoa.types import TokenUsage
+from dmoa.validation import storable
 
 T = TypeVar("T")
 ROW_COLUMNS = ("row", "benchmark", "policy", "question", "answer", "gold", "score", "agents", "tokens")
@@ -67,7 +68,7 @@ def explain(
     benchmark = row_id.partition("/")[0]
     task, label = _from_run(row_id, out) if out is not None else _from_rows(row_id, benchmark, data_dir)
     given = {"row_id": task.row_id, "benchmark": benchmark, "policy": "given", **flat(TokenUsage())}
-    replies = list(_replies(task, out)) if reply is None else [Answered(text=_text_of(reply), **given)]
+    replies = list(_replies(task, out)) if reply is None else [Answered(text=storable(_text_of(reply)), **given)]
     if not replies:
         raise ConfigError(f"--explain: there is no reply to {task.row_id}; give one with --reply TEXT, or a run with --out DIR")
     scorers = {benchmark: judging(benchmark, allow_weak_sandbox=allow_weak_sandbox).score}
@@ -92,7 +93,7 @@ def _explained(task: Task, label: Label, answer: Answered, score: Scored) -> Exp
         query=task.text,
         text=split.text,
         reasoning=split.reasoning,
-        span=span,
+        span=storable(span),
         rule=rule,
         extracted=score.extracted,
         gold=label.gold,

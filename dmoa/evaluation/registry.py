@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, SupportsFloat, TypeVar
 
 from dmoa.errors import ConfigError, DmoaError, PluginError
-from dmoa.evaluation.benchmarks.base import BENCHMARKS, Benchmark, RowError, ScorerEntry
+from dmoa.evaluation.benchmarks.base import BENCHMARKS, VALUE, Benchmark, RowError, ScorerEntry
 from dmoa.evaluation.records import Label, Reply, Score, Scorer
 from dmoa.evaluation.suites.arith import ARITH, SHARED
 from dmoa.evaluation.suites.calendar import CALENDAR
@@ -40,15 +40,41 @@ def build_scorer(name: str, *, allow_weak_sandbox: bool = False) -> ScorerEntry:
     ConfigError, and PluginError for one of somebody's own whose scoring cannot be had; so do its functions, where they fail.
     """
     found = run_own(name, "scoring", spec_of(name).scoring, allow_weak_sandbox)
-    if not isinstance(found, ScorerEntry):
-        raise _mistake(name, f"its scoring is {short(found)}; expected a ScorerEntry")
+    if not isinstance(found, ScorerEntry) or not isinstance(found.primary, str) or not isinstance(found.deviation, str):
+        raise _mistake(name, f"its scoring is {short(found)}; expected a ScorerEntry, primary and deviation of it texts")
     return replace(
         found,
         score=_checked(name, found),
-        gold_replies=partial(run_own, name, "gold_replies", found.gold_replies),
-        chance=partial(run_own, name, "chance", found.chance),
-        answer_key=partial(run_own, name, "answer_key", found.answer_key),
+        gold_replies=partial(
+            _own, name, "gold_replies", found.gold_replies, _are_replies, f"a text for {VALUE!r} and each measure"
+        ),
+        chance=partial(_own, name, "chance", found.chance, _is_chance, "a number from 0 to 1"),
+        answer_key=partial(_own, name, "answer_key", found.answer_key, _is_key, "what a dictionary takes as a key"),
     )
+
+
+def _own(name: str, what: str, work: Callable[..., T], is_right: Callable[[object], bool], expected: str, *args: Any) -> T:
+    """Do as `run_own`. Raises PluginError also for a result of another kind."""
+    found = run_own(name, what, work, *args)
+    if not is_right(found):
+        raise _mistake(name, f"{what} gave {short(found)}; expected {expected}")
+    return found
+
+
+def _are_replies(found: object) -> bool:
+    return isinstance(found, dict) and VALUE in found and all(isinstance(text, str) for pair in found.items() for text in pair)
+
+
+def _is_share(found: object) -> bool:
+    return isinstance(found, SupportsFloat) and 0.0 <= float(found) <= 1.0
+
+
+def _is_chance(found: object) -> bool:
+    return found is None or _is_share(found)
+
+
+def _is_key(found: object) -> bool:
+    return isinstance(found, Hashable)
 
 
 def run_own(name: str, what: str, work: Callable[..., T], *args: Any) -> T:
@@ -85,10 +111,16 @@ def _checked(name: str, entry: ScorerEntry) -> Callable[[Label, Reply], Score]:
 
 
 def _is_score(found: object) -> bool:
-    if not isinstance(found, Score) or not isinstance(found.value, SupportsFloat) or not 0.0 <= float(found.value) <= 1.0:
+    if (
+        not isinstance(found, Score)
+        or not _is_share(found.value)
+        or any(x not in (0, 1) for x in (found.is_scored, found.is_left_out))
+    ):
         return False
     is_text = isinstance(found.reason, str) and isinstance(found.extracted, str | None)
-    is_measured = isinstance(found.metrics, dict) and all(isinstance(figure, SupportsFloat) for figure in found.metrics.values())
+    is_measured = isinstance(found.metrics, dict) and all(
+        isinstance(x, str) and isinstance(y, SupportsFloat) for x, y in found.metrics.items()
+    )
     return is_text and is_measured and all(math.isfinite(figure) for figure in found.metrics.values())
 
 

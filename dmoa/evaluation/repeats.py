@@ -80,8 +80,9 @@ def mean_answer(lines: Sequence[Answered]) -> Answered:
     counts: dict[str, Any] = {name: round(count / len(lines)) for name, count in flat(usage).items()}
     for name in ("summarizer_tokens", "memoised_tokens"):
         counts[name] = round(_mean([getattr(line, name) for line in lines]))
+    unsaid: list[Any] = [0.0 if line.status == "failed" and not line.usage.total else None for line in lines]
     for name in ("price", "calls"):
-        known = [getattr(line, name) or (0.0 if line.status == "failed" else getattr(line, name)) for line in lines]
+        known = [x if (value := getattr(line, name)) is None else value for line, x in zip(lines, unsaid, strict=True)]
         counts[name] = None if None in known else _mean(known)
     counts |= {"stop_reason": "deadline"} if any(line.is_late for line in lines) else {}
     return first.model_copy(

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, InstanceOf, ValidationError
 
 from dmoa.config import Config
 from dmoa.core.features import Preset
@@ -16,7 +16,7 @@ from dmoa.errors import DmoaError, PluginError, RequestError
 from dmoa.plugins import Registry, home_of
 from dmoa.policies.options import PolicyOptions, Staged
 from dmoa.protocols import Encoder, Policy, Router, ended
-from dmoa.types import Activation, Fold, QueryState, StepPlan, Stop, StopReason
+from dmoa.types import Activation, Fold, QueryState, RouteDecision, RouteRequest, StepPlan, Stop, StopReason
 from dmoa.validation import describe, did_you_mean, short
 
 _LOG = logging.getLogger("dmoa.policies")
@@ -265,13 +265,28 @@ def built_from(entry: PolicyEntry, context: PolicyContext) -> Policy:
     return entry.build(context) if entry.name in POLICIES.builtin else PluginPolicy(entry, context)
 
 
+def _in_bounds(asked: Activation) -> Activation:
+    """Refuse numbers that no engine takes, or nothing can be learnt from."""
+    if asked.temperature is not None and not 0.0 <= asked.temperature <= 2.0:
+        raise ValueError(f"temperature is {asked.temperature}; expected a number from 0 to 2")
+    if not 0.0 < asked.propensity <= 1.0:
+        raise ValueError(f"propensity is {asked.propensity}; expected a number above 0, 1 at most")
+    return asked
+
+
+_Asked = Annotated[Activation, AfterValidator(_in_bounds)]
+
+
 class _Planned(BaseModel):
     """What a plan asks, whose records anybody may have filled."""
 
-    activations: tuple[Activation, ...]
-    reserves: tuple[Activation, ...]
-    explored: tuple[Activation, ...]
+    activations: tuple[_Asked, ...]
+    reserves: tuple[_Asked, ...]
+    explored: tuple[_Asked, ...]
     quorum: int | None = Field(ge=1)
+    mass: float = Field(allow_inf_nan=False)
+    decision: InstanceOf[RouteDecision] | None
+    route: InstanceOf[RouteRequest] | None
 
 
 def _plain(value: object) -> object:

@@ -157,11 +157,14 @@ def model_parser(model: type[UpstreamRow]) -> Callable[[Mapping[str, Any], Any],
     def parse(fields: Mapping[str, Any], _definitions: Any) -> ParsedRow:
         row = validate(model, fields)
         content = row.model_dump(exclude=row.identifiers)
-        text, gold = row.text(), row.gold()
-        if not isinstance(text, str) or not isinstance(gold, Mapping):
-            name, seen, allowed = ("gold", gold, "a mapping") if isinstance(text, str) else ("text", text, "a text")
-            raise TypeError(f"{name}() gave {short(seen)}; expected {allowed}")
-        return ParsedRow(text=text, gold=gold, content=content, group=row.group(), family=row.family())
+        gold, texts = row.gold(), {"text": row.text(), "group": row.group(), "family": row.family()}
+        for name, seen, kind, allowed in (
+            *((*told, str, "a text") for told in texts.items()),
+            ("gold", gold, Mapping, "a mapping"),
+        ):
+            if not isinstance(seen, kind):
+                raise TypeError(f"{name}() gave {short(seen)}; expected {allowed}")
+        return ParsedRow(gold=gold, content=content, **texts)
 
     return parse
 

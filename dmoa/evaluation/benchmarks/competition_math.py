@@ -51,8 +51,10 @@ _MIXED = re.compile(r"(-?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)")
 # A list, a variable or a word: no number, whatever a part of it is.
 _BETWEEN = re.compile(r"\W*(?:it is )?(?:somewhere )?between\b[^\n]*\band\b", re.IGNORECASE)
 _NO_NUMBER = re.compile(r"[,;]|(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])|\\(?:cos|sin|tan)\b|\bmod\b")
-# What takes a computer algebra system forever: towers of powers, huge exponents and factorials.
-_HUGE = re.compile(r"\^\s*\{?\s*-?[0-9]{4,}|\^[^^+*/,-]*\^|[0-9]{3,}\s*!")
+# What takes a computer algebra system forever: towers of powers, huge exponents, factorials and binomials.
+_HUGE = re.compile(
+    r"\^\s*\{?\s*-?[0-9]{4,}|\^[^^+*/,-]*\^|[0-9]{3,}[\s)}]*!|\^[^!+*/,-]*[)}]\s*!|![\s)}]*!|binom\s*\{[^}]*(?:\^|!|[0-9]{5})"
+)
 
 
 def _boxed(solution: str) -> str:

@@ -19,7 +19,7 @@ from dmoa.errors import ConfigError, PluginError, RequestError
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.data import load_rows, prepare_rows
 from dmoa.evaluation.records import EvaluateOptions, Reply
-from dmoa.evaluation.registry import OpenScorers, expand_names, judging
+from dmoa.evaluation.registry import OpenScorers, build_scorer, expand_names, judging
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, build_policy
 from dmoa.testing import scripted_pool
@@ -194,6 +194,26 @@ class Mine(Gsm8kRow):
             "chance raised ZeroDiv",
         ),
         (
+            "chance=lambda labels: chance_of([key(label) for label in labels])",
+            "chance=lambda labels: 2",
+            "chance gave 2; expected a",
+        ),
+        ("{VALUE: key(label)}", '{"f1": key(label)}', r"gold_replies gave \{'f1': 'paris'\}; expected a text for 'value'"),
+        ("{VALUE: key(label)}", "None", "gold_replies gave None; expected"),
+        (
+            'gold_of(label, "capital")[0].lower()',
+            '[gold_of(label, "capital")[0].lower()]',
+            r"answer_key gave \['paris'\]; expected",
+        ),
+        ('deviation=""', "deviation=None", r"its scoring is ScorerEntry\(.*deviation of it texts"),
+        ("extracted=words[-1])", "metrics={1: 0.5})", r"the scorer gave .*finite metrics"),
+        ("extracted=words[-1])", 'is_scored="no")', r"the scorer gave .*expected a Score"),
+        (
+            "    def gold(self)",
+            "    def group(self):\n        return 5\n\n    def gold(self)",
+            r"TypeError\(.group\(\) gave 5; expected",
+        ),
+        (
             "lambda allow_weak_sandbox: SCORING",
             "lambda allow_weak_sandbox: score",
             r"its scoring is <function score.*a ScorerEntry",
@@ -220,7 +240,9 @@ def test_a_mistake_of_a_benchmark_is_one_message(old: str, new: str, said: str, 
 
     def use() -> None:
         label = load_rows(name, "test", data_dir=shown / "rows").rows[0].label
-        judge = judging(name)
+        judge, entry = judging(name), build_scorer(name)
+        entry.answer_key(label)
+        entry.gold_replies(label)
         judge.score(label, Reply(text="It is Paris."))
         judge.chance([label])
 

@@ -81,6 +81,19 @@ def policy_file(
             "quorum is 0; expected a number greater",
         ),
         (
+            {"step": "return StepPlan(activations=(Activation(agent='adder'),), mass='all')"},
+            "mass is 'all'; expected a valid number",
+        ),
+        ({"step": "return StepPlan(activations=(Activation(agent='adder'),), decision=5)"}, "step 1: decision is 5; expected"),
+        (
+            {"step": "return StepPlan(activations=(Activation(agent='adder', temperature=float('nan')),))"},
+            "activations.0: temperature is nan; expected a number from 0 to 2; mend the plan",
+        ),
+        (
+            {"step": "return StepPlan(activations=(Activation(agent='adder', propensity=0.0),))"},
+            "activations.0: propensity is 0.0; expected a number above 0, 1 at most",
+        ),
+        (
             {
                 "step": "return StepPlan(activations=(Activation(agent='adder'),), fold='pass', ends_with='single')\n"
                 "    def ended(self, state):\n        return len(state.steps)"

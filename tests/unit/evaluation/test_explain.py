@@ -41,6 +41,9 @@ def rows(tmp_path: Path) -> dict[str, str]:
         ("cruxeval_o", "assert f([1, 'a']) == [1, 'a']", "[1, 'a']", "an assertion", "wrong"),
         ("math", "Thus it is $\\boxed{\\frac{1}{2}\\pi}$.", "1/2\\pi", "boxed", "right"),
         ("mmlu", "The answer is (B).", "(B).", "letter", "wrong"),
+        ("math", '{"answer": "x\\ud83d"}', "x?", "json", "wrong"),
+        ("cruxeval_o", '{"answer": "x\\ud83d"}', "x?", "json", "wrong"),
+        ("gsm8k", "Answer: 7 \udcff", "7 ?", "stated", "wrong"),  # a command line that is not UTF-8
     ],
 )
 def test_a_given_reply_is_explained(
@@ -51,6 +54,7 @@ def test_a_given_reply_is_explained(
     assert rule in found.rule
     assert found.reason
     assert "<think>" not in found.text
+    assert found.model_dump_json()
 
 
 def test_a_reply_may_lie_in_a_file_and_a_row_be_named_by_its_beginning(rows: dict[str, str], tmp_path: Path) -> None:

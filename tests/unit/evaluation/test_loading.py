@@ -178,7 +178,7 @@ def test_all_that_can_be_wrong_with_files(tmp_path: Path) -> None:
     write_lines(tmp_path / "gsm8k" / "test.jsonl", [])
     with pytest.raises(ConfigError, match=r"gsm8k/test.jsonl holds no usable row \(0 bad ones\)"):
         load_rows("gsm8k", "test", data_dir=tmp_path)
-    write_lines(tmp_path / "gsm8k" / "test.jsonl", ["x", "y"])
+    write_lines(tmp_path / "gsm8k" / "test.jsonl", ["x", "", "y"])
     with pytest.raises(ConfigError, match=r"no usable row \(2 bad ones\)"):
         load_rows("gsm8k", "test", data_dir=tmp_path, skip_bad_rows=True)
     write_rows(tmp_path, "gsm8k", "test.jsonl.gz", questions("a"))

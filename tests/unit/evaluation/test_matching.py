@@ -204,6 +204,8 @@ def test_a_repeat_that_failed_counts_nothing_and_hides_nothing_of_the_others() -
     assert (found.status, found.calls, found.price, found.usage.total) == ("ok", 2, pytest.approx(0.3), 74)
     assert mean_answer([*lines[:2], answered("gsm8k", 0, "dmoa")]).calls is None, "an older line does not say"
     assert mean_answer([lost("gsm8k", 0, "dmoa")] * 2).status == "failed"
+    fallen = lost("gsm8k", 0, "dmoa").model_copy(update={"prompt_tokens": 9, "calls": 1})
+    assert mean_answer([fallen, lines[0]]).price is None, "its tokens have no price, as in a run without repeats"
 
 
 def test_calls_of_repeats_are_their_mean_and_not_the_nearest_whole_number_of_each_row() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from fractions import Fraction
 
 import pytest
@@ -13,6 +14,7 @@ from dmoa.core.answers import read_number
 from dmoa.core.numbers import expression_value, spelled
 from dmoa.errors import ConfigError
 from dmoa.evaluation import registry as table
+from dmoa.evaluation.benchmarks.competition_math import is_equivalent
 from dmoa.evaluation.records import Label, Reply
 from tests.examples import examples
 
@@ -242,6 +244,16 @@ def test_a_calculation_is_what_python_makes_of_it(text: str) -> None:
 )
 def test_what_is_no_small_exact_calculation_has_no_value(text: str) -> None:
     assert expression_value(text) is None
+
+
+@pytest.mark.parametrize("text", ["25!!", "(25!)!", "9!!!", "(10^9)!", "(9999999999)!", "10^{9}!", r"\binom{10^9}{5*10^8}"])
+def test_an_answer_that_takes_for_ever_to_work_out_is_wrong_at_once(text: str) -> None:
+    """The clock of math-verify takes two seconds, and works in no thread but the main one."""
+    started_s = time.process_time()
+    assert not is_equivalent(text, "17")
+    assert time.process_time() - started_s < 1.5
+    assert is_equivalent(r"\frac{5!}{3!2!}", "10")
+    assert is_equivalent("252", r"\binom{10}{5}")
 
 
 def test_numbers_compare_exactly() -> None:

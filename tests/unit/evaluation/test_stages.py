@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from dmoa.errors import DeadlineError, NoAgentError, PluginError
 from dmoa.evaluation.answering import Asking, failed, query_of_task, score_answer
 from dmoa.evaluation.pipeline import AnswerStage, RunWriter
-from dmoa.evaluation.records import Answered, Label, Reply, Score, Task
+from dmoa.evaluation.records import Answered, Label, Reply, Score, Scored, Task
+from dmoa.evaluation.registry import judging
 from dmoa.evaluation.repeats import mean_answer
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.flat import flat
@@ -58,6 +60,22 @@ def test_scores_carry_the_row_and_failed_rows_are_worth_nothing() -> None:
     assert (right.value, right.is_scored, right.is_failed, right.group, right.metrics) == (1.0, True, False, "carry", {"f1": 0.5})
     assert (nothing.value, nothing.is_scored, nothing.is_failed, nothing.metrics) == (0.0, False, True, {"f1": 0.0})
     assert nothing.reason == "RuntimeError: no agent"
+
+
+@pytest.mark.parametrize("name", ["math", "hotpotqa", "cruxeval_o", "gsm8k", "arith", "words", "plugin"])
+def test_half_a_character_that_a_reply_escapes_is_written_as_a_score(name: str) -> None:
+    """JSON may spell half of a surrogate pair; a line that no file takes would end the scoring, and each one that resumes it."""
+
+    def scorer(label: Label, reply: Reply) -> Score:
+        said = json.loads(reply.text)["answer"]
+        return Score(value=0.0, extracted=said, reason=f"{said} is wrong")
+
+    text = '{"answer": "Mr \\ud83d"}'
+    answer = Answered(row_id=f"{name}/test/0", benchmark=name, policy="dmoa", text=text, **flat(TokenUsage()))
+    label = Label(row_id=answer.row_id, benchmark=name, gold={"answer": "7", "output": "7", "number": "7"})
+    score = score_answer(answer, label, {name: scorer if name == "plugin" else judging(name).score})
+    assert score.value == 0.0
+    assert Scored.model_validate_json(score.model_dump_json()) == score
 
 
 def test_a_shard_that_runs_twice_is_written_once(tmp_path: Path) -> None:
