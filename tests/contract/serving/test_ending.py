@@ -26,7 +26,9 @@ def hang():
         pass
 
 with Ending(lambda text: print(text, file=sys.stderr, flush=True), limit_s=1.0) as ending:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], stdout=subprocess.DEVNULL)
+    # The signal reaches the child too, which may say so before it is ended.
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], **quiet)
     print(child.pid, flush=True)
     if sys.argv[1] == "starting":
         ctypes.CDLL(None).signal(signal.SIGTERM, None)  # as Ray's C++ puts a handler of its own there
