@@ -150,12 +150,14 @@ def logged() -> Logged:
 @pytest.fixture(autouse=True)
 def _same_logging() -> Iterator[None]:
     """Leave dmoa's logger as it was, as commands set its level for their whole process, and nothing that was logged."""
-    logger = logging.getLogger("dmoa")
+    root, logger = logging.getLogger(), logging.getLogger("dmoa")
     level, handlers = logger.level, list(logger.handlers)
     yield
     if logger.level != level:  # to set it clears what every logger of the process knows of its own
         logger.setLevel(level)
     logger.handlers[:] = handlers
+    if LOGGED not in root.handlers:  # ray.serve.llm, where vLLM is installed, puts handlers of its own in place of all
+        root.addHandler(LOGGED)
     LOGGED.clear()
 
 
